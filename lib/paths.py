@@ -1,0 +1,140 @@
+"""Where things are, and how a file is written so that no half-written one is ever taken for whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def data_root() -> Path:
+    """Folder of all data and runs: ``CXR_DATA_DIR`` if set, else ``data/`` beside ``lib/``."""
+    return Path(os.environ.get("CXR_DATA_DIR") or ROOT / "data")
+
+
+def figures_root() -> Path:
+    """Folder of all figures: ``CXR_FIGURES_DIR`` if set, else ``figures/`` beside ``lib/``."""
+    return Path(os.environ.get("CXR_FIGURES_DIR") or ROOT / "figures")
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can be a folder name on every system, else raise ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError(f"{name!r} cannot name a dataset or run: use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def raw_dir(dataset: str) -> Path:
+    """``data/raw/<dataset>``: what 00_download obtained."""
+    return data_root() / "raw" / check_name(dataset)
+
+
+def dataset_dir(dataset: str) -> Path:
+    """``data/<dataset>``: images.npy, metadata.csv and manifest.json."""
+    return data_root() / check_name(dataset)
+
+
+def runs_dir(dataset: str) -> Path:
+    """``data/runs/<dataset>``: everything trained and evaluated on a dataset."""
+    return data_root() / "runs" / check_name(dataset)
+
+
+def run_dir(dataset: str, arm: str, seed: int) -> Path:
+    """``data/runs/<dataset>/<arm>/seed<k>``: one training run."""
+    return runs_dir(dataset) / check_name(arm) / f"seed{int(seed)}"
+
+
+def figures_dir(dataset: str) -> Path:
+    """``figures/<dataset>``: figures, tables and summary of a dataset."""
+    return figures_root() / check_name(dataset)
+
+
+def show(path: Path | str) -> str:
+    """Path as it may stand in a notebook: relative to the project or its data, never a machine's own path."""
+    path = Path(path).absolute()
+    for base, name in ((data_root(), "data"), (figures_root(), "figures"), (ROOT, "")):
+        try:
+            return (Path(name) / path.relative_to(base.absolute())).as_posix()
+        except ValueError:
+            continue
+    return f"(outside the project)/{path.name}"
+
+
+@contextmanager
+def atomic_write(path: Path | str, mode: str = "wb", **kwargs: Any) -> Iterator[IO]:
+    """Open a temporary file beside `path`, and rename it to `path` only when all of it is on the disk.
+
+    Parameters
+    ----------
+    path : Path
+        File to make or replace; its folder is made.
+    mode : str
+        ``"wb"`` or ``"w"`` (UTF-8, ``\\n`` line ends).
+
+    Raises
+    ------
+    OSError
+        Folder not writable or disk full; the message names `path`, the temporary file is removed and an older `path` is intact.
+    """
+    path = Path(path)
+    if "b" not in mode:
+        kwargs = {"encoding": "utf-8", "newline": "\n", **kwargs}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **kwargs) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = "free some space, or choose another folder with CXR_DATA_DIR"
+        raise OSError(error.errno, f"could not write {path}: {reason}; {hint}") from error
+    finally:
+        with suppress(OSError):  # it is gone after the rename, and what went wrong before matters more
+            temporary.unlink()
+
+
+def save_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN becomes null: it is no JSON."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {str(k): plain(v) for k, v in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(v) for v in item]
+        if isinstance(item, np.ndarray):
+            return plain(item.tolist())
+        if isinstance(item, np.generic):
+            item = item.item()
+        if isinstance(item, float) and not np.isfinite(item):
+            return None
+        return item
+
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_write(path, "w") as handle:
+        handle.write(text)
+
+
+def load_json(path: Path | str) -> Any:
+    """Read a JSON file; ValueError naming it if it is not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{show(path)} is not a JSON file ({error}); delete it and run the step that writes it again") from error
+
+
+def save_npy(path: Path | str, array: np.ndarray) -> None:
+    """Write `array` as ``.npy``, atomically."""
+    with atomic_write(path) as handle:
+        np.save(handle, np.ascontiguousarray(array), allow_pickle=False)
