@@ -1,0 +1,188 @@
+"""The two backbones of the paper: AlexNet behind a fixed Sobel filter, and a P4M group-equivariant CNN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, P4MConvP4M, P4MConvZ2, group_max_pool
+
+IMAGE_SIZE = 64
+
+
+class Backbone(nn.Module):
+    """What the loop asks of a network: ``features(x)``, a linear ``top_layer`` and ``forward(x)``.
+
+    Sub-classes define ``features`` and, where the top layer reads something else than the features, ``head``.
+
+    Attributes
+    ----------
+    feature_dim : int
+        D, the width of ``features(x)``.
+    n_clusters : int
+        K, the number of logits.
+    """
+
+    def __init__(self, feature_dim: int, n_clusters: int) -> None:
+        super().__init__()
+        self.feature_dim = feature_dim
+        self.n_clusters = n_clusters
+        self.top_layer = nn.Linear(feature_dim, n_clusters)
+        self.reset_top_layer()
+
+    @torch.no_grad()
+    def reset_top_layer(self, generator: torch.Generator | None = None) -> None:
+        """Draw the top layer anew, N(0, 0.01) with zero bias: cluster numbers mean nothing from one epoch to the next.
+
+        `generator` is a CPU generator, so every device starts from the same numbers.
+        """
+        weight = torch.empty(self.top_layer.weight.shape).normal_(0.0, 0.01, generator=generator)
+        self.top_layer.weight.copy_(weight)
+        self.top_layer.bias.zero_()
+
+    def body_parameters(self) -> list[nn.Parameter]:
+        """All parameters but the top layer's, which live one epoch only."""
+        return [p for name, p in self.named_parameters() if not name.startswith("top_layer.")]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images (N, 1, 64, 64) in [-1, 1] -> features (N, D), the ones that are clustered."""
+        raise NotImplementedError
+
+    def head(self, features: Tensor) -> Tensor:
+        """What stands between the features and the top layer, (N, D) -> (N, D)."""
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 1, 64, 64) in [-1, 1] -> logits (N, K)."""
+        return self.top_layer(self.head(self.features(x)))
+
+
+class Sobel(nn.Module):
+    """Horizontal and vertical Sobel derivative, (N, 1, H, W) -> (N, 2, H, W), not trained, as in front of DeepCluster's AlexNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        horizontal = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("weight", torch.stack([horizontal, horizontal.T])[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the border is repeated: padding with 0 (mid gray in [-1, 1]) would draw a frame round every image
+        x = nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
+        return nn.functional.conv2d(x, self.weight)
+
+
+class AlexNet(Backbone):
+    """AlexNet (Krizhevsky et al. 2012) as DeepCluster lays it out (Caron et al. 2018), fitted to 64x64.
+
+    Sobel, five convolutions with batch norm and ReLU, three 3x3/2 max pools, two fully connected layers with dropout.
+    At 64x64 the last map is 1x1 (6x6 at 224x224), so the first fully connected layer reads 256 numbers instead of 9,216;
+    all else is as published.
+
+    Parameters
+    ----------
+    n_clusters : int
+    width : six ints
+        Channels of the five convolutions and of the fully connected layers; the paper's are (96, 256, 384, 384, 256, 4096).
+
+    Notes
+    -----
+    ``features`` is the second fully connected layer before its ReLU; the ReLU stands in ``head``. DeepCluster does the same.
+    """
+
+    WIDTH = (96, 256, 384, 384, 256, 4096)
+
+    def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH) -> None:
+        *conv, hidden = width
+        super().__init__(hidden, n_clusters)
+        layout = [(11, 4, 2, True), (5, 1, 2, True), (3, 1, 1, False), (3, 1, 1, False), (3, 1, 1, True)]
+        layers: list[nn.Module] = [Sobel()]
+        for c_in, c_out, (kernel_size, stride, padding, pool) in zip([2, *conv[:-1]], conv, layout, strict=True):
+            layers += [nn.Conv2d(c_in, c_out, kernel_size, stride, padding), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+            if pool:
+                layers.append(nn.MaxPool2d(3, 2))
+        self.convolutions = nn.Sequential(*layers)  # (N, 1, 64, 64) -> (N, 256, 1, 1)
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Dropout(0.5), nn.Linear(conv[-1], hidden), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(hidden, hidden)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.top_layer:
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.classifier(self.convolutions(x))
+
+    def head(self, features: Tensor) -> Tensor:
+        return torch.relu(features)
+
+
+class P4MCNN(Backbone):
+    """Three p4m blocks, a maximum over the group and a mean over space: features that no quarter turn and no mirror can change.
+
+    A block is group convolution (kernels 5, 3, 3), batch norm over the group, ReLU, antialiased average pool of stride 2
+    (Cohen and Welling 2016; sizes from Zhuang and Islam 2025).
+
+    Parameters
+    ----------
+    n_clusters : int
+    width : three ints
+        Regular fields of each block (each is 8 real channels); the paper's are (64, 128, 256).
+    """
+
+    WIDTH = (64, 128, 256)
+
+    def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH) -> None:
+        super().__init__(width[-1], n_clusters)
+        a, b, c = width
+        # the bias would be taken out again by the batch norm behind it
+        convolutions = [
+            P4MConvZ2(1, a, 5, padding=2, bias=False),
+            P4MConvP4M(a, b, 3, padding=1, bias=False),
+            P4MConvP4M(b, c, 3, padding=1, bias=False),
+        ]
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(conv, GroupBatchNorm(n), nn.ReLU(inplace=True), GroupAvgBlurPool())
+                for conv, n in zip(convolutions, width, strict=True)
+            )
+        )
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)  # (N, 1, 64, 64) -> (N, C, 8, 8, 8)
+        return group_max_pool(x).mean(dim=(2, 3))  # -> (N, C, 8, 8) -> (N, C)
+
+
+BACKBONES: dict[str, type[Backbone]] = {"alexnet": AlexNet, "p4m": P4MCNN}
+
+
+def build(backbone: str, n_clusters: int, width: Sequence[int] | None = None, seed: int = 0) -> Backbone:
+    """Make a network with weights drawn from `seed`; the global random state is left as it was.
+
+    Parameters
+    ----------
+    backbone : {"alexnet", "p4m"}
+    n_clusters : int
+        K >= 1.
+    width : sequence of int, optional
+        Channels (alexnet: five convolutions and the fully connected layers) or regular fields (p4m: three blocks);
+        the paper's when not given.
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        Unknown backbone, wrong number of widths, a width or K below 1.
+    """
+    if backbone not in BACKBONES:
+        raise ValueError(f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
+    kind = BACKBONES[backbone]
+    width = tuple(int(w) for w in (width or kind.WIDTH))
+    if len(width) != len(kind.WIDTH) or min(width) < 1:
+        raise ValueError(f"{backbone} needs {len(kind.WIDTH)} widths of at least 1, like {kind.WIDTH}; got {width}")
+    if n_clusters < 1:
+        raise ValueError(f"n_clusters must be at least 1, got {n_clusters}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(n_clusters, width)

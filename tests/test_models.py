@@ -1,0 +1,128 @@
+"""Shapes, layout, and the property the paper rests on: P4M's features do not change under the symmetries of the square, AlexNet's do."""
+
+import pytest
+import torch
+
+from lib.models import BACKBONES, P4MCNN, AlexNet, Sobel, build
+
+NARROW = {"alexnet": (8, 16, 24, 24, 16, 64), "p4m": (2, 4, 8)}
+
+
+def symmetries(x):
+    """The eight images of x under quarter turns and mirrors."""
+    return [torch.rot90(y, r, (2, 3)) for y in (x, x.flip(3)) for r in range(4)]
+
+
+def images(n=4, seed=0, dtype=torch.float32):
+    x = torch.rand(n, 1, 64, 64, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+    return torch.nn.functional.avg_pool2d(x, 5, 1, 2)  # smooth, like a film
+
+
+def trained_statistics(model):
+    """Batch norm that has seen data: an untrained one hides what it does."""
+    model.train()
+    with torch.no_grad():
+        for seed in range(3):
+            model(images(16, seed, next(model.parameters()).dtype))
+    return model.eval()
+
+
+def change(model, x):
+    """Largest relative change of the features under the eight symmetries."""
+    with torch.inference_mode():
+        reference = model.features(x)
+        return max(((model.features(y) - reference).norm() / reference.norm()).item() for y in symmetries(x))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("width", [None, "narrow"])
+def test_shapes(backbone, width):
+    model = build(backbone, 7, NARROW[backbone] if width else None).eval()
+    features = model.features(images(2))
+    logits = model(images(2))
+    assert features.shape == (2, model.feature_dim)
+    assert logits.shape == (2, 7)
+    torch.testing.assert_close(logits, model.top_layer(model.head(features)))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_p4m_features_are_invariant(dtype, bound):
+    model = trained_statistics(build("p4m", 5, (4, 8, 16)).to(dtype))
+    assert change(model, images(4, 9, dtype)) < bound
+
+
+def test_paper_width_p4m_features_are_invariant():
+    model = trained_statistics_small(build("p4m", 5))
+    assert change(model, images(1, 9)) < 1e-5
+
+
+def trained_statistics_small(model):
+    model.train()
+    with torch.no_grad():
+        model(images(2, 1))
+    return model.eval()
+
+
+def test_alexnet_features_are_not_invariant():
+    model = trained_statistics(build("alexnet", 5, NARROW["alexnet"]))
+    assert change(model, images(4, 9)) > 0.05
+
+
+def test_published_layout():
+    convolutions = [m for m in AlexNet(200).convolutions if isinstance(m, torch.nn.Conv2d)]
+    assert [(m.out_channels, m.kernel_size[0], m.stride[0]) for m in convolutions] == [
+        (96, 11, 4),
+        (256, 5, 1),
+        (384, 3, 1),
+        (384, 3, 1),
+        (256, 3, 1),
+    ]
+    assert [m.out_features for m in AlexNet(200).classifier if isinstance(m, torch.nn.Linear)] == [4096, 4096]
+    shapes = [tuple(block[0].weight.shape) for block in P4MCNN(200).blocks]
+    assert shapes == [(64, 1, 1, 5, 5), (128, 64, 8, 3, 3), (256, 128, 8, 3, 3)]
+
+
+def test_sobel_sees_edges_only():
+    sobel = Sobel()
+    assert sobel(torch.ones(1, 1, 8, 8)).abs().max() == 0
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    horizontal, vertical = sobel(ramp)[0]
+    assert horizontal[:, 1:-1].abs().eq(8).all()
+    assert vertical.abs().max() == 0
+    assert not any(True for _ in sobel.parameters())
+
+
+def test_seed_decides_weights_and_leaves_the_global_state():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    a, b, c = (build("alexnet", 5, NARROW["alexnet"], seed=s).state_dict() for s in (1, 1, 2))
+    assert torch.rand(1) == expected
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["top_layer.weight"], c["top_layer.weight"])
+
+
+def test_top_layer_is_drawn_anew():
+    model = build("p4m", 5, (2, 4, 8))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.reset_top_layer(torch.Generator().manual_seed(1))
+    first = model.top_layer.weight.clone()
+    model.reset_top_layer(torch.Generator().manual_seed(1))
+    assert torch.equal(first, model.top_layer.weight)
+    assert not torch.equal(first, before["top_layer.weight"])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if not k.startswith("top_layer"))
+    assert len(model.body_parameters()) == len(list(model.parameters())) - 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet", 5), "'resnet' is unknown; choose one of alexnet, p4m"),
+        (("p4m", 5, (2, 4)), "p4m needs 3 widths"),
+        (("alexnet", 5, (0, 1, 1, 1, 1, 1)), "at least 1"),
+        (("p4m", 0), "n_clusters must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        build(*arguments)
