@@ -1,0 +1,220 @@
+"""A training run as files: its settings, who owns the folder, and reading a finished run back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib.models import BACKBONES, Backbone, build
+from lib.paths import load_json, show
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on besides the images.
+
+    Attributes
+    ----------
+    backbone : str
+        A key of ``lib.models.BACKBONES``.
+    n_clusters : int
+        K of K-means and width of the top layer.
+    pca_dim : int
+        Components kept before whitening.
+    epochs : int
+        Rounds of clustering and training; 0 gives the features of the untrained network. Raising it continues a finished run.
+    batch_size : int
+        Images per step.
+    lr, weight_decay : float
+        Adam's; ``ReduceLROnPlateau`` (PyTorch's defaults) divides the rate by 10 when the epoch's loss stops falling.
+    width : tuple of int or None
+        See ``lib.models.build``; None means the paper's.
+    rotation_degrees : float
+        Each image is turned by a fresh uniform angle in [-rotation_degrees, rotation_degrees] each time it is trained on;
+        0 means no augmentation.
+    reset_top_layer : bool
+        Draw the top layer anew each epoch, as DeepCluster does.
+    uniform_sampling : bool
+        Draw the epoch's N images uniformly over clusters, as DeepCluster does; else each image once.
+    seed : int
+        Of weights, order, angles, dropout and K-means.
+    device : {"auto", "cpu", "cuda", "mps"}
+    """
+
+    backbone: str
+    n_clusters: int = 200
+    pca_dim: int = 64
+    epochs: int = 20
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    width: tuple[int, ...] | None = None
+    rotation_degrees: float = 0.0
+    reset_top_layer: bool = True
+    uniform_sampling: bool = True
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.width is not None:
+            object.__setattr__(self, "width", tuple(int(w) for w in self.width))
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone {self.backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
+        bounds = {"n_clusters": 2, "pca_dim": 1, "epochs": 0, "batch_size": 2, "seed": 0, "weight_decay": 0, "rotation_degrees": 0}
+        for name, low in bounds.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.rotation_degrees > 180:
+            raise ValueError(f"rotation_degrees is the half range and at most 180, got {self.rotation_degrees}")
+        if self.device not in ("auto", "cpu", "cuda", "mps"):
+            raise ValueError(f"device must be auto, cpu, cuda or mps, got {self.device!r}")
+
+
+class RunMismatchError(ValueError):
+    """The run folder holds a run of other settings or other images."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as read from its folder.
+
+    Attributes
+    ----------
+    config : TrainConfig
+    metrics : DataFrame
+        One row an epoch; ``epoch`` counts from 1, ``nmi_prev`` of epoch e compares the pseudo-labels of e and e - 1.
+    assignments : ndarray, shape (epochs, N)
+        Row e - 1 holds the pseudo-labels trained on in epoch e.
+    features : ndarray, shape (N, D), float32
+        Of the network after the last epoch (a memory map).
+    final_assignments : ndarray, shape (N,)
+        The clusters of ``features``.
+    path : Path
+    """
+
+    config: TrainConfig
+    metrics: pd.DataFrame
+    assignments: np.ndarray
+    features: np.ndarray
+    final_assignments: np.ndarray
+    path: Path
+
+
+def fingerprint(images: np.ndarray) -> str:
+    """SHA-256 of shape and pixels."""
+    digest = hashlib.sha256(str(images.shape).encode())
+    for start in range(0, len(images), 8192):
+        digest.update(np.ascontiguousarray(images[start : start + 8192]))
+    return digest.hexdigest()
+
+
+MOVE_ASIDE = "use --restart (restart=True) to move the old run aside, or another dataset name"
+
+
+def identity(config: TrainConfig, images: np.ndarray) -> dict[str, Any]:
+    """What config.json holds: the settings with the width spelt out, the images' shape and SHA-256, the torch that ran."""
+    data = {"shape": list(images.shape), "sha256": fingerprint(images)}
+    width = list(config.width or BACKBONES[config.backbone].WIDTH)
+    return {**asdict(config), "width": width, "data": data, "torch": torch.__version__}
+
+
+def check_same_run(run_dir: Path, ours: dict[str, Any]) -> None:
+    """RunMismatchError if config.json in `run_dir` describes another run. More epochs, another device or torch are the same run."""
+    path = run_dir / "config.json"
+    theirs = load_json(path) if path.exists() else ours
+    differ = {k: f"{k} {theirs.get(k)}, now {v}" for k, v in ours.items() if k not in ("epochs", "device", "torch") and theirs.get(k) != v}
+    if "data" in differ:
+        differ["data"] = "other images"
+    if differ:
+        raise RunMismatchError(f"{show(run_dir)} holds another run ({'; '.join(differ.values())}); {MOVE_ASIDE}")
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Rename a run folder to the first free ``<name>.old<k>``, so that nothing computed is lost. None if there is no run."""
+    if not run_dir.exists():
+        return None
+    free = next(p for k in range(1, 10**6) if not (p := run_dir.with_name(f"{run_dir.name}.old{k}")).exists())
+    run_dir.rename(free)
+    return free
+
+
+def is_complete(run_dir: Path, config: TrainConfig) -> bool:
+    """Whether the last files of a run are there and belong to this number of epochs."""
+    path = run_dir / "clustering.npz"
+    if not path.exists() or not (run_dir / "features.npy").exists():
+        return False
+    with np.load(path) as clustering:
+        return int(clustering["epochs"]) == config.epochs
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read checkpoint.pt, tensors and plain values only; ValueError naming it if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ValueError(f"{show(path)} cannot be read ({type(error).__name__}); delete it to train this run anew") from error
+
+
+def load_run(run_dir: Path | str) -> Run:
+    """Read a finished run.
+
+    Raises
+    ------
+    FileNotFoundError
+        The run is missing or unfinished; the message says which notebook makes it.
+    """
+    run_dir = Path(run_dir)
+    missing = [f for f in ("config.json", "metrics.csv", "assignments.npy", "features.npy", "clustering.npz") if not (run_dir / f).exists()]
+    if missing:
+        raise FileNotFoundError(f"{show(run_dir)} holds no finished run ({', '.join(missing)} missing): run the training notebook first")
+    stored = load_json(run_dir / "config.json")
+    config = TrainConfig(**{f.name: stored[f.name] for f in fields(TrainConfig)})
+    if not is_complete(run_dir, config):
+        raise FileNotFoundError(f"{show(run_dir)} is not finished: run the training notebook again, it goes on where it stopped")
+    with np.load(run_dir / "clustering.npz") as clustering:
+        final = clustering["assignments"].astype(np.int64)
+    return Run(
+        config,
+        pd.read_csv(run_dir / "metrics.csv"),
+        np.load(run_dir / "assignments.npy"),
+        np.load(run_dir / "features.npy", mmap_mode="r"),
+        final,
+        run_dir,
+    )
+
+
+def load_model(run: Run, device: str | torch.device = "cpu") -> Backbone:
+    """The network of a finished run, in evaluation mode."""
+    model = build(run.config.backbone, run.config.n_clusters, run.config.width, seed=run.config.seed)
+    model.load_state_dict(load_checkpoint(run.path / "checkpoint.pt")["model"])
+    return model.to(device).eval()
+
+
+def embed(run: Run, features: np.ndarray) -> np.ndarray:
+    """Features (M, D) of a finished run's network -> what was clustered, (M, d): the run's own PCA, whitening and L2."""
+    with np.load(run.path / "clustering.npz") as c:
+        embedding = (features - c["mean"]) @ c["components"].T / np.sqrt(c["explained_variance"])
+    norm = np.linalg.norm(embedding, axis=1, keepdims=True)
+    return (embedding / np.maximum(norm, 1e-12)).astype(np.float32)
+
+
+def assign(run: Run, features: np.ndarray) -> np.ndarray:
+    """Features (M, D) of a finished run's network -> its clusters (M,), the nearest of the run's centroids."""
+    with np.load(run.path / "clustering.npz") as c:
+        centroids = c["centroids"]
+    # |x - c|^2 without the |x|^2 that is the same for all clusters
+    return np.argmin((centroids**2).sum(1) - 2 * embed(run, features) @ centroids.T, axis=1)
+
+
+def curves(runs: Mapping[int, Run]) -> pd.DataFrame:
+    """The metrics of several seeds below each other, with a column ``seed``."""
+    return pd.concat([run.metrics.assign(seed=seed) for seed, run in runs.items()], ignore_index=True)

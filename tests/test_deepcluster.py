@@ -1,0 +1,326 @@
+"""The loop: one image is one row everywhere, a killed run ends like an unbroken one, and bad input is named."""
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import lib.deepcluster
+import lib.models
+from lib.deepcluster import RunMismatchError, TrainConfig, fit, load_run, uniform_over_clusters
+from lib.runs import assign, load_model
+
+SECONDS = ["seconds_features", "seconds_cluster", "seconds_train"]
+SMALL = TrainConfig(
+    "alexnet", n_clusters=4, pca_dim=8, epochs=2, batch_size=16, width=(4, 8, 8, 8, 8, 16), rotation_degrees=180, device="cpu"
+)
+
+
+def pictures(n=40, seed=0):
+    """Four kinds of bright blobs with noise."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 60, (n, 64, 64), dtype=np.uint8)
+    for i in range(n):
+        y, x = divmod(i % 4, 2)
+        images[i, 32 * y : 32 * y + 28, 32 * x : 32 * x + 28] += 150
+    return images
+
+
+def bytes_of(run_dir):
+    """What a run computed, times left out."""
+    table = pd.read_csv(run_dir / "metrics.csv", dtype=str).drop(columns=SECONDS).to_csv()
+    return table, (run_dir / "assignments.npy").read_bytes(), (run_dir / "features.npy").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    path = tmp_path_factory.mktemp("unbroken") / "run"
+    return fit(pictures(), SMALL, path, progress=False)
+
+
+def test_run_folder(unbroken):
+    assert {p.name for p in unbroken.path.iterdir()} == {
+        "config.json",
+        "metrics.csv",
+        "assignments.npy",
+        "features.npy",
+        "checkpoint.pt",
+        "clustering.npz",
+    }
+    assert list(unbroken.metrics.columns) == lib.deepcluster.COLUMNS
+    assert list(unbroken.metrics.epoch) == [1, 2]
+    assert np.isnan(unbroken.metrics.nmi_prev[0])
+    assert 0 <= unbroken.metrics.nmi_prev[1] <= 1
+    assert unbroken.assignments.shape == (2, 40)
+    assert unbroken.features.shape == (40, 16)
+    assert np.isfinite(unbroken.features).all()
+    assert unbroken.config == dataclasses.replace(SMALL, device="cpu")
+
+
+class Planted(lib.models.Backbone):
+    """Reads the index that is written in the first pixels of an image, and keeps what it has seen."""
+
+    WIDTH = (1,)
+    seen: list = []  # noqa: RUF012 (filled by the test that looks at it)
+
+    def __init__(self, n_clusters, width):
+        super().__init__(2, n_clusters)
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    @staticmethod
+    def index(x):
+        pixels = ((x[:, 0, 0, :2] + 1) * 127.5).round().long()
+        return pixels[:, 0] * 256 + pixels[:, 1]
+
+    def features(self, x):
+        index = self.index(x)
+        if self.training:
+            Planted.seen.append(index)
+        angle = index * 2.399963  # golden angle: neighbours in index are no neighbours in feature space
+        return torch.stack([angle.cos(), angle.sin()], 1) * self.weight
+
+
+@pytest.mark.parametrize("uniform_sampling", [True, False])
+def test_image_feature_cluster_and_label_are_the_same_image(tmp_path, monkeypatch, uniform_sampling):
+    n, k = 300, 7
+    images = np.zeros((n, 64, 64), np.uint8)
+    images[:, 0, 0], images[:, 0, 1] = np.divmod(np.arange(n), 256)
+    monkeypatch.setitem(lib.models.BACKBONES, "planted", Planted)
+    monkeypatch.setattr(Planted, "seen", [])
+    labels_seen = []
+    cross_entropy = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda logits, y: labels_seen.append(y) or cross_entropy(logits, y))
+    config = TrainConfig("planted", k, pca_dim=2, epochs=2, batch_size=32, uniform_sampling=uniform_sampling, device="cpu")
+    run = fit(images, config, tmp_path, progress=False)
+
+    steps = len(labels_seen) // 2
+    assert steps == 10
+    for epoch in range(2):
+        index = torch.cat(Planted.seen[epoch * steps : (epoch + 1) * steps]).numpy()
+        labels = torch.cat(labels_seen[epoch * steps : (epoch + 1) * steps]).numpy()
+        np.testing.assert_array_equal(labels, run.assignments[epoch][index])
+        assert len(np.unique(index)) == n if not uniform_sampling else len(index) == n
+        assert not np.array_equal(index, np.sort(index))
+    angle = np.arange(n) * 2.399963
+    direction = run.features / np.linalg.norm(run.features, axis=1, keepdims=True)
+    np.testing.assert_allclose(direction, np.sign(run.features[0, 0]) * np.stack([np.cos(angle), np.sin(angle)], 1), atol=1e-3)
+    # the clusters of a circle are arcs: neighbours on it share their cluster but at K borders
+    round_the_circle = run.final_assignments[np.argsort(angle % (2 * np.pi))]
+    assert (round_the_circle != np.roll(round_the_circle, 1)).sum() == k
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(unbroken, tmp_path):
+    again = fit(pictures(), SMALL, tmp_path / "a", progress=False)
+    assert bytes_of(again.path) == bytes_of(unbroken.path)
+    other = fit(pictures(), dataclasses.replace(SMALL, seed=1), tmp_path / "b", progress=False)
+    assert bytes_of(other.path) != bytes_of(unbroken.path)
+
+
+def test_global_random_state_is_left(tmp_path):
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002 (the legacy state is what must not move)
+    expected = torch.rand(2), np.random.rand()  # noqa: NPY002
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    fit(pictures(), SMALL, tmp_path, progress=False)
+    assert torch.equal(torch.rand(2), expected[0])
+    assert np.random.rand() == expected[1]  # noqa: NPY002
+
+
+def test_continuing_equals_an_unbroken_run(unbroken, tmp_path):
+    shorter = fit(pictures(), dataclasses.replace(SMALL, epochs=1), tmp_path, progress=False)
+    assert len(shorter.metrics) == 1
+    longer = fit(pictures(), SMALL, tmp_path, progress=False)
+    assert bytes_of(longer.path) == bytes_of(unbroken.path)
+    with pytest.raises(RunMismatchError, match="has 2 epochs, 1 asked"):
+        fit(pictures(), dataclasses.replace(SMALL, epochs=1), tmp_path, progress=False)
+    assert len(load_run(tmp_path).metrics) == 2  # the refusal changed nothing
+
+
+def test_finished_run_is_not_trained_again(unbroken):
+    stamp = (unbroken.path / "checkpoint.pt").stat().st_mtime_ns
+    fit(pictures(), SMALL, unbroken.path, progress=False)
+    assert (unbroken.path / "checkpoint.pt").stat().st_mtime_ns == stamp
+
+
+KILLED = """
+    import os, signal, sys
+    import torch
+    torch.set_num_threads({threads})
+    from lib.deepcluster import fit
+    from tests.test_deepcluster import SMALL, pictures
+    real, count = os.replace, 0
+    def replace(*args):
+        global count
+        count += 1
+        if count == {at} and not {after}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*args)
+        if count == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = replace
+    fit(pictures(), SMALL, {path!r}, progress=False)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize(("at", "after"), [(1, True), (2, False), (2, True), (3, True), (7, False), (9, False)])
+def test_killed_run_ends_like_an_unbroken_one(unbroken, tmp_path, at, after):
+    """The process is killed with -9 before or after one of its renames: in the first epoch, between two files, in the last lines."""
+    script = textwrap.dedent(KILLED.format(at=at, after=after, path=str(tmp_path), threads=torch.get_num_threads()))
+    root = Path(lib.__file__).parent.parent
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    with pytest.raises(FileNotFoundError):
+        load_run(tmp_path)
+    assert bytes_of(fit(pictures(), SMALL, tmp_path, progress=False).path) == bytes_of(unbroken.path)
+
+
+def test_full_disk_leaves_nothing_half_written(unbroken, tmp_path, monkeypatch):
+    save = np.save
+
+    def full(handle, array, **kwargs):
+        if array.dtype == np.float32:  # the features
+            handle.write(b"half a fi")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(handle, array, **kwargs)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match=r"features\.npy: No space left on device"):
+        fit(pictures(), SMALL, tmp_path, progress=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "metrics.csv", "assignments.npy", "checkpoint.pt"}
+    monkeypatch.undo()
+    assert bytes_of(fit(pictures(), SMALL, tmp_path, progress=False).path) == bytes_of(unbroken.path)
+
+
+def test_other_settings_or_images_are_refused_and_can_be_set_aside(tmp_path):
+    fit(pictures(), SMALL, tmp_path / "run", progress=False)
+    before = bytes_of(tmp_path / "run")
+    with pytest.raises(RunMismatchError, match=r"lr 0\.001, now 0\.01.*--restart"):
+        fit(pictures(), dataclasses.replace(SMALL, lr=0.01), tmp_path / "run", progress=False)
+    with pytest.raises(RunMismatchError, match="other images"):
+        fit(pictures(seed=1), SMALL, tmp_path / "run", progress=False)
+    with pytest.raises(RunMismatchError, match="backbone alexnet, now p4m"):
+        fit(pictures(), TrainConfig("p4m", 4, 8, 2, width=(2, 2, 4)), tmp_path / "run", progress=False)
+    assert bytes_of(tmp_path / "run") == before
+    fit(pictures(), dataclasses.replace(SMALL, lr=0.01), tmp_path / "run", restart=True, progress=False)
+    assert bytes_of(tmp_path / "run.old1") == before
+    assert bytes_of(tmp_path / "run") != before
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    fit(pictures(), dataclasses.replace(SMALL, epochs=1), tmp_path, progress=False)
+    content = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read .* delete it"):
+        fit(pictures(), SMALL, tmp_path, progress=False)
+
+
+def test_untrained_network(tmp_path):
+    run = fit(pictures(), dataclasses.replace(SMALL, epochs=0), tmp_path, progress=False)
+    assert run.assignments.shape == (0, 40)
+    assert len(run.metrics) == 0
+    fresh = lib.models.build("alexnet", 4, SMALL.width, seed=0).state_dict()
+    assert all(torch.equal(v, fresh[k]) for k, v in load_model(run).state_dict().items())
+
+
+def test_model_and_clusters_can_be_used_again(unbroken):
+    model = load_model(unbroken)
+    features = lib.deepcluster.extract(model, pictures())
+    np.testing.assert_allclose(features, unbroken.features, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(assign(unbroken, features), unbroken.final_assignments)
+
+
+def test_blobs_are_found(tmp_path):
+    """Four kinds of pictures, three directions between their means: the clusters follow the kinds, and the loss falls."""
+    config = dataclasses.replace(SMALL, epochs=3, pca_dim=3, rotation_degrees=0)
+    run = fit(pictures(80), config, tmp_path, progress=False)
+    assert lib.deepcluster.metrics.nmi(run.final_assignments, np.arange(80) % 4) > 0.5  # two unrelated clusterings of this size: 0.05
+    assert run.metrics.loss.iloc[-1] < run.metrics.loss.iloc[0]
+
+
+def test_uniform_over_clusters():
+    labels = np.array([0] * 900 + [1] * 90 + [5] * 10)
+    index = uniform_over_clusters(labels, np.random.default_rng(0))
+    assert len(index) == 1000
+    drawn = np.bincount(labels[index], minlength=6)
+    assert drawn[[2, 3, 4]].sum() == 0
+    assert np.ptp(drawn[[0, 1, 5]]) <= 2
+    assert len(np.unique(index[labels[index] == 0])) == drawn[0]  # a large cluster is drawn without repetition
+
+
+def test_loss_that_is_not_finite_stops_and_says_where(tmp_path, monkeypatch):
+    real, calls = torch.nn.functional.cross_entropy, []
+
+    def cross_entropy(*args):
+        calls.append(0)
+        return real(*args) * (torch.nan if len(calls) == 5 else 1)  # 3 batches an epoch
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
+    with pytest.raises(FloatingPointError, match="epoch 2, batch 2 of 3"):
+        fit(pictures(), SMALL, tmp_path, progress=False)
+    assert len(pd.read_csv(tmp_path / "metrics.csv")) == 1
+
+
+def test_collapse_is_said(tmp_path):
+    images = np.full((40, 64, 64), 90, np.uint8)
+    images[:6] = pictures(6)
+    with pytest.warns(RuntimeWarning) as said:
+        fit(images, dataclasses.replace(SMALL, epochs=1), tmp_path, progress=False)
+    assert any("the largest holds" in str(w.message) and "collapsing" in str(w.message) for w in said)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (pictures(3), "n_clusters = 4 is more than the 3 images"),
+        (pictures(1), "n_clusters = 4 is more than the 1 images"),
+        (pictures().astype(np.float32), "float32"),
+        (pictures()[:, :32], r"\(40, 32, 64\)"),
+        ([1, 2], "list"),
+    ],
+)
+def test_bad_images(tmp_path, images, message):
+    with pytest.raises(ValueError, match=message):
+        fit(images, SMALL, tmp_path, progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "vgg"}, "'vgg' is unknown"),
+        ({"n_clusters": 1}, "n_clusters must be at least 2, got 1"),
+        ({"epochs": -1}, "epochs must be at least 0"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"rotation_degrees": 360.0}, "at most 180"),
+        ({"device": "tpu"}, "'tpu'"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="could not write"):
+        fit(pictures(), SMALL, tmp_path / "file" / "run", progress=False)
+
+
+def test_training_code_cannot_see_labels():
+    """The loop and all it imports know no metadata: lib.data is not among them."""
+    script = "import sys, lib.deepcluster; sys.exit('lib.data' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(lib.__file__).parent.parent).returncode == 0
