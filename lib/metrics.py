@@ -19,6 +19,7 @@ from sklearn.manifold import trustworthiness as sklearn_trustworthiness
 from sklearn.metrics import adjusted_mutual_info_score, davies_bouldin_score, normalized_mutual_info_score, silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 # ---------------------------------------------------------------- agreement of two clusterings
 
@@ -356,7 +357,8 @@ def _standardised(features: np.ndarray, train: np.ndarray, test: np.ndarray, max
 
 def _fitted(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> tuple[LogisticRegression, bool]:
     """The fitted model and whether it converged; if not, a warning says so in terms of the probe."""
-    with warnings.catch_warnings(record=True) as caught:
+    # hundreds of small steps: handing each to a pool of threads costs more than it saves, and far more on a busy machine
+    with warnings.catch_warnings(record=True) as caught, threadpool_limits(limits=1):
         warnings.simplefilter("always")
         model.fit(x, y)
     converged = True
