@@ -1,0 +1,146 @@
+"""What is measured on a finished run, and on the baselines it must be read beside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib import metrics
+from lib.augment import rotate
+from lib.data import finding_matrix, label_combinations
+from lib.deepcluster import cluster
+from lib.features import extract, normalise
+from lib.runs import Run, TrainConfig, assign, embed, load_model
+
+SYMMETRIES = tuple((mirrored, turns) for mirrored in (False, True) for turns in range(4))
+ANGLES = (15.0, 30.0, 45.0, 60.0, 75.0)
+PIXELS = "pixels"  # arm of the raw-pixel baseline
+
+
+def pixel_features(images: np.ndarray) -> np.ndarray:
+    """Raw pixels as features: (N, 64, 64) uint8 -> (N, 4096) float32 in [-1, 1]. The baseline that knows no network."""
+    return normalise(torch.from_numpy(np.array(images))).flatten(1).numpy()
+
+
+def evaluate_features(
+    features: np.ndarray, embedding: np.ndarray, assignments: np.ndarray, metadata: pd.DataFrame, seed: int = 0, n_boot: int = 1000
+) -> dict[str, Any]:
+    """Probes of frozen features, and how the clusters agree with the labels.
+
+    Parameters
+    ----------
+    features : ndarray, shape (N, D)
+        What the probes read.
+    embedding : ndarray, shape (N, d)
+        The same after PCA, whitening and L2: what was clustered.
+    assignments : ndarray, shape (N,)
+        The clusters of the embedding.
+    metadata : DataFrame, N rows
+        ``patient_id``, ``findings``, ``split``. Images with no findings text are left out of what needs labels.
+
+    Returns
+    -------
+    dict
+        ``clusters``, ``label_combinations`` (see ``metrics.probe``), ``findings`` (see ``metrics.findings_auroc``), ``labels`` with NMI
+        and AMI of clusters with label combinations and the NMI of a permutation, ``structure`` (see ``metrics.cluster_structure``).
+        What the data cannot tell is None.
+    """
+    train, test = (np.flatnonzero(metadata["split"] == part) for part in ("train", "test"))
+    patients = metadata["patient_id"].to_numpy()
+    numbers: dict[str, Any] = {
+        "clusters": None,
+        "label_combinations": None,
+        "findings": None,
+        "labels": None,
+        "structure": metrics.cluster_structure(embedding, assignments, seed=seed),
+    }
+    options = {"groups": patients, "seed": seed, "n_boot": n_boot}
+    if len(train) and len(test):
+        numbers["clusters"] = metrics.probe(features, assignments, train, test, **options)
+    codes = label_combinations(metadata["findings"])
+    labelled = codes >= 0
+    train, test = train[labelled[train]], test[labelled[test]]
+    if len(train) and len(test):
+        numbers["label_combinations"] = metrics.probe(features, codes, train, test, **options)
+        numbers["findings"] = metrics.findings_auroc(features, finding_matrix(metadata["findings"]), train, test, **options)
+    if labelled.any():
+        numbers["labels"] = {
+            "nmi": metrics.nmi(assignments[labelled], codes[labelled]),
+            "ami": metrics.ami(assignments[labelled], codes[labelled]),
+            "nmi_permuted": metrics.chance_nmi(assignments[labelled], codes[labelled], seed=seed),
+        }
+    return numbers
+
+
+def evaluate_pixels(images: np.ndarray, metadata: pd.DataFrame, config: TrainConfig, n_boot: int = 1000) -> dict[str, Any]:
+    """The same measures for raw pixels, clustered with the arms' own PCA size, K and seed. No training."""
+    features = pixel_features(images)
+    assignments, whiten, _ = cluster(features, config, config.epochs + 1)
+    return evaluate_features(features, np.asarray(whiten.transform(features)), assignments, metadata, config.seed, n_boot)
+
+
+def evaluate_run(run: Run, metadata: pd.DataFrame, n_boot: int = 1000) -> dict[str, Any]:
+    """`evaluate_features` of a finished run's last features and clusters."""
+    features = np.asarray(run.features)
+    return evaluate_features(features, embed(run, features), run.final_assignments, metadata, run.config.seed, n_boot)
+
+
+def evaluate_training(run: Run, seed: int = 0) -> dict[str, Any]:
+    """Numbers of the curves: convergence, stability, chance level (defined in ``lib.metrics``). Empty where the run has no two epochs."""
+    curve = run.metrics["nmi_prev"].dropna().to_numpy()
+    loss = run.metrics["loss"].to_numpy()
+    if not len(curve):
+        return {}
+    number, size = metrics.increases(loss)
+    return {
+        "nmi_final": float(curve[-1]),
+        "ami_final": float(run.metrics["ami_prev"].iloc[-1]),
+        "nmi_chance": metrics.chance_nmi(run.assignments[-2], run.assignments[-1], seed=seed),
+        "converged_at": 1 + metrics.convergence_epoch(curve),  # the curve starts at epoch 2
+        "nmi_sd": metrics.stability(curve),
+        "loss_increases": number,
+        "loss_increase_size": size,
+        "loss_final": float(loss[-1]),
+        "largest_cluster": float(run.metrics["largest_cluster"].iloc[-1]),
+        "clusters_used": int(run.metrics["clusters_used"].iloc[-1]),
+    }
+
+
+def evaluate_symmetry(run: Run, images: np.ndarray, sample: int = 500, seed: int = 0) -> dict[str, Any]:
+    """Share of images that keep their cluster when they are turned or mirrored.
+
+    Parameters
+    ----------
+    images : ndarray uint8, shape (N, 64, 64)
+    sample : int
+        At most this many images are tried.
+
+    Returns
+    -------
+    dict
+        ``symmetries``, 8 shares in the order of SYMMETRIES (the first is the image itself), ``lattice`` the mean of the seven others,
+        ``angles`` share for each of ANGLES degrees (black corners, bilinear), ``free`` their mean, ``n``.
+    """
+    index = np.sort(np.random.default_rng(seed).choice(len(images), min(sample, len(images)), replace=False))
+    chosen = np.array(images[index])
+    model = load_model(run)
+
+    def clusters_of(moved: np.ndarray) -> np.ndarray:
+        return assign(run, extract(model, np.ascontiguousarray(moved)))
+
+    reference = clusters_of(chosen)
+    symmetric = [np.rot90(chosen[:, :, ::-1] if mirrored else chosen, turns, (1, 2)) for mirrored, turns in SYMMETRIES]
+    x = normalise(torch.from_numpy(chosen))
+    turned = [((rotate(x, torch.full((len(x),), a)) + 1) * 127.5).round().clamp(0, 255).byte()[:, 0].numpy() for a in ANGLES]
+    symmetries = metrics.kept_share(reference, np.stack([clusters_of(m) for m in symmetric]))
+    free = metrics.kept_share(reference, np.stack([clusters_of(m) for m in turned]))
+    return {
+        "symmetries": symmetries.tolist(),
+        "lattice": float(symmetries[1:].mean()),
+        "angles": dict(zip(map(str, ANGLES), free.tolist(), strict=True)),
+        "free": float(free.mean()),
+        "n": len(chosen),
+    }

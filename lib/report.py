@@ -1,0 +1,297 @@
+"""Tables and text of a study, written from its numbers: no sentence here knows a result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib.metrics import seed_interval
+
+ARMS = {
+    "alexnet": "AlexNet, rotation augmentation",
+    "p4m": "P4M, no augmentation",
+    "alexnet-untrained": "AlexNet, untrained",
+    "p4m-untrained": "P4M, untrained",
+    "pixels": "raw pixels",
+}
+TARGETS = {
+    "clusters": "cluster assignments",
+    "label_combinations": "label combinations",
+    "findings": "14 findings, mean AUROC",
+}
+
+
+def dataset_label(kind: str, n_images: int) -> str:
+    """How figures and tables name a dataset, e.g. ``"synthetic phantom, 2,000 images"``."""
+    names = {"phantom": "synthetic phantom", "nih": "NIH ChestX-ray14"}
+    return f"{names.get(kind, 'own images')}, {n_images:,} images"
+
+
+def results_rows(results: Mapping[str, Any]) -> pd.DataFrame:
+    """``results.csv``: one row an arm, seed and probe.
+
+    Returns
+    -------
+    DataFrame
+        ``arm, seed, target, value`` (accuracy, or mean AUROC for the findings), ``patients_low, patients_high`` (95 % bootstrap over
+        test patients), ``majority`` (0.5 for AUROC), ``chance, n_classes, n_test``.
+    """
+    rows = []
+    for arm, entry in results["arms"].items():
+        for seed, numbers in entry["seeds"].items():
+            for target in TARGETS:
+                found = numbers["features"][target]
+                if found is None:
+                    continue
+                auroc = target == "findings"
+                rows.append(
+                    {
+                        "arm": arm,
+                        "seed": int(seed),
+                        "target": target,
+                        "value": found["mean" if auroc else "accuracy"],
+                        "patients_low": found["low"],
+                        "patients_high": found["high"],
+                        "majority": 0.5 if auroc else found["majority"],
+                        "chance": 0.5 if auroc else found["chance"],
+                        "n_classes": found["n_findings" if auroc else "n_classes"],
+                        "n_test": results["n_test"],
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def linear_probe_table(results: Mapping[str, Any], published: Mapping[str, Any]) -> pd.DataFrame:
+    """Table 1: each arm's probes over its seeds, beside majority and published value.
+
+    Returns
+    -------
+    DataFrame
+        ``target, arm, n_seeds, accuracy`` (mean over seeds), ``seeds_low, seeds_high`` (95 %, Student's t; NaN for one seed),
+        ``patients_low, patients_high`` (95 % bootstrap bounds over test patients, mean over seeds), ``ci_low, ci_high`` (the wider of both:
+        neither covers the other's chance), ``baseline`` (majority), ``chance, n_classes, n_test, published, published_baseline``.
+    """
+    rows = []
+    table = results_rows(results)
+    for target in TARGETS:
+        for arm in ARMS:
+            part = table[(table.get("target") == target) & (table.get("arm") == arm)] if len(table) else table
+            if part.empty:
+                continue
+            mean, low, high = seed_interval(part["value"])
+            patients = part["patients_low"].mean(), part["patients_high"].mean()
+            known = arm in published["linear_probe"] and target != "findings"
+            rows.append(
+                {
+                    "target": target,
+                    "arm": arm,
+                    "n_seeds": len(part),
+                    "accuracy": mean,
+                    "seeds_low": low,
+                    "seeds_high": high,
+                    "patients_low": patients[0],
+                    "patients_high": patients[1],
+                    "ci_low": max(0.0, np.nanmin([low, patients[0], mean])),
+                    "ci_high": min(1.0, np.nanmax([high, patients[1], mean])),
+                    "baseline": part["majority"].mean(),
+                    "chance": part["chance"].mean(),
+                    "n_classes": part["n_classes"].mean(),
+                    "n_test": part["n_test"].iloc[0],
+                    "published": published["linear_probe"][arm] if known else math.nan,
+                    "published_baseline": published["linear_probe"]["majority_baseline_recomputed"]
+                    if known and target == "label_combinations"
+                    else math.nan,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _span(low: float, high: float, digits: int = 3) -> str:
+    return f"{_number(low, digits)} to {_number(high, digits)}" if math.isfinite(low) else "–"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def linear_probe_markdown(table: pd.DataFrame, label: str) -> str:
+    """Table 1 as Markdown, a block a target."""
+    header = ["features", "value", "95 % over seeds", "95 % over patients", "majority", "classes", "seeds", "published"]
+    blocks = [f"**Table 1. Linear probes on frozen features.** Dataset: {label}."]
+    for target, name in TARGETS.items():
+        part = table[table["target"] == target]
+        if part.empty:
+            continue
+        rows = [
+            [
+                ARMS[r.arm],
+                _number(r.accuracy),
+                _span(r.seeds_low, r.seeds_high),
+                _span(r.patients_low, r.patients_high),
+                _number(r.baseline),
+                f"{r.n_classes:.0f}",
+                str(r.n_seeds),
+                _number(r.published),
+            ]
+            for r in part.itertuples()
+        ]
+        blocks.append(f"*{name[0].upper()}{name[1:]}*\n\n" + markdown_table(header, rows))
+    blocks.append(
+        "Logistic regression, patients split 80/20. Value: accuracy, mean over seeds; for the findings the mean area under the ROC curve, "
+        "where 0.5 is chance. Majority: always answering the most frequent class of the training images. Cluster assignments are the "
+        "clusters of the same features, so their probe says how linear the clusters are, not what they mean. Published: 0.564 and 0.567, "
+        "which the project page gives for cluster assignments and the published script computes for label combinations, where the majority "
+        "scored 0.590."
+    )
+    return "\n\n".join(blocks) + "\n"
+
+
+def over_seeds(results: Mapping[str, Any], arm: str, pick: Callable[[Mapping[str, Any]], float | None]) -> str:
+    """``mean (low to high over n seeds)`` of one number of an arm, or a dash."""
+    values = []
+    for numbers in results["arms"].get(arm, {"seeds": {}})["seeds"].values():
+        try:
+            value = pick(numbers)
+        except (KeyError, TypeError):  # a run too short, or data without labels, has no such number
+            value = None
+        if value is not None and math.isfinite(value):
+            values.append(value)
+    if not values:
+        return "–"
+    mean, low, high = seed_interval(values)
+    spread = f"{_span(low, high)}, " if math.isfinite(low) else ""
+    return f"{_number(mean)} ({spread}n = {len(values)})"
+
+
+FINDINGS = (
+    (
+        "Faster convergence",
+        "the equivariant network stabilises early",
+        (
+            ("first epoch from which NMI stays within 0.02 of its final mean", lambda n: n["training"]["converged_at"]),
+            ("NMI of the last two epochs", lambda n: n["training"]["nmi_final"]),
+            ("the same for unrelated clusterings of these sizes (chance)", lambda n: n["training"]["nmi_chance"]),
+            ("AMI of the last two epochs (chance is 0)", lambda n: n["training"]["ami_final"]),
+        ),
+    ),
+    (
+        "Improved stability",
+        "NMI and loss fluctuate less",
+        (
+            ("standard deviation of NMI over the second half", lambda n: n["training"]["nmi_sd"]),
+            ("epochs at which the loss rises", lambda n: n["training"]["loss_increases"]),
+            ("sum of these rises, in units of ln K", lambda n: n["training"]["loss_increase_size"] / n["ln_k"]),
+        ),
+    ),
+    (
+        "More structured representations",
+        "clusters are more clearly apart",
+        (
+            ("silhouette of the clusters in the clustered space, -1 to 1", lambda n: n["features"]["structure"]["silhouette"]),
+            ("Davies-Bouldin index, lower is better", lambda n: n["features"]["structure"]["davies_bouldin"]),
+            ("AMI of clusters with label combinations (chance is 0)", lambda n: n["features"]["labels"]["ami"]),
+        ),
+    ),
+    (
+        "Better transferability",
+        "the linear probe scores higher (0.567 against 0.564)",
+        (
+            ("probe of cluster assignments, accuracy", lambda n: n["features"]["clusters"]["accuracy"]),
+            ("probe of label combinations, accuracy", lambda n: n["features"]["label_combinations"]["accuracy"]),
+            ("majority of label combinations", lambda n: n["features"]["label_combinations"]["majority"]),
+            ("probe of the 14 findings, mean AUROC (chance is 0.5)", lambda n: n["features"]["findings"]["mean"]),
+        ),
+    ),
+    (
+        "No augmentation required",
+        "robustness to rotation comes from the architecture",
+        (
+            ("share of images keeping their cluster under the 7 turns and mirrors of the square", lambda n: n["symmetry"]["lattice"]),
+            ("share keeping it under turns of 15 to 75 degrees", lambda n: n["symmetry"]["free"]),
+        ),
+    ),
+)
+
+
+def summary(results: Mapping[str, Any], table: pd.DataFrame, figures: Mapping[str, str], command: str) -> str:
+    """``summary.md``: the page's five key findings, each with this run's numbers, and the captions of the figures.
+
+    Parameters
+    ----------
+    results : mapping
+        Contents of results.json.
+    table : DataFrame
+        `linear_probe_table`.
+    figures : mapping of file name to caption
+    command : str
+        The command that makes all of it.
+    """
+    label = results["dataset_label"]
+    epochs = {arm: results["arms"][arm]["config"]["epochs"] for arm in ("alexnet", "p4m")}
+    facts = [
+        f"K = {results['n_clusters']}",
+        f"seeds {', '.join(map(str, results['seeds']))}",
+        f"epochs: AlexNet {epochs['alexnet']}, P4M {epochs['p4m']}",
+        f"parameters: AlexNet {results['arms']['alexnet']['parameters']:,}, P4M {results['arms']['p4m']['parameters']:,}",
+        f"{results['n_patients']:,} patients",
+    ]
+    columns = ("alexnet", "p4m", "alexnet-untrained", "p4m-untrained")
+    blocks = [
+        f"# Summary: {label}",
+        f"{'; '.join(facts)}. Made by `{command}`.",
+        results["attribution"],
+        "## The five key findings of the page, with this run's numbers",
+        "Each cell is the mean over seeds, with a 95 % interval (Student's t) where there is more than one. These are measurements; a "
+        "verdict needs controls and more seeds than a quick run has. NMI of consecutive epochs says that a network agrees with itself, not "
+        "with anatomy or disease.",
+    ]
+    for number, (title, claim, measures) in enumerate(FINDINGS, 1):
+        rows = [[name, *(over_seeds(results, arm, pick) for arm in columns)] for name, pick in measures]
+        header = ["measure", *(ARMS[arm] for arm in columns)]
+        blocks.append(f"### {number}. {title}: {claim}\n\n" + markdown_table(header, rows))
+    blocks += ["## Linear probes", linear_probe_markdown(table, label), "## Figures"]
+    blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in figures.items()]
+    return "\n\n".join(blocks).rstrip() + "\n"
+
+
+def glance(results: Mapping[str, Any]) -> str:
+    """README's result at a glance: a few measures of both arms, each beside its baseline (cells as in `summary`)."""
+    nothing_learnt = ("untrained", ("alexnet-untrained", "p4m-untrained"))
+    measures = (
+        (
+            "NMI of the last two epochs",
+            lambda n: n["training"]["nmi_final"],
+            "chance",
+            ("alexnet", "p4m"),
+            lambda n: n["training"]["nmi_chance"],
+        ),
+        ("loss of the last epoch, in units of ln K", lambda n: n["training"]["loss_final"] / n["ln_k"], "chance", (), 1.0),
+        ("probe: cluster assignments", *_probe("clusters")),
+        ("probe: label combinations", *_probe("label_combinations")),
+        ("probe: 14 findings, mean AUROC", lambda n: n["features"]["findings"]["mean"], *nothing_learnt, None),
+        ("keeps its cluster: lattice turns", lambda n: n["symmetry"]["lattice"], *nothing_learnt, None),
+        ("keeps its cluster: 15 to 75 degrees", lambda n: n["symmetry"]["free"], *nothing_learnt, None),
+    )
+    rows = []
+    for name, pick, kind, arms, baseline in measures:
+        if isinstance(baseline, float):
+            beside = _number(baseline)
+        else:
+            beside = " / ".join(over_seeds(results, arm, baseline or pick).split(" (")[0] for arm in arms)
+        rows.append([name, *(over_seeds(results, arm, pick) for arm in ("alexnet", "p4m")), f"{kind}: {beside}"])
+    return markdown_table([results["dataset_label"], ARMS["alexnet"], ARMS["p4m"], "baseline (AlexNet / P4M)"], rows)
+
+
+def _probe(target: str) -> tuple[Any, ...]:
+    """Measure and majority baseline of a probe, as `glance` lists them."""
+    return lambda n: n["features"][target]["accuracy"], "majority", ("alexnet", "p4m"), lambda n: n["features"][target]["majority"]

@@ -1,0 +1,84 @@
+"""Places and names, and the writer through which every file goes."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+
+from lib import paths
+
+
+def test_folders_follow_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "d"))
+    monkeypatch.setenv("CXR_FIGURES_DIR", str(tmp_path / "f"))
+    assert paths.run_dir("phantom", "p4m", 3) == tmp_path / "d" / "runs" / "phantom" / "p4m" / "seed3"
+    assert paths.dataset_dir("x") == tmp_path / "d" / "x"
+    assert paths.raw_dir("x") == tmp_path / "d" / "raw" / "x"
+    assert paths.figures_dir("x") == tmp_path / "f" / "x"
+    monkeypatch.delenv("CXR_DATA_DIR")
+    assert paths.data_root() == paths.ROOT / "data"
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a\\b", ".hidden", "with space", "x" * 65, "é"])
+def test_names_that_cannot_be_folders_are_refused(name):
+    with pytest.raises(ValueError, match="cannot name a dataset"):
+        paths.dataset_dir(name)
+
+
+def test_shown_paths_name_no_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "somewhere"))
+    assert paths.show(tmp_path / "somewhere" / "phantom" / "images.npy") == "data/phantom/images.npy"
+    assert paths.show(paths.ROOT / "README.md") == "README.md"
+    assert paths.show(tmp_path / "secret" / "x-rays") == "(outside the project)/x-rays"
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with paths.atomic_write(path, "w") as handle:
+        handle.write("first\n")
+        assert not path.exists()
+    assert path.read_bytes() == b"first\n"
+
+    def stop_half_way():
+        with paths.atomic_write(path, "w") as handle:
+            handle.write("half of the sec")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stop_half_way()
+    assert path.read_bytes() == b"first\n"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_full_disk_is_named_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "features.npy"
+    paths.save_npy(path, np.zeros(3))
+
+    def fill_the_disk():
+        with paths.atomic_write(path) as handle:
+            handle.write(b"x")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"could not write .*features\.npy: No space left.*free some space") as caught:
+        fill_the_disk()
+    assert caught.value.errno == errno.ENOSPC
+    assert np.load(path).shape == (3,)
+    assert os.listdir(tmp_path) == ["features.npy"]
+
+
+def test_json_round_trip_and_what_json_has_not(tmp_path):
+    path = tmp_path / "x.json"
+    paths.save_json(path, {"a": np.float32(0.5), "n": float("nan"), "b": [np.int64(2), (True,)], 3: np.arange(2), "s": "ß"})
+    assert paths.load_json(path) == {"a": 0.5, "n": None, "b": [2, [True]], "3": [0, 1], "s": "ß"}
+    json.loads(path.read_text(encoding="utf-8"))
+    path.write_text('{"a": ')
+    with pytest.raises(ValueError, match=r"x\.json is not a JSON file .* delete it"):
+        paths.load_json(path)
+
+
+def test_npy_holds_no_pickle(tmp_path):
+    with pytest.raises(ValueError, match="pickle"):
+        paths.save_npy(tmp_path / "x.npy", np.array([object()]))
+    assert not os.listdir(tmp_path)
