@@ -207,8 +207,7 @@ def fit(
     device = resolve_device(config.device)
     if restart:
         set_aside(run_dir)
-    ours = identity(config, images)
-    check_same_run(run_dir, ours)
+    ours = check_same_run(run_dir, identity(config, images))
     training = _Training(config, len(images), device, run_dir / "checkpoint.pt")
     if training.epoch > config.epochs:
         raise RunMismatchError(f"{show(run_dir)} has {training.epoch} epochs, {config.epochs} asked; {MOVE_ASIDE}")

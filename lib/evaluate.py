@@ -109,7 +109,7 @@ def evaluate_training(run: Run, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def evaluate_symmetry(run: Run, images: np.ndarray, sample: int = 500, seed: int = 0) -> dict[str, Any]:
+def evaluate_symmetry(run: Run, images: np.ndarray, sample: int = 256, seed: int = 0) -> dict[str, Any]:
     """Share of images that keep their cluster when they are turned or mirrored.
 
     Parameters

@@ -196,7 +196,9 @@ def probe(
         predicted, converged = np.repeat(classes, len(test)), True
     else:
         x_train, x_test = _standardised(features, train, test, max_dim, seed)
-        model, converged = _fitted(LogisticRegression(C=prior_variance / features.shape[1], tol=1e-3, max_iter=500), x_train, labels[train])
+        model, converged = _fitted(
+            LogisticRegression(C=prior_variance / features.shape[1], tol=1e-3, max_iter=2000), x_train, labels[train]
+        )
         predicted = model.predict(x_test)
     correct = predicted == labels[test]
     # share in training of each test image's class; 0 if unseen

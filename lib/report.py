@@ -91,12 +91,12 @@ def linear_probe_table(results: Mapping[str, Any], published: Mapping[str, Any])
                     "arm": arm,
                     "n_seeds": len(part),
                     "accuracy": mean,
-                    "seeds_low": low,
-                    "seeds_high": high,
+                    "seeds_low": max(low, 0.0),
+                    "seeds_high": min(high, 1.0),
                     "patients_low": patients[0],
                     "patients_high": patients[1],
-                    "ci_low": max(0.0, np.nanmin([low, patients[0], mean])),
-                    "ci_high": min(1.0, np.nanmax([high, patients[1], mean])),
+                    "ci_low": np.nanmin([max(low, 0.0), patients[0], mean]),
+                    "ci_high": np.nanmax([min(high, 1.0), patients[1], mean]),
                     "baseline": part["majority"].mean(),
                     "chance": part["chance"].mean(),
                     "n_classes": part["n_classes"].mean(),
@@ -156,10 +156,13 @@ def linear_probe_markdown(table: pd.DataFrame, label: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def over_seeds(results: Mapping[str, Any], arm: str, pick: Callable[[Mapping[str, Any]], float | None]) -> str:
-    """``mean (low to high over n seeds)`` of one number of an arm, or a dash."""
+def over_seeds(
+    results: Mapping[str, Any], arm: str, pick: Callable[[Mapping[str, Any]], float | None], low: float = -math.inf, high: float = math.inf
+) -> str:
+    """``mean (low to high, n = seeds)`` of one number of an arm, or a dash; a bound of the interval outside [low, high] is cut there."""
+    seeds = results["arms"].get(arm, {"seeds": {}})["seeds"]
     values = []
-    for numbers in results["arms"].get(arm, {"seeds": {}})["seeds"].values():
+    for numbers in seeds.values():
         try:
             value = pick(numbers)
         except (KeyError, TypeError):  # a run too short, or data without labels, has no such number
@@ -168,56 +171,64 @@ def over_seeds(results: Mapping[str, Any], arm: str, pick: Callable[[Mapping[str
             values.append(value)
     if not values:
         return "–"
-    mean, low, high = seed_interval(values)
-    spread = f"{_span(low, high)}, " if math.isfinite(low) else ""
-    return f"{_number(mean)} ({spread}n = {len(values)})"
+    mean, below, above = seed_interval(values)
+    spread = f"{_span(max(below, low), min(above, high))}, " if len(values) > 1 else ""
+    lacking = f" of {len(seeds)}" if len(values) < len(seeds) else ""
+    return f"{_number(mean)} ({spread}n = {len(values)}{lacking})"
 
+
+SHARE = (0.0, 1.0)  # bounds of a share, an accuracy, an NMI
+POSITIVE = (0.0, math.inf)
 
 FINDINGS = (
     (
         "Faster convergence",
         "the equivariant network stabilises early",
         (
-            ("first epoch from which NMI stays within 0.02 of its final mean", lambda n: n["training"]["converged_at"]),
-            ("NMI of the last two epochs", lambda n: n["training"]["nmi_final"]),
-            ("the same for unrelated clusterings of these sizes (chance)", lambda n: n["training"]["nmi_chance"]),
-            ("AMI of the last two epochs (chance is 0)", lambda n: n["training"]["ami_final"]),
+            ("first epoch from which NMI stays within 0.02 of its final mean", lambda n: n["training"]["converged_at"], (2, math.inf)),
+            ("NMI of the last two epochs", lambda n: n["training"]["nmi_final"], SHARE),
+            ("the same for unrelated clusterings of these sizes (chance)", lambda n: n["training"]["nmi_chance"], SHARE),
+            ("AMI of the last two epochs (chance is 0)", lambda n: n["training"]["ami_final"], (-1.0, 1.0)),
         ),
     ),
     (
         "Improved stability",
         "NMI and loss fluctuate less",
         (
-            ("standard deviation of NMI over the second half", lambda n: n["training"]["nmi_sd"]),
-            ("epochs at which the loss rises", lambda n: n["training"]["loss_increases"]),
-            ("sum of these rises, in units of ln K", lambda n: n["training"]["loss_increase_size"] / n["ln_k"]),
+            ("standard deviation of NMI over the second half", lambda n: n["training"]["nmi_sd"], POSITIVE),
+            ("epochs at which the loss rises", lambda n: n["training"]["loss_increases"], POSITIVE),
+            ("sum of these rises, in units of ln K", lambda n: n["training"]["loss_increase_size"] / n["ln_k"], POSITIVE),
         ),
     ),
     (
         "More structured representations",
         "clusters are more clearly apart",
         (
-            ("silhouette of the clusters in the clustered space, -1 to 1", lambda n: n["features"]["structure"]["silhouette"]),
-            ("Davies-Bouldin index, lower is better", lambda n: n["features"]["structure"]["davies_bouldin"]),
-            ("AMI of clusters with label combinations (chance is 0)", lambda n: n["features"]["labels"]["ami"]),
+            ("silhouette of the clusters in the clustered space, -1 to 1", lambda n: n["features"]["structure"]["silhouette"], (-1.0, 1.0)),
+            ("Davies-Bouldin index, lower is better", lambda n: n["features"]["structure"]["davies_bouldin"], POSITIVE),
+            ("AMI of clusters with label combinations (chance is 0)", lambda n: n["features"]["labels"]["ami"], (-1.0, 1.0)),
         ),
     ),
     (
         "Better transferability",
         "the linear probe scores higher (0.567 against 0.564)",
         (
-            ("probe of cluster assignments, accuracy", lambda n: n["features"]["clusters"]["accuracy"]),
-            ("probe of label combinations, accuracy", lambda n: n["features"]["label_combinations"]["accuracy"]),
-            ("majority of label combinations", lambda n: n["features"]["label_combinations"]["majority"]),
-            ("probe of the 14 findings, mean AUROC (chance is 0.5)", lambda n: n["features"]["findings"]["mean"]),
+            ("probe of cluster assignments, accuracy", lambda n: n["features"]["clusters"]["accuracy"], SHARE),
+            ("probe of label combinations, accuracy", lambda n: n["features"]["label_combinations"]["accuracy"], SHARE),
+            ("majority of label combinations", lambda n: n["features"]["label_combinations"]["majority"], SHARE),
+            ("probe of the 14 findings, mean AUROC (chance is 0.5)", lambda n: n["features"]["findings"]["mean"], SHARE),
         ),
     ),
     (
         "No augmentation required",
         "robustness to rotation comes from the architecture",
         (
-            ("share of images keeping their cluster under the 7 turns and mirrors of the square", lambda n: n["symmetry"]["lattice"]),
-            ("share keeping it under turns of 15 to 75 degrees", lambda n: n["symmetry"]["free"]),
+            (
+                "share of images keeping their cluster under the 7 turns and mirrors of the square",
+                lambda n: n["symmetry"]["lattice"],
+                SHARE,
+            ),
+            ("share keeping it under turns of 15 to 75 degrees", lambda n: n["symmetry"]["free"], SHARE),
         ),
     ),
 )
@@ -256,7 +267,7 @@ def summary(results: Mapping[str, Any], table: pd.DataFrame, figures: Mapping[st
         "with anatomy or disease.",
     ]
     for number, (title, claim, measures) in enumerate(FINDINGS, 1):
-        rows = [[name, *(over_seeds(results, arm, pick) for arm in columns)] for name, pick in measures]
+        rows = [[name, *(over_seeds(results, arm, pick, *bounds) for arm in columns)] for name, pick, bounds in measures]
         header = ["measure", *(ARMS[arm] for arm in columns)]
         blocks.append(f"### {number}. {title}: {claim}\n\n" + markdown_table(header, rows))
     blocks += ["## Linear probes", linear_probe_markdown(table, label), "## Figures"]
@@ -284,11 +295,12 @@ def glance(results: Mapping[str, Any]) -> str:
     )
     rows = []
     for name, pick, kind, arms, baseline in measures:
+        bounds = SHARE
         if isinstance(baseline, float):
-            beside = _number(baseline)
+            beside, bounds = _number(baseline), POSITIVE
         else:
             beside = " / ".join(over_seeds(results, arm, baseline or pick).split(" (")[0] for arm in arms)
-        rows.append([name, *(over_seeds(results, arm, pick) for arm in ("alexnet", "p4m")), f"{kind}: {beside}"])
+        rows.append([name, *(over_seeds(results, arm, pick, *bounds) for arm in ("alexnet", "p4m")), f"{kind}: {beside}"])
     return markdown_table([results["dataset_label"], ARMS["alexnet"], ARMS["p4m"], "baseline (AlexNet / P4M)"], rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -120,22 +121,44 @@ def fingerprint(images: np.ndarray) -> str:
 MOVE_ASIDE = "use --restart (restart=True) to move the old run aside, or another dataset name"
 
 
+TRAINING_CODE = (  # what lib.deepcluster imports, itself included
+    *("augment", "deepcluster", "features", "gconv", "gfourier", "gkernel", "groups"),
+    *("kmeans", "metrics", "models", "paths", "runs"),
+)
+
+
+def code_fingerprint() -> str:
+    """SHA-256 of the sources that decide a run's numbers."""
+    digest = hashlib.sha256()
+    for name in TRAINING_CODE:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
+
+
 def identity(config: TrainConfig, images: np.ndarray) -> dict[str, Any]:
-    """What config.json holds: the settings with the width spelt out, the images' shape and SHA-256, the torch that ran."""
+    """What config.json holds: the settings with the width spelt out, the images' shape and SHA-256, the code and the torch that ran."""
     data = {"shape": list(images.shape), "sha256": fingerprint(images)}
     width = list(config.width or BACKBONES[config.backbone].WIDTH)
-    return {**asdict(config), "width": width, "data": data, "torch": torch.__version__}
+    return {**asdict(config), "width": width, "data": data, "code": code_fingerprint(), "torch": torch.__version__}
 
 
-def check_same_run(run_dir: Path, ours: dict[str, Any]) -> None:
-    """RunMismatchError if config.json in `run_dir` describes another run. More epochs, another device or torch are the same run."""
+def check_same_run(run_dir: Path, ours: dict[str, Any]) -> dict[str, Any]:
+    """RunMismatchError if config.json in `run_dir` describes another run.
+
+    More epochs, another device or torch are the same run; so is other code, of which a warning tells. Returns what config.json is to
+    hold: `ours`, with the code that the run was begun with.
+    """
     path = run_dir / "config.json"
     theirs = load_json(path) if path.exists() else ours
-    differ = {k: f"{k} {theirs.get(k)}, now {v}" for k, v in ours.items() if k not in ("epochs", "device", "torch") and theirs.get(k) != v}
+    same_run = ("epochs", "device", "torch", "code")
+    differ = {k: f"{k} {theirs.get(k)}, now {v}" for k, v in ours.items() if k not in same_run and theirs.get(k) != v}
     if "data" in differ:
         differ["data"] = "other images"
     if differ:
         raise RunMismatchError(f"{show(run_dir)} holds another run ({'; '.join(differ.values())}); {MOVE_ASIDE}")
+    if theirs.get("code") != ours["code"]:
+        warnings.warn(f"{show(run_dir)} was begun by another version of this code; {MOVE_ASIDE}", RuntimeWarning, stacklevel=3)
+    return {**ours, "code": theirs.get("code")}
 
 
 def set_aside(run_dir: Path) -> Path | None:

@@ -17,7 +17,8 @@ import torch
 import lib.deepcluster
 import lib.models
 from lib.deepcluster import RunMismatchError, TrainConfig, fit, load_run, uniform_over_clusters
-from lib.runs import assign, load_model
+from lib.paths import load_json, save_json
+from lib.runs import TRAINING_CODE, assign, load_model
 
 SECONDS = ["seconds_features", "seconds_cluster", "seconds_train"]
 SMALL = TrainConfig(
@@ -318,6 +319,23 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="could not write"):
         fit(pictures(), SMALL, tmp_path / "file" / "run", progress=False)
+
+
+def test_another_version_of_the_code_is_said(tmp_path):
+    fit(pictures(), SMALL, tmp_path, progress=False)
+    config = load_json(tmp_path / "config.json")
+    save_json(tmp_path / "config.json", config | {"code": "of last week"})
+    for _ in range(2):  # and said again: the note of what began the run stays
+        with pytest.warns(RuntimeWarning, match="another version of this code"):
+            fit(pictures(), SMALL, tmp_path, progress=False)
+
+
+def test_the_code_of_a_run_is_all_that_training_imports():
+    script = "import sys, lib.deepcluster; print(*sorted(m[4:] for m in sys.modules if m.startswith('lib.')))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(lib.__file__).parent.parent, capture_output=True, text=True, check=True
+    )
+    assert tuple(result.stdout.split()) == TRAINING_CODE
 
 
 def test_training_code_cannot_see_labels():

@@ -26,7 +26,9 @@ def test_committed_tables_are_the_committed_result():
 
 
 def test_every_notebook_is_listed():
-    assert re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\)", README, re.MULTILINE)[: len(find_notebooks())] == [p.stem for p in find_notebooks()]
+    assert re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\)", README, re.MULTILINE)[: len(find_notebooks())] == [
+        p.stem for p in find_notebooks()
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(paths.ROOT).as_posix())
