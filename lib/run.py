@@ -599,6 +599,9 @@ def main(argv: Sequence[str] | None = None, check_only: bool = False) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as in `./run_all.sh | head`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -279,6 +279,7 @@ def test_without_a_compiler_it_still_works_and_says_so_once(monkeypatch, tmp_pat
         gkernel.kernel.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself, torch >= 2.15
 def test_operator_is_sound_for_pytorch():
     for conv, dtype in ((P4MConvP4M(2, 3, 3), torch.float32), (P4ConvZ2(2, 3, 3), torch.float64)):
         x = make_input(conv, 2, 5, 5, dtype).requires_grad_()
