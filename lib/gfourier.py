@@ -24,16 +24,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lib import gkernel
 from lib.groups import element_matrices
 
-CHUNK_BYTES = 32 << 20  # size of the patches held at a time by the PyTorch path
+BLOCK_ELEMENTS = 1 << 19  # numbers an element of the group in a block of the PyTorch path, so that a block stays in the cache
 
 
 # Strassen's and Gauss's algorithms, a row a multiplication: factors of the patches' entries, of the filters' entries, and what the product
@@ -106,68 +106,114 @@ def filter_transform(order: int, kernel_size: int, lifting: bool) -> tuple[Tenso
     return torch.from_numpy(orbits.astype(np.int32)), torch.from_numpy(transform).flatten(0, 1)
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def out_size(x: Tensor, stride: int, padding: int, kernel_size: int) -> tuple[int, int]:
     """Height and width of the output, as in `torch.nn.Conv2d`."""
     height, width = ((size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[-2:])
     return height, width
 
 
-class _Patches:
-    """Transformed patches of a chunk of images, and the transpose of that map; the PyTorch path."""
+class _Blocks:
+    """The layer, block by block, with PyTorch's operations: transformed patches of a block of the output, and the transpose of that map.
 
-    def __init__(self, x: Tensor, order: int, stride: int, padding: int, kernel_size: int) -> None:
-        self.shape, self.padding, self.lifting = x.shape, padding, x.ndim == 4
+    A block is a few rows of an image, or a few whole images: as much as keeps what is made of it in the processor's cache. Its arrays are
+    made once for the layer and used again: fresh memory for each block would cost more than the arithmetic.
+    """
+
+    def __init__(self, x: Tensor, fields: int, order: int, stride: int, padding: int, kernel_size: int) -> None:
+        self.stride, self.padding, self.kernel_size = stride, padding, kernel_size
         self.size = out_size(x, stride, padding, kernel_size)
         self.input, _, self.output = (torch.from_numpy(matrix).to(x) for matrix in bilinear_algorithm(order))
-        # Where in the padded maps, (channels, images, S, rows, columns), the patch P[t](., u) lies.
-        self.slices = [
-            [
-                (
-                    ...,
-                    0 if self.lifting else u,
-                    *(slice(at, at + (n - 1) * stride + 1, stride) for at, n in zip(corner, self.size, strict=True)),
-                )
-                for u, corner in enumerate(orbit)
-            ]
-            for orbit in filter_transform(order, kernel_size, self.lifting)[0].tolist()
+        corners = filter_transform(order, kernel_size, x.ndim == 4)[0].tolist()  # of the taps A(u) t in the window
+        n, channels, (tall, wide) = len(x), x.shape[1], self.size
+        maps, rows = 1 if x.ndim == 4 else order, channels * len(corners)
+        # blocks of equal size: a small last one would be multiplied slowly
+        most_rows, most_images = (max(1, BLOCK_ELEMENTS // max(1, max(rows, fields) * wide * rest)) for rest in (1, tall))
+        images, lines = (ceil_div(total, ceil_div(total, most)) if total else 0 for total, most in ((n, most_images), (tall, most_rows)))
+        self.blocks = [
+            (image, min(images, n - image), line, min(lines, tall - line))
+            for image in range(0, n, images or 1)
+            for line in range(0, tall, lines)
         ]
+        kinds = {(count, many) for _, count, _, many in self.blocks}
+        self.shapes = {kind: self._arrays(x, fields, order, maps, corners, *kind) for kind in kinds}
 
-    def _maps(self, x: Tensor) -> Tensor:
-        return (x.unsqueeze(2) if self.lifting else x).transpose(0, 1)
+    def _arrays(self, x: Tensor, fields: int, order: int, maps: int, corners: list, images: int, lines: int) -> SimpleNamespace:
+        """Arrays for blocks of `lines` rows of `images` images, and the views of them that hold P[t](., u)."""
+        channels, wide, count = x.shape[1], self.size[1], len(corners)
+        high, across = (lines - 1) * self.stride + self.kernel_size, x.shape[-1] + 2 * self.padding
+        pixels = images * lines * wide
+        window = x.new_zeros(images, channels, maps, high, across)
+        patches = x.new_empty(order, channels * count, pixels)
+        strides = (maps * high * across, channels * maps * high * across, self.stride * across, self.stride)
+        shape = (channels, images, lines, wide)
+        return SimpleNamespace(
+            window=window,
+            patches=patches,
+            parts=[
+                window.as_strided(shape, strides, (u % maps * high + down) * across + right)
+                for orbit in corners
+                for u, (down, right) in enumerate(orbit)
+            ],
+            places=[
+                patches.as_strided(shape, (count * pixels, lines * wide, wide, 1), (u * channels * count + t) * pixels)
+                for t in range(count)
+                for u in range(order)
+            ],
+            entries=x.new_empty(len(self.input), channels * count, pixels),
+            outputs=x.new_empty(order, fields, images, lines, wide),
+            products=x.new_empty(len(self.output), fields, pixels),
+        )
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Transformed P[t] at each pixel, shape (E, channels * T, n * pixels), of images x (n, ...)."""
-        maps = F.pad(self._maps(x), [self.padding] * 4)
-        patches = x.new_empty(self.input.shape[1], len(maps), len(self.slices), len(x), *self.size)
-        for t, orbit in enumerate(self.slices):
-            for u, where in enumerate(orbit):
-                patches[u, :, t] = maps[where]
-        return (self.input @ patches.flatten(1)).view(len(self.input), len(maps) * len(self.slices), -1)
+    def _overlap(self, height: int, line: int, high: int) -> tuple[slice, slice]:
+        """Rows of the image under the window of the output's row `line`, and their place in the window."""
+        top = line * self.stride - self.padding
+        first, last = max(top, 0), min(top + high, height)
+        return slice(first, max(first, last)), slice(first - top, max(first, last) - top)
 
-    def scatter(self, entries: Tensor, n: int) -> Tensor:
-        """Transpose of `gather`, shape (n, ...)."""
-        patches = (self.input.T @ entries.flatten(1)).view(self.input.shape[1], self.shape[1], len(self.slices), n, *self.size)
-        height, width = (size + 2 * self.padding for size in self.shape[-2:])
-        maps = entries.new_zeros(self.shape[1], n, 1 if self.lifting else len(patches), height, width)
-        for t, orbit in enumerate(self.slices):
-            for u, where in enumerate(orbit):
-                maps[where] += patches[u, :, t]
-        maps = maps[..., self.padding : height - self.padding, self.padding : width - self.padding].transpose(0, 1)
-        return maps.squeeze(2) if self.lifting else maps
+    def gather(self, x: Tensor, block: tuple[int, int, int, int]) -> Tensor:
+        """Transformed P[t] of a block at each pixel, shape (E, channels * T, pixels); overwritten by the next call."""
+        image, images, line, lines = block
+        a, width = self.shapes[images, lines], x.shape[-1]
+        maps = (x.unsqueeze(2) if x.ndim == 4 else x)[image : image + images]
+        rows, inside = self._overlap(x.shape[-2], line, a.window.shape[-2])
+        a.window[..., : inside.start, :] = 0
+        a.window[..., inside.stop :, :] = 0
+        a.window[..., inside, self.padding : self.padding + width] = maps[..., rows, :]
+        torch._foreach_copy_(a.places, a.parts)
+        return torch.mm(self.input, a.patches.flatten(1), out=a.entries.flatten(1)).view_as(a.entries)
 
-    def analyse(self, y: Tensor) -> Tensor:
-        """Transformed gradient of the output, dy (n, fields, S, height, width), shape (E, fields, n * pixels)."""
-        return (self.output @ y.permute(2, 1, 0, 3, 4).flatten(1)).view(len(self.output), y.shape[1], -1)
+    def scatter(self, filters: Tensor, products: Tensor, dx: Tensor, block: tuple[int, int, int, int]) -> None:
+        """Transpose of `gather`, of ``filters @ products``, added to the gradient of the images."""
+        image, images, line, lines = block
+        a, width = self.shapes[images, lines], dx.shape[-1]
+        torch.bmm(filters, products, out=a.entries)
+        torch.mm(self.input.T, a.entries.flatten(1), out=a.patches.flatten(1))
+        a.window.zero_()
+        torch._foreach_add_(a.parts, a.places)  # one after the other: the parts overlap
+        rows, inside = self._overlap(dx.shape[-2], line, a.window.shape[-2])
+        maps = (dx.unsqueeze(2) if dx.ndim == 4 else dx)[image : image + images]
+        maps[..., rows, :] += a.window[..., inside, self.padding : self.padding + width]
+        a.window[..., : self.padding] = 0
+        a.window[..., self.padding + width :] = 0
 
-    def synthesise(self, entries: Tensor, n: int) -> Tensor:
-        """Transpose of `analyse`, shape (n, fields, S, height, width)."""
-        return (self.output.T @ entries.flatten(1)).view(self.output.shape[1], -1, n, *self.size).permute(2, 1, 0, 3, 4)
+    def analyse(self, dy: Tensor, block: tuple[int, int, int, int]) -> Tensor:
+        """Transformed gradient of the output in a block, shape (E, fields, pixels); overwritten by the next call."""
+        image, images, line, lines = block
+        a = self.shapes[images, lines]
+        a.outputs.copy_(dy[image : image + images, :, :, line : line + lines].permute(2, 1, 0, 3, 4))
+        return torch.mm(self.output, a.outputs.flatten(1), out=a.products.flatten(1)).view_as(a.products)
 
-    def chunks(self, filters: Tensor) -> list[slice]:
-        """Slices of the batch whose patches are of about CHUNK_BYTES."""
-        image = len(self.input) * filters.shape[1] * self.size[0] * self.size[1] * filters.element_size()
-        step = max(1, CHUNK_BYTES // image)
-        return [slice(start, start + step) for start in range(0, self.shape[0], step)]
+    def synthesise(self, filters: Tensor, entries: Tensor, y: Tensor, block: tuple[int, int, int, int]) -> None:
+        """Transpose of `analyse`, of ``filters^T @ entries``, written to the block's part of the output."""
+        image, images, line, lines = block
+        a = self.shapes[images, lines]
+        torch.bmm(filters.mT, entries, out=a.products)
+        torch.mm(self.output.T, a.products.flatten(1), out=a.outputs.flatten(1))
+        y[image : image + images, :, :, line : line + lines].permute(2, 1, 0, 3, 4).copy_(a.outputs)
 
 
 def _offsets(x: Tensor, order: int, stride: int, padding: int, kernel_size: int) -> Tensor:
@@ -203,9 +249,9 @@ def correlate(x: Tensor, filters: Tensor, bias: Tensor | None, order: int, strid
         gkernel.forward(library, x, filters, bias, y, _offsets(x, *geometry), *geometry[1:])
         return y
     with torch.autocast(x.device.type, enabled=False):
-        patches = _Patches(x, *geometry)
-        for part in patches.chunks(filters):
-            y[part] = patches.synthesise(filters.mT @ patches.gather(x[part]), len(y[part]))
+        layer = _Blocks(x, filters.shape[2], *geometry)
+        for block in layer.blocks:
+            layer.synthesise(filters, layer.gather(x, block), y, block)
     return y if bias is None else y.add_(bias[:, None, None, None])
 
 
@@ -227,13 +273,14 @@ def correlate_backward(
         return dx, dfilters
     with torch.autocast(x.device.type, enabled=False):
         dfilters.zero_()
-        patches = _Patches(x, *geometry)
-        for part in patches.chunks(filters):
-            dz = patches.analyse(dy[part])
+        dx.zero_()
+        layer = _Blocks(x, filters.shape[2], *geometry)
+        for block in layer.blocks:
+            products = layer.analyse(dy, block)
             if needs_filters:
-                dfilters.baddbmm_(patches.gather(x[part]), dz.mT)
+                dfilters.baddbmm_(layer.gather(x, block), products.mT)
             if needs_x:
-                dx[part] = patches.scatter(filters @ dz, len(dx[part]))
+                layer.scatter(filters, products, dx, block)
     return dx, dfilters
 
 

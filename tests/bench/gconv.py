@@ -3,6 +3,8 @@
     python tests/bench/gconv.py [--device cpu|cuda] [--dtype float32|bfloat16] [--repeats 7] [--threads 2] [--widths 64,128,256 ...]
 
 Networks: lifting 5x5, then two group convolutions 3x3, each with batch norm, ReLU and pool of stride 2; group max-pool, mean, linear layer.
+Where escnn (Cesa, Lang and Weiler 2022) is installed, the same network of its layers is measured too.
+
 One round runs every variant once; a ratio is the median over the rounds of (variant / plain, same round), with the ratio of the fastest
 rounds beside it. "step" is forward, backward and an SGD update. Peak memory is of training steps, above the start's, each variant in a
 process of its own.
@@ -11,6 +13,7 @@ process of its own.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import statistics
@@ -31,12 +34,33 @@ sys.path.insert(0, str(ROOT))
 from lib import gkernel  # noqa: E402
 from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, GroupMaxPool, P4MConvP4M, P4MConvZ2  # noqa: E402
 
-VARIANTS = ("plain", "dense", "auto", "fourier, no compiler")
+VARIANTS = ("plain", "dense", "auto", "auto, no compiler", *(["escnn"] if importlib.util.find_spec("escnn") else []))
 BARS = {  # width -> (step without, step with, forward without, forward with a compiler), shares of plain
     (64, 128, 256): (0.40, 0.33, 0.45, 0.40),
     (16, 32, 64): (None, 0.65, None, None),
     (8, 16, 32): (None, 0.95, None, None),
 }
+
+
+class EscnnConv(nn.Module):
+    """escnn's convolution of regular fields of D4, from and to tensors (N, C, 8, H, W) or, first layer, from (N, 1, H, W)."""
+
+    def __init__(self, fields_in: int | None, fields_out: int, kernel_size: int) -> None:
+        super().__init__()
+        from escnn import gspaces
+        from escnn import nn as enn
+
+        space = gspaces.flipRot2dOnR2(4)
+        self.fields, self.wrap = fields_out, enn.GeometricTensor
+        self.type_in = enn.FieldType(space, [space.trivial_repr] if fields_in is None else fields_in * [space.regular_repr])
+        type_out = enn.FieldType(space, fields_out * [space.regular_repr])
+        # its default initialisation takes minutes at this width, and speed does not depend on the weights
+        self.conv = enn.R2Conv(self.type_in, type_out, kernel_size, padding=kernel_size // 2, bias=False, initialize=False)
+        nn.init.normal_(self.conv.weights, std=0.01)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1, 2) if x.ndim == 5 else x
+        return self.conv(self.wrap(x, self.type_in)).tensor.unflatten(1, (self.fields, 8))
 
 
 def network(variant: str, widths: tuple[int, ...]) -> nn.Module:
@@ -47,6 +71,8 @@ def network(variant: str, widths: tuple[int, ...]) -> nn.Module:
         if variant == "plain":
             channels = 8 * fields if index else 1
             layers += [nn.Conv2d(channels, 8 * width, kernel_size, padding=kernel_size // 2, bias=False), nn.BatchNorm2d(8 * width)]
+        elif variant == "escnn":
+            layers += [EscnnConv(fields if index else None, width, kernel_size), GroupBatchNorm(width)]
         else:
             conv = P4MConvP4M if index else P4MConvZ2
             algorithm = variant.split(",")[0]
