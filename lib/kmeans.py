@@ -364,13 +364,29 @@ def assign(x: Tensor, centers: Tensor, budget: int = BUDGET) -> Tensor:
 
 
 def _all_used(x: Tensor, centers: Tensor, budget: int) -> bool:
-    """Whether each centre is the nearest of some row: looks at rows only until all have been seen."""
+    """Whether each centre is surely the nearest of some row, for less than an assignment of all rows; False if that cannot be told.
+
+    The first rows show most centres in use; for each of the others, its own nearest row is looked at.
+    """
     seen = torch.zeros(len(centers), dtype=torch.bool, device=x.device)
-    for block in x.split(max(4096, 16 * len(centers))):
+    for block in x[: max(2**14, 64 * len(centers))].split(4096):
         seen[assign(block, centers, budget)] = True
         if seen.all():
             return True
-    return False
+    unseen = (~seen).nonzero().flatten()
+    if len(unseen) > len(centers) // 4:
+        return False
+    others = centers[unseen]
+    closest = torch.full((len(others),), torch.inf, dtype=x.dtype, device=x.device)
+    witness = torch.zeros_like(unseen)
+    start = 0
+    for block in x.split(4096):
+        distances = torch.addmm(torch.linalg.vector_norm(block, dim=1).square_().unsqueeze(1), block, others.T, alpha=-2)
+        nearest, row = distances.min(dim=0)
+        witness = torch.where(nearest < closest, row + start, witness)
+        closest = torch.minimum(nearest, closest)
+        start += len(block)
+    return torch.equal(assign(x[witness], centers, budget), unseen)
 
 
 def _counts(labels: Tensor, n_clusters: int, shards: Shards) -> Tensor:

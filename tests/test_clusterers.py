@@ -64,7 +64,7 @@ def test_a_seed_gives_the_same_bits_again_and_leaves_the_data_alone(name):
     assert random.getstate() == state
 
 
-@every
+@pytest.mark.parametrize("name", ["kmeans", "minibatch", "hierarchical"])  # a graph may put equal points into two communities
 def test_fewer_distinct_points_than_clusters_is_said_plainly(name):
     x = np.repeat(np.arange(3.0), 20)[:, None]
     with pytest.warns(RuntimeWarning, match="only 3 of n_clusters=5 clusters hold points: the 60 points have 3 distinct values") as caught:

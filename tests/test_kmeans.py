@@ -121,13 +121,13 @@ def test_centres_without_points_take_half_of_the_largest_cluster(engine):
 @both_engines
 def test_several_empty_clusters_are_filled_by_the_same_rule_on_both_engines(engine):
     x, start = lopsided()
-    found, expected = (KMeans(6, engine=e, init=start).fit(x) for e in (engine, "torch"))
+    found, expected = (KMeans(6, engine=e, init=start, tol=0.0).fit(x) for e in (engine, "torch"))
     assert (np.bincount(found.labels_, minlength=6) > 0).all()
     np.testing.assert_array_equal(found.labels_, expected.labels_)
     np.testing.assert_allclose(found.cluster_centers_, expected.cluster_centers_, atol=1e-9)
     assert found.inertia_ == pytest.approx(expected.inertia_)
     partition = np.repeat([0, 1, 2], [70, 20, 10])  # the same partition, given as labels
-    np.testing.assert_array_equal(KMeans(6, engine=engine, init=partition).fit(x).labels_, expected.labels_)
+    np.testing.assert_array_equal(KMeans(6, engine=engine, init=partition, tol=0.0).fit(x).labels_, expected.labels_)
 
 
 @both_engines
@@ -154,6 +154,17 @@ def test_a_cluster_emptied_by_the_last_assignment_is_filled_too(engine, monkeypa
     np.testing.assert_array_equal(np.flatnonzero(model.labels_ == 3), np.flatnonzero(x[:70, 2] > 0))
     np.testing.assert_array_equal(model.predict(x), model.labels_)
     assert model.inertia_ == pytest.approx(((x - model.cluster_centers_[model.labels_]) ** 2).sum())
+
+
+def test_centres_in_use_are_told_from_those_without_points():
+    x = torch.from_numpy(network_like(n=40_000))
+    centers = x[:60].clone()
+    centers[7] = x.sum(dim=0)  # an outlier: only its own row, far behind the first rows, is near it
+    x[39_990] = centers[7] + 0.01
+    assert kmeans.assign(x, centers).bincount(minlength=60)[7] == 1
+    assert kmeans._all_used(x, centers, kmeans.BUDGET)
+    centers[9] = centers[7] + 10  # the outlier is nearest to 9 of all rows, but 9 is not its nearest centre
+    assert not kmeans._all_used(x, centers, kmeans.BUDGET)
 
 
 def test_a_cluster_of_equal_points_is_not_cut_but_the_next_largest_is():
@@ -198,8 +209,8 @@ def test_a_start_that_fits_neither_is_refused(engine, init, message):
 def test_scikit_learn_stops_by_the_same_tolerance_as_without_this_wrapper():
     x = network_like()
     start = x[np.random.default_rng(3).choice(len(x), 20, replace=False)]
-    reference = sklearn.cluster.KMeans(20, init=start, n_init=1, tol=1e-3, max_iter=300).fit(x)
-    model = KMeans(20, init=start, tol=1e-3, max_iter=300).fit(x)
+    reference = sklearn.cluster.KMeans(20, init=start, n_init=1, tol=0.01, max_iter=300).fit(x)
+    model = KMeans(20, init=start, tol=0.01, max_iter=300).fit(x)
     assert model.n_iter_ == reference.n_iter_
     np.testing.assert_array_equal(model.labels_, reference.labels_)
     assert model.n_iter_ < KMeans(20, init=start, tol=0.0, max_iter=300).fit(x).n_iter_

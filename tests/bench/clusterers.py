@@ -63,13 +63,13 @@ def main() -> None:
                 nmi = normalized_mutual_info_score(truth, model.labels_)
                 rows.append({"method": name, "points": n, "seconds": round(elapsed, 3), "inertia": model.inertia_, "nmi": round(nmi, 4)})
                 print(f"  N = {n:<10,}{name:<14}{elapsed:8.2f} s   inertia {model.inertia_:.4g}   NMI {nmi:.3f}", flush=True)
-        table = pd.DataFrame(rows)
-        reference = table[table.method == "kmeans"].set_index("points").inertia
-        table["inertia_ratio"] = (table.inertia / table.points.map(reference)).round(4)
-        table["inertia"] = table.inertia.round(0)
-        table["dim"], table["clusters"], table["cores"] = options.dim, options.clusters, min(2, os.cpu_count())
-        with atomic_write(target.with_suffix(".csv"), "w") as handle:
-            table.to_csv(handle, index=False, lineterminator="\n")
+            table = pd.DataFrame(rows)
+            reference = table[table.method == "kmeans"].set_index("points").inertia
+            table["inertia_ratio"] = (table.inertia / table.points.map(reference)).round(4)
+            table["inertia"] = table.inertia.round(0)
+            table["dim"], table["clusters"], table["cores"] = options.dim, options.clusters, min(2, os.cpu_count())
+            with atomic_write(target.with_suffix(".csv"), "w") as handle:
+                table.to_csv(handle, index=False, lineterminator="\n")
     table = pd.read_csv(target.with_suffix(".csv"))
     label = f"synthetic embeddings, {table.dim[0]} dimensions, K = {table.clusters[0]}, {table.cores[0]} CPU cores"
     save(kmeans_quality(table, label), target)
