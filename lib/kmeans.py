@@ -220,7 +220,7 @@ class KMeans:
 
     def _given_start(self, x: Tensor, mean: Tensor | float, shards: Shards) -> Tensor:
         """Centres (K, D) of `init`, less `mean`, none of them without points of `x`."""
-        init = torch.as_tensor(self.init, device=x.device)
+        init = (self.init if isinstance(self.init, Tensor) else torch.from_numpy(np.array(self.init))).to(x.device)
         if init.ndim == 1:
             if (
                 len(init) != len(x)

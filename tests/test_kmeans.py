@@ -199,6 +199,7 @@ def test_a_warm_start_goes_on_where_it_was(engine, kind, as_labels):
         (np.zeros(49, dtype=int), "50 integer labels from 0 to 1, got torch.int64 of shape"),
         (np.full(50, 2), "50 integer labels from 0 to 1"),
         (np.zeros(50), "50 integer labels from 0 to 1, got torch.float64"),
+        (np.broadcast_to(np.int64(5), 50), "50 integer labels from 0 to 1, got torch.int64"),  # memory that must not be written
     ],
 )
 def test_a_start_that_fits_neither_is_refused(engine, init, message):
