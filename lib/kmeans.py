@@ -313,15 +313,18 @@ class full_precision:
 
 
 class _SklearnLloyd(sklearn.cluster.KMeans):
-    """scikit-learn's K-means with the tolerance found block by block.
+    """scikit-learn's K-means with the tolerance of large data found block by block.
 
-    scikit-learn takes np.var, which holds another copy of all the data and costs as much as an iteration. Where a later scikit-learn has
+    scikit-learn takes np.var, which holds another copy of all the data, where they are large. Where a later scikit-learn has
     no such method, this class is its K-means.
     """
 
     budget = BUDGET
 
     def _check_params_vs_input(self, X: np.ndarray, *args: object, **options: object) -> None:
+        if X.nbytes <= 2**28:  # a copy of which does no harm
+            super()._check_params_vs_input(X, *args, **options)
+            return
         tol, self.tol = self.tol, 0.0
         try:
             super()._check_params_vs_input(X, *args, **options)
@@ -348,6 +351,7 @@ def _tolerance(x: Tensor, tol: float, budget: int, shards: Shards) -> float:
     """`tol` times the mean variance of a feature, about the mean of each."""
     if tol == 0:
         return 0.0
+    budget = budget if x.is_cuda else min(budget, 2**21)  # a float64 copy that stays in a CPU's cache
     mean = _mean(x, budget, shards).double()
     squares = torch.zeros((), dtype=torch.float64, device=x.device)
     for block in _blocks(x, x.shape[1], budget):

@@ -28,7 +28,8 @@ from lib.paths import atomic_write, figures_root  # noqa: E402
 from lib.plots import save  # noqa: E402
 from lib.plots_bench import kmeans_quality  # noqa: E402
 
-OPTIONS = {"kmeans": {"max_iter": 30}, "hierarchical": {"max_iter": 30}}
+MAX_ITER = 30
+OPTIONS = {"kmeans": {"max_iter": MAX_ITER}, "hierarchical": {"max_iter": MAX_ITER}}
 
 
 def planted(n: int, d: int, clusters: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -71,11 +72,12 @@ def main() -> None:
             table["inertia_ratio"] = (table.inertia / table.points.map(reference)).round(4)
             table["inertia"] = table.inertia.round(0)
             table["dim"], table["clusters"], table["cores"] = options.dim, options.clusters, min(2, os.cpu_count())
+            table["max_iter"] = MAX_ITER
             with atomic_write(target.with_suffix(".csv"), "w") as handle:
                 table.to_csv(handle, index=False, lineterminator="\n")
     table = pd.read_csv(target.with_suffix(".csv"))
     label = f"synthetic embeddings, {table.dim[0]} dimensions, K = {table.clusters[0]}, {table.cores[0]} CPU cores"
-    save(kmeans_quality(table, f"{label}, K-means of at most 30 iterations"), target)
+    save(kmeans_quality(table, f"{label}, K-means of at most {table.max_iter[0]} iterations"), target)
 
 
 if __name__ == "__main__":
