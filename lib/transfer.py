@@ -346,9 +346,7 @@ def fetch_file(remote: Remote, path: Path, size: int | None = None, md5: str | N
             return path
         part.unlink()
         remote.close()
-    raise DownloadError(
-        f"{remote.name}: what arrived is damaged, twice ({fault}); it was thrown away: try again later, or on another network"
-    )
+    raise DownloadError(f"{remote.name}: what arrived is damaged, twice ({fault}), and was thrown away; try again later")
 
 
 def _append(remote: Remote, part: Path, size: int | None) -> None:
