@@ -97,7 +97,7 @@ def check(path: Path) -> dict[str, Any]:
             raise ValueError("its train_images is empty")
         for part in PARTS:
             _labels(path, part)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, OSError, ValueError) as error:
         again = f"; delete it and download it again from {PAGE}" if path.name == NAME else f"; give {NAME} from {PAGE}"
         raise ValueError(f"{path} is not ChestMNIST at 64x64 ({error}){again}") from None
     return {"counts": counts, "md5": md5, "published": md5 == MD5}
@@ -212,7 +212,7 @@ def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True
                 for block in _blocks(path, part):
                     handle.write(block)
                     bar.update(len(block) // _SIZE**2)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error}): download it again from {PAGE}") from None
     findings = [text for part in PARTS for text in findings_text(_labels(path, part))]
     frame = pd.DataFrame("", index=range(total), columns=list(data.COLUMNS))

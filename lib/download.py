@@ -20,6 +20,7 @@ _WHOLE = ".whole.json"  # in a folder that was filled to the end
 _IMAGE = re.compile(r"\.(png|jpe?g)$", re.IGNORECASE)
 _TABLE = re.compile(r"Data_Entry_2017.*\.csv", re.IGNORECASE)
 _BESIDE = re.compile(r"(Data_Entry_2017|BBox_List_2017).*\.csv|(train_val_list|test_list)\.txt", re.IGNORECASE)
+_BUFFER = 2**20  # bytes of an archive on a server that are read ahead
 _SPARE = 2**28  # left free for what else a run writes
 
 
@@ -101,12 +102,11 @@ def _take_zip(remote: Remote, store: Path, label: str) -> dict[str, Any]:
     remote.probe()
     archive = store / ".archive.zip"
     if remote.ranged and not archive.exists():
-        opened = io.BufferedReader(RemoteFile(remote), 2**20)
+        opened = io.BufferedReader(RemoteFile(remote), _BUFFER)
     else:
         if not archive.exists():
-            need_space(
-                store, 2 * (remote.size or 0) + _SPARE, f"{label}, whose server sends no parts, so archive and images lie here at once,"
-            )
+            what = f"{label}, whose server sends no parts, so that archive and images must lie here at once,"
+            need_space(store, 2 * (remote.size or 0) + _SPARE, what)
             fetch_file(remote, archive)
         opened = open(archive, "rb")  # noqa: SIM115 - closed in the with that follows
     with opened:

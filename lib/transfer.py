@@ -370,15 +370,16 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
         return "no answer in time"
     inner = error
-    while isinstance(inner, BaseException) and (inner.args or inner.__context__):
-        deeper = next((item for item in (*inner.args, getattr(inner, "reason", None)) if isinstance(item, BaseException)), None)
+    while True:  # requests wraps urllib3's error, which wraps the system's
+        wrapped = (*getattr(inner, "args", ()), getattr(inner, "reason", None), inner.__cause__)
+        deeper = next((item for item in wrapped if isinstance(item, BaseException)), None)
         if deeper is None:
             break
         inner = deeper
-    if isinstance(inner, OSError) and not isinstance(inner, requests.RequestException) and inner.strerror:
+    if isinstance(inner, OSError) and inner.strerror and not isinstance(inner, requests.RequestException):
         return inner.strerror
-    names = {"IncompleteRead": "cut off", "NameResolutionError": "the host's name is not known", "RemoteDisconnected": "the server hung up"}
-    return names.get(type(inner).__name__) or (str(inner) if str(inner) in ("closed early",) else type(inner).__name__)
+    names = {"IncompleteRead": "cut off", "RemoteDisconnected": "the server hung up"}
+    return names.get(type(inner).__name__) or (str(inner) if type(inner) is requests.ConnectionError else type(inner).__name__)
 
 
 def _sleep(seconds: float) -> None:

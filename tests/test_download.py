@@ -2,14 +2,12 @@
 
 import contextlib
 import errno
-import gzip
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import tarfile
@@ -17,10 +15,9 @@ import threading
 import traceback
 import warnings
 import zipfile
-from email.utils import format_datetime
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -130,7 +127,7 @@ class Server:
         if content is None:
             return self.answer(handler, 404)
         start = int(range_[1]) if range_ and self.ranges else 0
-        if start and start >= len(content):
+        if range_ and self.ranges and start >= len(content):
             return self.answer(handler, 416, {"Content-Range": f"bytes */{len(content)}"})
         end = len(content)
         if self.cut_once is not None and range_ and start <= self.cut_once:
@@ -552,8 +549,11 @@ def cut_points(content, n):
     return sorted({0, 1, len(content) - 1, len(content) - 22, *np.linspace(0, len(content) - 1, n).astype(int).tolist()})
 
 
-def test_kaggle_cut_at_any_byte(kaggle, tmp_path):
-    """One connection breaks at a byte and the next goes on: every file is right, and hardly a byte is sent twice."""
+@pytest.mark.parametrize("buffer", [64, 2**20])
+def test_kaggle_cut_at_any_byte(buffer, kaggle, tmp_path, monkeypatch):
+    """One connection breaks at a byte and the next goes on: every file is right."""
+    monkeypatch.setattr(download, "_BUFFER", buffer)
+    monkeypatch.setattr(transfer, "_NEAR", buffer // 2)
     content = kaggle.files["/nih-chest-xrays/data"]
     cuts = cut_points(content, 110)
     for cut in cuts:
@@ -568,7 +568,6 @@ def test_kaggle_cut_at_any_byte(kaggle, tmp_path):
 def test_kaggle_broken_off_at_any_byte_and_called_again(kaggle, tmp_path, monkeypatch):
     """Nothing lost: what is whole is not asked for again. Nothing half-taken: no file is there that is not whole."""
     monkeypatch.setattr(transfer, "TRIES", 2)
-    monkeypatch.setattr(io, "DEFAULT_BUFFER_SIZE", 64)
     members, content = nih_members(), kaggle.files["/nih-chest-xrays/data"]
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         directory = archive.start_dir
@@ -799,3 +798,417 @@ def test_a_home_in_which_the_client_can_make_no_folder(home, tmp_path):
     environment = bare_environment(home) | {"KAGGLE_CONFIG_DIR": str(tmp_path / "file" / "folder")}
     done = subprocess.run([sys.executable, "-c", CALL], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert re.search(r"DownloadError: Kaggle's client cannot use its folder \(.*\); name another one with KAGGLE_CONFIG_DIR", done.stderr)
+
+
+# -------------------------------------------------------------------------------------------------------------- archives
+
+
+def member(name, mode=0o100644, **fields):
+    info = zipfile.ZipInfo("placeholder")
+    info.filename, info.external_attr = name, mode << 16
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+HOSTILE = {
+    "parent": ("../evil.txt", "leads out of the folder"),
+    "parent inside": ("images/../../evil.txt", "leads out of the folder"),
+    "absolute": ("/etc/evil.txt", "has an absolute name"),
+    "drive": ("C:/evil.txt", "has an absolute name"),
+    "drive relative": ("C:evil.txt", "has an absolute name"),
+    "backslash": ("..\\evil.txt", "has a name that not every system can write"),
+    "stream": ("images/a.png:evil", "has a name that not every system can write"),
+    "device": ("images/CON.png", "has a name that not every system can write"),
+    "dot": ("images/./evil.txt", "has a name that not every system can write"),
+    "double slash": ("images//evil.txt", "has a name that not every system can write"),
+    "trailing dot": ("images./evil.txt", "has a name that not every system can write"),
+    "newline": ("images/a\nb.png", "has a name that not every system can write"),
+    "nul": ("images/a.png\0.exe", "has a name that not every system can write"),
+    "bidi": ("images/a\u202egnp.exe", "has a name that not every system can write"),
+    "long": ("a" * 500, "has no usable name"),
+    "link": (member("images/link", 0o120777), "is a link"),
+    "pipe": (member("images/pipe", 0o010644), "is neither a file nor a folder"),
+    "device file": (member("images/dev", 0o020644), "is neither a file nor a folder"),
+    "folder that is a file": (member("images/x", 0o040755), "is neither a file nor a folder"),
+    "twice": ("Data_Entry_2017.csv", "is there twice"),
+    "twice but for case": ("DATA_entry_2017.csv", "is there twice"),
+    "file and folder": ("Data_Entry_2017.csv/x.png", "is there twice"),
+    "folder and file": ("images_001", "is there twice"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_zips_are_refused_before_anything_is_unpacked(case, kaggle, tmp_path):
+    name, reason = HOSTILE[case]
+    name = name if isinstance(name, zipfile.ZipInfo) else member(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a name is there twice
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for good, content in nih_members().items():
+                archive.writestr(good, content)
+            archive.writestr(name, b"evil")
+    kaggle.files["/nih-chest-xrays/data"] = buffer.getvalue()
+    for kaggle.ranges in (True, False):
+        with pytest.raises(
+            DownloadError, match=rf"nih-chest-xrays/data is refused: its member .* {reason}; nothing was unpacked"
+        ) as caught:
+            download.obtain("kaggle", tmp_path / "raw" / "kaggle")
+        assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parts[-2] != "home"]
+
+
+def patched(content, **fields):
+    """A zip whose directory says something else of its first member than its content."""
+    content = bytearray(content)
+    start = content.index(b"PK\x01\x02")
+    for field, value in fields.items():
+        place, length = {"flags": (8, 2), "method": (10, 2), "packed": (20, 4), "size": (24, 4), "crc": (16, 4), "offset": (42, 4)}[field]
+        content[start + place : start + place + length] = value.to_bytes(length, "little")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"flags": 1}, "is encrypted"),
+        ({"method": 14}, "is packed by method 14"),
+        ({"size": 2**31}, "is too large"),
+        ({"packed": 2000}, "overlap"),
+        ({"offset": 70}, "is damaged, twice|overlap"),
+        ({"crc": 1}, "is damaged, twice"),
+        ({"size": 1}, "is damaged, twice"),
+    ],
+)
+def test_zips_that_lie_of_their_members(fields, reason, tmp_path):
+    opened = io.BytesIO(patched(make_zip(nih_members()), **fields))
+    with pytest.raises(archives.ArchiveError, match=reason):
+        archives.unpack(archives.read_plan(opened, tmp_path / "out", "the zip"))
+    assert not (tmp_path / "out" / "Data_Entry_2017.csv").exists()
+
+
+def test_many_bytes_in_a_small_zip(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_BYTES", 1000)
+    with pytest.raises(archives.ArchiveError, match=r"would unpack to 1,200 bytes"):
+        archives.read_plan(io.BytesIO(make_zip({f"{i}.csv": b"0" * 300 for i in range(4)})), tmp_path, "the zip")
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
+    with pytest.raises(archives.ArchiveError, match=r"claims 4 members"):
+        archives.read_plan(io.BytesIO(make_zip({f"{i}.csv": b"0" for i in range(4)})), tmp_path, "the zip")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"<html>sign in</html>", make_zip({"a": b"b" * 99})[:-30]])
+def test_what_is_no_zip(content, kaggle, tmp_path):
+    kaggle.files["/nih-chest-xrays/data"] = content
+    with pytest.raises(DownloadError, match=r"nih-chest-xrays/data is not a whole zip archive" if content else r"\(416\)"):
+        download.obtain("kaggle", tmp_path / "raw" / "kaggle")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_link_in_the_folder_carries_nothing_elsewhere(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "images_001").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DownloadError, match="is a link out of"):
+        archives.unpack(archives.read_plan(io.BytesIO(make_zip(nih_members())), tmp_path / "out", "the zip"))
+    (tmp_path / "out" / "images_001").unlink()
+    (tmp_path / "target.csv").write_text("mine")
+    (tmp_path / "out" / "BBox_List_2017.csv").symlink_to(tmp_path / "target.csv")
+    with pytest.raises(DownloadError, match="is not a file"):
+        archives.unpack(archives.read_plan(io.BytesIO(make_zip(nih_members())), tmp_path / "out", "the zip"))
+    assert (tmp_path / "target.csv").read_text() == "mine"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------------- NIH
+
+
+def make_tar(path, members, end=True):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+
+
+def nih_box(folder, n=12):
+    """What NIH hands out: archives with one folder `images`, and the tables beside them."""
+    folder.mkdir()
+    for k in range(n):
+        names = [f"{k + 1:08d}_{i:03d}.png" for i in range(2)]
+        make_tar(folder / f"images_{k + 1:03d}.tar.gz", {f"images/{name}": png(2 * k + i) for i, name in enumerate(names)})
+    rows = "".join(f"{k + 1:08d}_{i:03d}.png,Mass,{i},{k + 1},057Y,M,PA\n" for k in range(n) for i in range(2))
+    (folder / "Data_Entry_2017_v2020.csv").write_text(TABLE.splitlines()[0] + "\n" + rows)
+    (folder / "test_list.txt").write_text("00000001_000.png\n")
+    (folder / "README.pdf").write_bytes(b"x")
+    return folder
+
+
+def test_nih_archives_are_unpacked_beside_their_table(tmp_path):
+    box = nih_box(tmp_path / "box")
+    shown = data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
+    assert shown["images"] == 24
+    assert shown["csv"] == "Data_Entry_2017_v2020.csv"
+    assert shown["origin"] == "NIH's own files, 12 archives unpacked"
+    files = visible(tmp_path / "raw" / "box")
+    assert files["images_012/images/00000012_001.png"] == png(23)
+    assert set(files) >= {"Data_Entry_2017_v2020.csv", "test_list.txt"}
+    assert len(files) == 26
+    assert len(list(box.glob("*.tar.gz"))) == 12, "they are the user's"
+    manifest = data.preprocess(tmp_path / "raw" / "box", tmp_path / "out")
+    assert (manifest["images"], manifest["patients"], manifest["images_without_csv_row"]) == (24, 12, 0)
+    changed = (tmp_path / "raw" / "box" / "images_001").stat().st_mtime_ns
+    assert data.fetch(f"nih:{box}", tmp_path / "raw" / "box") == shown
+    assert (tmp_path / "raw" / "box" / "images_001").stat().st_mtime_ns == changed, "unpacked twice"
+
+
+@pytest.mark.parametrize("with_archives", [False, True])
+def test_nih_files_that_are_unpacked_are_used_where_they_lie(with_archives, tmp_path):
+    box = nih_box(tmp_path / "box", 2)
+    for path in sorted(box.glob("*.tar.gz")):
+        with tarfile.open(path) as tar:
+            tar.extractall(box, filter="data")
+        if not with_archives:
+            path.unlink()
+    shown = data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
+    assert shown["images"] == 4
+    assert [path.name for path in (tmp_path / "raw" / "box").iterdir()] == ["source.json"]
+
+
+def test_some_of_nihs_archives(tmp_path):
+    box = nih_box(tmp_path / "box", 3)
+    with pytest.warns(UserWarning, match="3 of NIH's 12 archives are in"):
+        assert data.fetch(f"nih:{box}", tmp_path / "raw" / "box")["images"] == 6
+
+
+def tar_member(name, **fields):
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (tar_member("../evil.txt"), "leads out of the folder"),
+        (tar_member("/evil.txt"), "has an absolute name"),
+        (tar_member("images/link", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "is a link"),
+        (tar_member("images/hard", type=tarfile.LNKTYPE, linkname="images/00000001_000.png"), "is a link"),
+        (tar_member("images/pipe", type=tarfile.FIFOTYPE), "is neither a file nor a folder"),
+        (tar_member("images/dev", type=tarfile.CHRTYPE), "is neither a file nor a folder"),
+        (tar_member("images/00000001_000.png"), "is there twice"),
+    ],
+)
+def test_hostile_tars_leave_nothing(bad, reason, tmp_path):
+    box = nih_box(tmp_path / "box", 2)
+    make_tar(box / "images_002.tar.gz", {"./images/00000001_000.png": png(0), bad: b"evil" if bad.isreg() else None})
+    with pytest.raises(DownloadError, match=rf"images_002.tar.gz is refused: its member .* {reason}; nothing of it was unpacked"):
+        data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
+    assert sorted(path.name for path in (tmp_path / "raw" / "box").iterdir()) == ["images_001"]
+    assert not (tmp_path / "raw" / "evil.txt").exists()
+
+
+def test_a_tar_cut_at_any_byte_leaves_nothing(tmp_path):
+    make_tar(tmp_path / "images_001.tar.gz", {"images/a.png": png(0), "images/b.png": png(1)})
+    content = (tmp_path / "images_001.tar.gz").read_bytes()
+    for cut in range(0, len(content), 2):
+        (tmp_path / "images_001.tar.gz").write_bytes(content[:cut])
+        with pytest.raises(DownloadError, match=r"images_001.tar.gz (is damaged or cut off \(.*\): download it again|holds no files)"):
+            archives.unpack_tar(tmp_path / "images_001.tar.gz", tmp_path / "out" / "images_001")
+        assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "images_001.tar.gz").write_bytes(content)
+    assert archives.unpack_tar(tmp_path / "images_001.tar.gz", tmp_path / "out" / "images_001") == 2
+
+
+def test_nih_without_its_table_or_images(tmp_path):
+    box = nih_box(tmp_path / "box", 1)
+    table = box / "Data_Entry_2017_v2020.csv"
+    table.rename(box / "other.csv")
+    with pytest.raises(ValueError, match=r"there is no Data_Entry_2017\*\.csv in .*box: download it from https://nihcc.app.box.com"):
+        data.fetch(f"nih:{box}", tmp_path / "raw")
+    (box / "other.csv").rename(table)
+    (box / "images_001.tar.gz").unlink()
+    with pytest.raises(ValueError, match=r"holds neither images nor images_001\.tar\.gz"):
+        data.fetch(f"nih:{box}", tmp_path / "raw")
+    with pytest.raises(ValueError, match=r"is not a folder: give the one with images_001\.tar\.gz"):
+        data.fetch(f"nih:{table}", tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ ChestMNIST
+
+
+def medmnist(path, n=(7, 2, 3), **changed):
+    """A file as MedMNIST writes it, small."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in zip(chestmnist.PARTS, n, strict=True):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (count, 64, 64), dtype=np.uint8)
+        arrays[f"{part}_labels"] = (rng.random((count, 14)) < 0.2).astype(np.uint8)
+    arrays["train_labels"][0] = 0
+    arrays["train_labels"][1] = np.arange(14) % 13 == 0  # the first and the last column
+    arrays = {name: array for name, array in (arrays | changed).items() if array is not None}
+    with open(path, "wb") as handle:
+        np.savez_compressed(handle, **arrays)
+    return arrays
+
+
+@pytest.fixture
+def published(tmp_path, server, waits, monkeypatch):
+    """A small file in the place of the published one."""
+    arrays = medmnist(tmp_path / "published.npz")
+    content = (tmp_path / "published.npz").read_bytes()
+    server.files["/records/10519652/files/chestmnist_64.npz"] = content
+    monkeypatch.setattr(chestmnist, "URL", f"{server.url}/records/10519652/files/chestmnist_64.npz?download=1")
+    monkeypatch.setattr(chestmnist, "BYTES", len(content))
+    monkeypatch.setattr(chestmnist, "MD5", hashlib.md5(content).hexdigest())
+    return arrays
+
+
+def test_what_is_published():
+    assert chestmnist.URL == "https://zenodo.org/records/10519652/files/chestmnist_64.npz?download=1"
+    assert chestmnist.request().url == chestmnist.URL
+    assert chestmnist.BYTES == 401_604_127
+    assert chestmnist.MD5 == "9de6cd0b934ebb5b7426cfba5efbae16"
+    assert sorted(chestmnist.LABELS) == sorted(data.FINDINGS)
+
+
+def test_chestmnist_goes_through_to_the_three_files(published, server, tmp_path):
+    raw = tmp_path / "raw" / "chestmnist"
+    server.cut_once = 5000
+    shown = data.fetch("chestmnist", raw)
+    assert shown["kind"] == "chestmnist"
+    assert shown["images"] == 12
+    assert shown["csv"] is None
+    assert shown["origin"] == "chestmnist_64.npz, Zenodo record 10519652"
+    assert "CC BY 4.0" in shown["attribution"]
+    assert "NIH Clinical Center" in shown["attribution"]
+    assert "Not for clinical use" in shown["attribution"]
+    server.log.clear()
+    assert data.fetch("chestmnist", tmp_path / "raw" / "chestmnist-paper") == shown
+    assert server.log == []
+
+    manifest = data.preprocess(raw, tmp_path / "out")
+    images, metadata = data.load(tmp_path / "out", verify=True)
+    assert np.array_equal(images, np.concatenate([published[f"{part}_images"] for part in ("train", "val", "test")]))
+    assert images.dtype == np.uint8
+    labels = np.concatenate([published[f"{part}_labels"] for part in ("train", "val", "test")])
+    order = [chestmnist.LABELS.index(name) for name in data.FINDINGS]
+    assert np.array_equal(data.finding_matrix(metadata["findings"]), labels[:, order].astype(bool))
+    assert metadata["findings"][0] == "No Finding"
+    assert metadata["findings"][1] == "Atelectasis|Hernia"
+    assert metadata["split"].tolist() == ["train"] * 9 + ["test"] * 3
+    assert metadata["image_id"].tolist()[6:10] == ["train_000006", "val_000000", "val_000001", "test_000000"]
+    for name in chestmnist.UNKNOWN:
+        assert metadata[name].isna().all() if name == "age" else (metadata[name] == "").all()
+    assert set(manifest["unknown"]) == {"patient_id", "view_position", "age", "sex"}
+    assert manifest["patients"] is None
+    assert manifest["split"]["train"] == 9
+    assert manifest["split"]["of_these_val"] == 2
+    assert "val joins train" in manifest["split"]["method"]
+    assert manifest["source"]["published"] is True
+    before = (tmp_path / "out" / "images.npy").stat().st_mtime_ns
+    assert data.preprocess(raw, tmp_path / "out") == manifest
+    assert (tmp_path / "out" / "images.npy").stat().st_mtime_ns == before
+    (tmp_path / "out" / "metadata.csv").unlink()
+    assert data.preprocess(raw, tmp_path / "out") == manifest
+
+
+def test_chestmnist_as_a_file(tmp_path, monkeypatch):
+    medmnist(tmp_path / "mine.npz")
+    shown = data.fetch(f"chestmnist:{tmp_path / 'mine.npz'}", tmp_path / "raw")
+    assert shown["origin"] == "mine.npz, not the published file"
+    assert str(tmp_path) not in json.dumps(shown)
+    with pytest.warns(UserWarning, match="mine.npz is not the published file"):
+        assert data.preprocess(tmp_path / "raw", tmp_path / "out")["source"]["published"] is False
+    with pytest.raises(ValueError, match="has 64x64 pixels and cannot give size=32"):
+        data.preprocess(tmp_path / "raw", tmp_path / "other", size=32)
+
+
+def test_chestmnist_is_not_taken_into_memory(tmp_path):
+    import tracemalloc
+
+    n = 6000  # 25 MB of pixels
+    medmnist(tmp_path / "big.npz", train_images=np.zeros((n, 64, 64), np.uint8), train_labels=np.zeros((n, 14), np.uint8))
+    tracemalloc.start()
+    with pytest.warns(UserWarning, match="not the published"):
+        chestmnist.preprocess(tmp_path / "big.npz", tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 14e6
+
+
+class Boom:
+    def __reduce__(self):
+        return (os.mkdir, ("unpickled",))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"val_labels": None}, "it holds .* and not"),
+        ({"extra": np.zeros(2)}, "it holds .* and not"),
+        ({"train_images": np.zeros((7, 28, 28), np.uint8)}, r"train_images is \(7, 28, 28\) and not \(n, 64, 64\)"),
+        ({"train_images": np.zeros((7, 64, 64, 3), np.uint8)}, r"train_images is \(7, 64, 64, 3\)"),
+        ({"train_images": np.zeros((7, 64, 64), np.float32)}, "train_images is float32 and not uint8"),
+        ({"train_images": np.asfortranarray(np.zeros((7, 64, 64), np.uint8))}, "stored column by column"),
+        ({"test_labels": np.zeros((4, 14), np.uint8)}, r"test_labels is \(4, 14\) and not \(3, 14\)"),
+        ({"test_labels": np.zeros((3, 15), np.uint8)}, r"test_labels is \(3, 15\)"),
+        ({"test_labels": np.full((3, 14), 2, np.uint8)}, "test_labels holds 2, and not only 0 and 1"),
+        ({"test_labels": np.full((3, 14), 0.5)}, "test_labels is float64 and not of whole numbers"),
+        ({"test_labels": np.array([[Boom()] * 14] * 3, object)}, "Object arrays|object and not of whole numbers"),
+        ({"train_images": np.zeros((0, 64, 64), np.uint8), "train_labels": np.zeros((0, 14), np.uint8)}, "is empty"),
+    ],
+)
+def test_files_that_are_no_chestmnist(changed, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    medmnist(tmp_path / "x.npz", **changed)
+    with pytest.raises(
+        ValueError, match=rf"x.npz is not ChestMNIST at 64x64 \(.*({reason}).*\); give chestmnist_64.npz from https://zenodo"
+    ):
+        data.fetch(f"chestmnist:{tmp_path / 'x.npz'}", tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_damaged_chestmnist_files(tmp_path):
+    arrays = medmnist(tmp_path / "x.npz")
+    pixels = np.concatenate([arrays[f"{part}_images"] for part in chestmnist.PARTS])
+    content = (tmp_path / "x.npz").read_bytes()
+    with pytest.raises(ValueError, match="there is no file"):
+        data.fetch(f"chestmnist:{tmp_path / 'none.npz'}", tmp_path / "raw")
+    rng = np.random.default_rng(0)
+    outcomes = []
+    for place in (*range(0, len(content), len(content) // 60), None):
+        damaged = bytearray(content if place is not None else content[: len(content) // 2])
+        if place is not None:
+            damaged[place] ^= rng.integers(1, 256)
+        (tmp_path / "x.npz").write_bytes(damaged)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is not the published one
+                data.fetch(f"chestmnist:{tmp_path / 'x.npz'}", tmp_path / "raw")
+                data.preprocess(tmp_path / "raw", tmp_path / "out", resume=False)
+            outcome = "read"  # a byte that says nothing, such as one of a date
+        except ValueError as error:
+            outcome = str(error)
+        outcomes.append(outcome)
+        if outcome == "read":
+            assert np.array_equal(data.load_images(tmp_path / "out"), pixels)
+    assert all(re.search(r"^\S+x.npz (is not ChestMNIST at 64x64|is damaged) \(.*\)[:;] .*$|^read$", outcome) for outcome in outcomes), (
+        outcomes
+    )
+    assert outcomes.count("read") < len(outcomes) / 4
+
+
+def test_evaluation_says_that_patients_are_unknown():
+    from lib import evaluate
+
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"patient_id": "", "findings": ["Mass", "Effusion"] * 20, "split": ["train"] * 30 + ["test"] * 10})
+    features = rng.standard_normal((40, 4))
+    with pytest.warns(UserWarning, match="no patient id: intervals are over images"):
+        numbers = evaluate.evaluate_features(features, features, np.arange(40) % 2, table, n_boot=20)
+    assert numbers["label_combinations"]["low"] <= numbers["label_combinations"]["accuracy"] <= numbers["label_combinations"]["high"]
