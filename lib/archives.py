@@ -231,12 +231,12 @@ def unpack(plan: ZipPlan, again: Callable[[], None] = lambda: None) -> None:
 def _place(target: Path, name: str) -> Path:
     """Where a member goes; DownloadError if a link in the folder would carry it elsewhere or something else is there."""
     place = target / name
-    with naming_disk_errors(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
     if not place.parent.resolve().is_relative_to(target.resolve()):
         raise DownloadError(f"{place.parent} is a link out of {target}: remove the link")
     if place.is_symlink() or (place.exists() and not place.is_file()):
         raise DownloadError(f"{place} is not a file, and one of that name is to be written there: move it away")
+    with naming_disk_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
     return place
 
 

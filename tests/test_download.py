@@ -487,6 +487,14 @@ def test_a_folder_that_cannot_be_written(server, waits, tmp_path):
     assert server.log == [], "asked before it looked"
 
 
+def test_a_file_in_the_place_of_the_folder(server, waits, tmp_path):
+    server.files["/file"] = CONTENT
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"could not write .*x: (Not a directory|File exists).*; .* choose another folder with CXR_DATA_DIR"):
+        transfer.fetch_file(remote(server), tmp_path / "file" / "x")
+    assert server.log == []
+
+
 # ---------------------------------------------------------------------------------------------------------------- Kaggle
 
 
