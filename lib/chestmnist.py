@@ -160,8 +160,8 @@ def findings_text(labels: np.ndarray) -> list[str]:
 def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True) -> dict[str, Any]:
     """Write ``images.npy``, ``metadata.csv`` and ``manifest.json`` from the file, pixels unchanged; see `lib.data.preprocess`.
 
-    Its own split is used, and its ``val`` joins ``train``. That split keeps every patient on one side, as its authors say, but is not
-    NIH's official one. Images are called ``train_000000`` and so on by part and place, since the file has no names. The columns of
+    Its own split is used, and its ``val`` joins ``train``. It is known to keep every patient on one side, which the file itself cannot show,
+    and is not NIH's official one, whose test part has 25,596 images. Images are called ``train_000000`` and so on by part and place, since the file has no names. The columns of
     `UNKNOWN` stay empty.
 
     Parameters
@@ -229,7 +229,7 @@ def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True
         "patients": None,
         "unknown": {name: "ChestMNIST does not hold it" for name in UNKNOWN},
         "split": {
-            "method": "ChestMNIST's own, by patient; its val joins train; not NIH's official lists",
+            "method": "ChestMNIST's own, its val joins train; not NIH's lists; that no patient is in both parts cannot be seen",
             "seed": None,
             "train": counts["train"] + counts["val"],
             "test": counts["test"],

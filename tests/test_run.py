@@ -195,6 +195,25 @@ def test_a_source_that_is_not_there(given, reason, tmp_path):
         parse_args(["--data", given], folder=tmp_path)
 
 
+def test_what_is_downloaded_comes_before_the_first_notebook(monkeypatch):
+    from lib import download
+
+    asked = []
+
+    def obtain(source, raw_dir):
+        asked.append((source, raw_dir))
+        raise download.DownloadError("no credentials")
+
+    monkeypatch.setattr(download, "obtain", obtain)
+    for source in ("phantom", "/x/images"):
+        run._obtain(run.Options(source=source, dataset="x"))
+    assert asked == []
+    for source in ("kaggle", "kaggle-sample", "chestmnist", "nih:/x", "chestmnist:/x.npz"):
+        with pytest.raises(RunError, match=r"^no credentials$"):
+            run._obtain(run.Options(source=source, dataset="x"))
+        assert asked[-1] == (source, paths.raw_dir("x"))
+
+
 def test_help_names_every_option_and_preset(capsys):
     assert run.main(["--help"]) == 0
     text = capsys.readouterr().out
