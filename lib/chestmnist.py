@@ -160,9 +160,9 @@ def findings_text(labels: np.ndarray) -> list[str]:
 def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True) -> dict[str, Any]:
     """Write ``images.npy``, ``metadata.csv`` and ``manifest.json`` from the file, pixels unchanged; see `lib.data.preprocess`.
 
-    Its own split is used, and its ``val`` joins ``train``. It is known to keep every patient on one side, which the file itself cannot show,
-    and is not NIH's official one, whose test part has 25,596 images. Images are called ``train_000000`` and so on by part and place, since the file has no names. The columns of
-    `UNKNOWN` stay empty.
+    Its own split is used, and its ``val`` joins ``train``. It is known to keep every patient on one side, which the file itself cannot
+    show, and is not NIH's official one, whose test part has 25,596 images. Images are called ``train_000000`` and so on by part and
+    place, since the file has no names. The columns of `UNKNOWN` stay empty.
 
     Parameters
     ----------

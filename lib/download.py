@@ -83,8 +83,8 @@ def _from_kaggle(kaggle_set: kaggle_nih.KaggleSet, store: Path) -> dict[str, Any
         held = _contents(store)
         note |= held
         paths.save_json(whole, note)
-    for archive in store.rglob("*.zip"):  # all that it held is unpacked, verified and noted
-        archive.unlink()
+    for name in note["unpacked"]:  # archives of which all is unpacked, verified and noted
+        (store / name).unlink(missing_ok=True)
     if held["images"] != kaggle_set.images:
         warnings.warn(f"{kaggle_set.label} brought {held['images']:,} images and not {kaggle_set.images:,}", stacklevel=3)
     return {
@@ -112,21 +112,26 @@ def _take_zip(remote: Remote, store: Path, label: str) -> dict[str, Any]:
     with opened:
         try:
             plan = archives.read_plan(opened, store, label)
+            need_space(store, plan.bytes_needed + _SPARE, f"{label} ({len(plan.todo):,} files)")
+
+            def again() -> None:
+                remote.close()
+                opened.seek(0, io.SEEK_END)  # a buffered reader keeps what it holds for any other seek
+
+            archives.unpack(plan, again)
         except archives.ArchiveError:
             archive.unlink(missing_ok=True)  # of no use: the next call asks for it anew
             raise
-        need_space(store, plan.bytes_needed + _SPARE, f"{label} ({len(plan.todo):,} files)")
-        archives.unpack(plan, again=remote.close)
-        members = plan.done + len(plan.todo)
+    members = plan.done + len(plan.todo)
     copies = plan.copies
-    for inner in sorted(store.rglob("*.zip")):  # the sample was published as a zip within a zip
-        if inner != archive:
-            with open(inner, "rb") as nested:
-                plan = archives.read_plan(nested, inner.parent, inner.name)
-                need_space(store, plan.bytes_needed + _SPARE, f"{inner.name} ({len(plan.todo):,} files)")
-                archives.unpack(plan)
-                members, copies = members + plan.done + len(plan.todo), copies + plan.copies
-    return {"members": members, "copies_left_out": copies}
+    zips = [name for name in plan.archive.namelist() if name.endswith(archives.NESTED) and (store / name).is_file()]
+    for name in zips:  # the sample was published as a zip within a zip
+        with open(store / name, "rb") as nested:
+            plan = archives.read_plan(nested, (store / name).parent, name)
+            need_space(store, plan.bytes_needed + _SPARE, f"{name} ({len(plan.todo):,} files)")
+            archives.unpack(plan)
+        members, copies = members + plan.done + len(plan.todo), copies + plan.copies
+    return {"members": members, "copies_left_out": copies, "unpacked": [archive.name, *zips]}
 
 
 def _contents(store: Path) -> dict[str, Any]:
