@@ -9,6 +9,7 @@ its members one by one, and the archive itself never lies on the disk.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 import requests
 
+from lib import transfer
 from lib.transfer import DownloadError, Remote
 
 NO_CREDENTIALS = (
@@ -119,6 +121,9 @@ def _ask(api: Any, kaggle_set: KaggleSet) -> requests.PreparedRequest:
     question = ApiDownloadDatasetRequest()
     question.owner_slug, question.dataset_slug = kaggle_set.owner, kaggle_set.name
     with api.build_kaggle_client() as client:
+        session = getattr(client.http_client(), "_session", None)
+        if session is not None:  # the client would wait for ever
+            session.send = functools.partial(session.send, timeout=transfer.TIMEOUT)
         response = client.datasets.dataset_api_client.download_dataset(question)
         response.close()  # nothing of its body is read: what comes next asks for parts
     return response.request

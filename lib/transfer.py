@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 TRIES = 7  # attempts in a row that bring nothing; one byte that arrives starts the count anew
 LONGEST_WAIT = 120.0  # seconds; a server that asks for more is left alone, and the reader told
-_TIMEOUT = (20, 90)  # seconds to connect, and between two bytes
+TIMEOUT = (20, 90)  # seconds to connect, and between two bytes
 _BLOCK = 2**18
 _NEAR = 2**18  # a gap that is read over rather than asked around
 _LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, urllib3.exceptions.HTTPError)
@@ -239,7 +239,7 @@ class Remote:
         asking.headers["Accept-Encoding"] = "identity"
         with requests.Session() as session:
             settings = session.merge_environment_settings(asking.url, {}, True, None, None)
-            response = session.send(asking, timeout=_TIMEOUT, allow_redirects=True, **settings)
+            response = session.send(asking, timeout=TIMEOUT, allow_redirects=True, **settings)
         self._response = response
         if response.status_code == 206:
             part = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", "").strip())

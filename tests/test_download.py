@@ -681,6 +681,25 @@ def test_what_kaggle_refuses_is_one_line_without_the_credential(status, message,
     assert not (tmp_path / "raw").exists()
 
 
+@pytest.mark.parametrize("where", ["the API", "the storage"])
+def test_a_server_that_says_nothing_more(where, kaggle, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "TIMEOUT", (0.2, 0.2))
+    monkeypatch.setattr(transfer, "TRIES", 2)
+    silent = threading.Event()
+    original = {"the API": kaggle.post, "the storage": kaggle.get}[where]
+
+    def wait(handler):
+        if where == "the API" and handler.path.endswith("/IntrospectToken"):
+            return original(handler)
+        silent.wait(5)
+        handler.close_connection = True
+
+    setattr(kaggle, {"the API": "post", "the storage": "get"}[where], wait)
+    with pytest.raises(DownloadError, match=r"lost the connection \(no answer in time\), 2 times in a row"):
+        download.obtain("kaggle", tmp_path / "kaggle")
+    silent.set()
+
+
 def test_kaggle_recovers_from_trouble(kaggle, waits, tmp_path):
     kaggle.api_answers = [(429, {"Retry-After": "9"}), (500, {}), None]
     kaggle.file_answers = [(503, {}), (429, {})]
