@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -934,6 +935,44 @@ def test_many_bytes_in_a_small_zip(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
     with pytest.raises(archives.ArchiveError, match=r"claims 4 members"):
         archives.read_plan(io.BytesIO(make_zip({f"{i}.csv": b"0" for i in range(4)})), tmp_path, "the zip")
+
+
+def test_zips_with_any_byte_damaged_are_read_rightly_or_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    content, members = make_zip(nih_members()), nih_members()
+    refused = 0
+    for place in rng.permutation(len(content))[:200]:
+        damaged = bytearray(content)
+        damaged[place] ^= int(rng.integers(1, 256))
+        try:
+            archives.unpack(archives.read_plan(io.BytesIO(damaged), tmp_path / "out", "the zip"))
+        except DownloadError:
+            refused += 1
+        there = visible(tmp_path / "out") if (tmp_path / "out").exists() else {}
+        by_content = sorted(members.values())
+        assert all(found in by_content for found in there.values()), place  # a damaged name is a name
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert refused > 150
+
+
+def test_tars_with_any_byte_damaged_are_read_rightly_or_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    make_tar(tmp_path / "good.tar.gz", {"images/a.png": png(0), "images/b.png": png(1)})
+    content = gzip.decompress((tmp_path / "good.tar.gz").read_bytes())
+    used = len(content.rstrip(b"\0"))
+    refused = 0
+    for place in rng.integers(0, used, 150):
+        damaged = bytearray(content)
+        damaged[place] ^= int(rng.integers(1, 256))
+        (tmp_path / "images_001.tar.gz").write_bytes(gzip.compress(damaged, 1))
+        try:
+            archives.unpack_tar(tmp_path / "images_001.tar.gz", tmp_path / "out" / "images_001")
+        except DownloadError:
+            refused += 1
+            assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+        assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert refused > 25
 
 
 def test_zips_of_more_than_four_gigabytes_have_another_form(tmp_path):
