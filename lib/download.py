@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -63,7 +64,8 @@ def obtain(source: str, raw_dir: Path) -> dict[str, Any]:
     if word == "chestmnist":
         return _chestmnist(Path(place).expanduser() if place else None, raw_dir.with_name("medmnist"))
     if word == "nih" and place:
-        return _from_nih(Path(place).expanduser(), raw_dir)
+        folder = Path(place).expanduser().resolve()
+        return _from_nih(folder, raw_dir.with_name(f"nih-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}"))
     raise ValueError(f"{source!r} is not a source: {', '.join(KEYWORDS[:3])}, chestmnist:FILE.npz or nih:PATH")
 
 
@@ -74,7 +76,7 @@ def _from_kaggle(kaggle_set: kaggle_nih.KaggleSet, store: Path) -> dict[str, Any
     whole = store / _WHOLE
     held = _contents(store)
     note = paths.load_json(whole) if whole.is_file() else {}
-    if note.get("files") != held["files"] or note.get("bytes") != held["bytes"]:
+    if not note or held["files"] < note["files"] or held["bytes"] < note["bytes"]:  # a file of the user's beside them does no harm
         remote = kaggle_nih.remote(kaggle_set)
         try:
             note = _take_zip(remote, store, kaggle_set.label)
@@ -172,8 +174,8 @@ def _chestmnist(given: Path | None, store: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------------- NIH
 
 
-def _from_nih(folder: Path, raw_dir: Path) -> dict[str, Any]:
-    """NIH's own files: used where they lie if they are unpacked, else unpacked into `raw_dir`."""
+def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
+    """NIH's own files: used where they lie if they are unpacked, else unpacked into `store`."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the one with images_001.tar.gz to images_012.tar.gz and Data_Entry_2017*.csv")
     files = sorted(Path(base, name) for base, _, names in os.walk(folder) for name in names if not name.startswith("."))
@@ -193,27 +195,27 @@ def _from_nih(folder: Path, raw_dir: Path) -> dict[str, Any]:
             raise ValueError(f"{folder} holds neither images nor images_001.tar.gz to images_012.tar.gz")
         return {
             "kind": "nih",
-            "path": str(folder.resolve()),
+            "path": str(folder),
             "images": len(images),
             "csv": tables[0].name,
             "origin": origin,
             "verified": "nothing yet: the files are read where they lie",
         }
-    todo = {name: file for name, file in tars.items() if not (raw_dir / name).is_dir()}
+    todo = {name: file for name, file in tars.items() if not (store / name).is_dir()}
     need = sum(file.stat().st_size for file in todo.values())
-    need_space(raw_dir, need + need // 20 + _SPARE, f"unpacking {len(todo)} archives")  # PNG is packed already: out is what was in
+    need_space(store, need + need // 20 + _SPARE, f"unpacking {len(todo)} archives")  # PNG is packed already: out is what was in
     for name, file in todo.items():
-        archives.unpack_tar(file, raw_dir / name)
+        archives.unpack_tar(file, store / name)
     for file in files:
         if _BESIDE.fullmatch(file.name):
-            with paths.atomic_write(raw_dir / file.name) as copy, open(file, "rb") as original:
+            with paths.atomic_write(store / file.name) as copy, open(file, "rb") as original:
                 shutil.copyfileobj(original, copy)
     if len(tars) != 12:
         warnings.warn(f"{len(tars)} of NIH's 12 archives are in {paths.show(folder)}; the others' images will be missing", stacklevel=3)
-    held = _contents(raw_dir)
+    held = _contents(store)
     return {
         "kind": "nih",
-        "path": str(raw_dir.resolve()),
+        "path": str(store.resolve()),
         "images": held["images"],
         "csv": held["csv"],
         "origin": f"{origin}, {len(tars)} archives unpacked",

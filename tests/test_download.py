@@ -1040,16 +1040,18 @@ def test_nih_archives_are_unpacked_beside_their_table(tmp_path):
     assert shown["images"] == 24
     assert shown["csv"] == "Data_Entry_2017_v2020.csv"
     assert shown["origin"] == "NIH's own files, 12 archives unpacked"
-    files = visible(tmp_path / "raw" / "box")
+    (store,) = (tmp_path / "raw").glob("nih-*")
+    files = visible(store)
     assert files["images_012/images/00000012_001.png"] == png(23)
     assert set(files) >= {"Data_Entry_2017_v2020.csv", "test_list.txt"}
     assert len(files) == 26
     assert len(list(box.glob("*.tar.gz"))) == 12, "they are the user's"
     manifest = data.preprocess(tmp_path / "raw" / "box", tmp_path / "out")
     assert (manifest["images"], manifest["patients"], manifest["images_without_csv_row"]) == (24, 12, 0)
-    changed = (tmp_path / "raw" / "box" / "images_001").stat().st_mtime_ns
-    assert data.fetch(f"nih:{box}", tmp_path / "raw" / "box") == shown
-    assert (tmp_path / "raw" / "box" / "images_001").stat().st_mtime_ns == changed, "unpacked twice"
+    changed = (store / "images_001").stat().st_mtime_ns
+    assert data.fetch(f"nih:{box}", tmp_path / "raw" / "box-paper") == shown
+    assert [*(tmp_path / "raw").glob("nih-*")] == [store]
+    assert (store / "images_001").stat().st_mtime_ns == changed, "unpacked twice"
 
 
 @pytest.mark.parametrize("with_archives", [False, True])
@@ -1062,7 +1064,7 @@ def test_nih_files_that_are_unpacked_are_used_where_they_lie(with_archives, tmp_
             path.unlink()
     shown = data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
     assert shown["images"] == 4
-    assert [path.name for path in (tmp_path / "raw" / "box").iterdir()] == ["source.json"]
+    assert [path.name for path in (tmp_path / "raw").rglob("*")] == ["box", "source.json"]
 
 
 def test_some_of_nihs_archives(tmp_path):
@@ -1095,8 +1097,8 @@ def test_hostile_tars_leave_nothing(bad, reason, tmp_path):
     make_tar(box / "images_002.tar.gz", {"./images/00000001_000.png": png(0), bad: b"evil" if bad.isreg() else None})
     with pytest.raises(DownloadError, match=rf"images_002.tar.gz is refused: its member .* {reason}; nothing of it was unpacked"):
         data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
-    assert sorted(path.name for path in (tmp_path / "raw" / "box").iterdir()) == ["images_001"]
-    assert not (tmp_path / "raw" / "evil.txt").exists()
+    (store,) = (tmp_path / "raw").iterdir()
+    assert [path.name for path in store.iterdir()] == ["images_001"]
 
 
 def test_a_tar_cut_at_any_byte_leaves_nothing(tmp_path):
@@ -1116,13 +1118,13 @@ def test_nih_without_its_table_or_images(tmp_path):
     table = box / "Data_Entry_2017_v2020.csv"
     table.rename(box / "other.csv")
     with pytest.raises(ValueError, match=r"there is no Data_Entry_2017\*\.csv in .*box: download it from https://nihcc.app.box.com"):
-        data.fetch(f"nih:{box}", tmp_path / "raw")
+        data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
     (box / "other.csv").rename(table)
     (box / "images_001.tar.gz").unlink()
     with pytest.raises(ValueError, match=r"holds neither images nor images_001\.tar\.gz"):
-        data.fetch(f"nih:{box}", tmp_path / "raw")
+        data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
     with pytest.raises(ValueError, match=r"is not a folder: give the one with images_001\.tar\.gz"):
-        data.fetch(f"nih:{table}", tmp_path / "raw")
+        data.fetch(f"nih:{table}", tmp_path / "raw" / "box")
     assert not (tmp_path / "raw").exists()
 
 
