@@ -31,7 +31,7 @@ import PIL
 from PIL import Image, ImageFile, ImageOps
 from tqdm import tqdm
 
-from lib import __version__, paths, phantom
+from lib import __version__, chestmnist, download, paths, phantom
 
 FINDINGS = phantom.FINDINGS  # NIH's 14, in alphabetical order
 ATTRIBUTION = (
@@ -63,11 +63,6 @@ _HEADERS = {
     **{name: (name,) for name in EXTRA_COLUMNS},
 }
 _KNOWN = {name.lower(): name for name in (*FINDINGS, "No Finding")} | {"infiltrate": "Infiltration"}
-_HOW_TO_OBTAIN = (
-    "(1) get nih-chest-xrays/data from https://www.kaggle.com/datasets/nih-chest-xrays/data (45 GB, free account), or the images and "
-    "Data_Entry_2017 from NIH at https://nihcc.app.box.com/v/ChestXray-NIHCC; (2) unpack it into one folder; "
-    "(3) run with --data PATH of that folder"
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------- obtain
@@ -80,7 +75,8 @@ def fetch(source: str | os.PathLike, raw_dir: str | os.PathLike, n_phantoms: int
     ----------
     source : str or path
         ``"phantom"``: draw phantoms and write them in Kaggle's own layout, so that they pass through the reader that real X-rays pass
-        through. Otherwise a folder with images, which stays where it is: only a note of it is written.
+        through. ``"kaggle"``, ``"kaggle-sample"``, ``"chestmnist"``, ``"chestmnist:FILE.npz"`` and ``"nih:PATH"``: see
+        `lib.download.obtain`. Otherwise a folder with images, which stays where it is: only a note of it is written.
     raw_dir : path
         Folder of this source, usually ``paths.raw_dir(dataset)``.
     n_phantoms, seed : int
@@ -89,10 +85,12 @@ def fetch(source: str | os.PathLike, raw_dir: str | os.PathLike, n_phantoms: int
     Returns
     -------
     dict
-        For display: kind, images, csv, folder and attribution; no path of this machine.
+        For display: kind, images, csv, folder and attribution, for what was obtained also origin and verified; no path of this machine.
 
     Raises
     ------
+    DownloadError
+        What was to be downloaded did not arrive.
     ValueError
         `source` is no folder or has no images, or `raw_dir` holds something that is not ours to replace.
     """
@@ -100,9 +98,11 @@ def fetch(source: str | os.PathLike, raw_dir: str | os.PathLike, n_phantoms: int
     if source == "phantom":
         note = _fetch_phantoms(raw_dir, int(n_phantoms), int(seed))
         return _shown(note, raw_dir, _METADATA_NAMES[0])
+    if download.is_named(source):
+        note = download.obtain(str(source), raw_dir)
+        paths.save_json(raw_dir / "source.json", note)
+        return _shown(note, Path(note["path"]), note["csv"]) | {key: note[key] for key in ("origin", "verified")}
     folder = Path(source).expanduser()
-    if not folder.exists() and str(source).lower().partition(":")[0] in {"kaggle", "kaggle-sample", "nih", "chestmnist"}:
-        raise ValueError(f"--data {source} cannot be downloaded for you. {_HOW_TO_OBTAIN}")
     files = _walk(folder)
     images, _ = _find_images(folder, files)
     table = _find_metadata(folder, files)
@@ -181,7 +181,7 @@ def _read_source(folder: Path) -> dict[str, Any] | None:
     if not note.is_file():
         return None
     content = paths.load_json(note)
-    return content if isinstance(content, dict) and content.get("kind") in ("phantom", "nih", "folder") else None
+    return content if isinstance(content, dict) and content.get("kind") in ("phantom", "nih", "folder", "chestmnist") else None
 
 
 def _kind(images: dict[str, str]) -> str:
@@ -191,6 +191,8 @@ def _kind(images: dict[str, str]) -> str:
 
 
 def _attribution(kind: str) -> str:
+    if kind == "chestmnist":
+        return chestmnist.ATTRIBUTION + ATTRIBUTION
     return {"phantom": PHANTOM_ATTRIBUTION, "nih": ATTRIBUTION}.get(kind, FOLDER_ATTRIBUTION)
 
 
@@ -447,6 +449,8 @@ def preprocess(
         raise ValueError(f"need size >= 1, 0 <= test_share < 1, 0 <= max_broken <= 1, not {size=}, {test_share=}, {max_broken=}")
     out_dir, source_dir = Path(out_dir), Path(source_dir)
     note = _read_source(source_dir) or {}
+    if note.get("kind") == "chestmnist":
+        return chestmnist.preprocess(Path(note["path"]), out_dir, size, resume)
     folder = Path(note.get("path", source_dir))
     files = _walk(folder)
     images, repeated = _find_images(folder, files)

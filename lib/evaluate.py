@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def evaluate_features(
     assignments : ndarray, shape (N,)
         The clusters of the embedding.
     metadata : DataFrame, N rows
-        ``patient_id``, ``findings``, ``split``. Images with no findings text are left out of what needs labels.
+        ``patient_id``, ``findings``, ``split``. Images with no findings text are left out of what needs labels. If a patient_id is
+        empty, intervals are over images, and a warning says so.
 
     Returns
     -------
@@ -50,6 +52,9 @@ def evaluate_features(
     """
     train, test = (np.flatnonzero(metadata["split"] == part) for part in ("train", "test"))
     patients = metadata["patient_id"].to_numpy()
+    if not (patients != "").all():  # an empty id is no patient whom all these images share
+        warnings.warn("some images have no patient id: intervals are over images, and no patient can be kept on one side", stacklevel=2)
+        patients = None
     numbers: dict[str, Any] = {
         "clusters": None,
         "label_combinations": None,

@@ -27,7 +27,7 @@ TARGETS = {
 
 def dataset_label(kind: str, n_images: int) -> str:
     """How figures and tables name a dataset, e.g. ``"synthetic phantom, 2,000 images"``."""
-    names = {"phantom": "synthetic phantom", "nih": "NIH ChestX-ray14"}
+    names = {"phantom": "synthetic phantom", "nih": "NIH ChestX-ray14", "chestmnist": "ChestMNIST-64"}
     return f"{names.get(kind, 'own images')}, {n_images:,} images"
 
 

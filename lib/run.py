@@ -31,7 +31,13 @@ Runs the notebooks in order and writes every figure and table to figures/<datase
 A second call skips what is done with the same parameters.
 
   --preset smoke|quick|paper  how much to compute; each is a file in notebooks/params/ (default: quick)
-  --data phantom|PATH         synthetic radiographs, or a folder of X-rays (default: phantom)
+  --data SOURCE               which X-rays (default: phantom):
+      phantom                   synthetic ones, drawn on the spot
+      chestmnist                NIH's 112,120 X-rays at 64x64, 0.4 GB from Zenodo; chestmnist:FILE.npz if you have the file
+      kaggle                    the same in full, with patients and views, 45 GB from Kaggle; needs a free account
+      kaggle-sample             5,606 of them, 2 GB
+      nih:PATH                  a folder with what NIH hands out: images_001.tar.gz and so on, and Data_Entry_2017*.csv
+      PATH                      a folder of your own X-rays (./kaggle, if it is called so)
   --seeds 0,1                 seeds to train with (default: the preset's)
   --device auto|cpu|cuda      where to train (default: the preset's)
   --from NN                   run again from notebook NN on; the earlier ones must be done
@@ -44,6 +50,9 @@ Environment variables:
   CXR_DATA_DIR     folder of data and runs (default: data/)
   CXR_FIGURES_DIR  folder of figures (default: figures/)
 """
+
+
+SOURCES = ("phantom", "chestmnist", "kaggle", "kaggle-sample")  # words that --data knows; anything else holds a path
 
 
 class UsageError(Exception):
@@ -79,21 +88,29 @@ def find_notebooks(root: Path = ROOT) -> list[Path]:
     return sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
+def _path_of(source: str) -> str:
+    """The path in a source, empty if it has none."""
+    word, colon, place = source.partition(":")
+    return place if colon and word in ("nih", "chestmnist") else "" if source in SOURCES else source
+
+
 def dataset_name(source: str, preset: str) -> str:
     """Name under which the data, runs and figures of `source` are kept: ``phantom``, ``phantom-smoke``, ``nih-sample``, ...
 
     Parameters
     ----------
     source : str
-        ``"phantom"`` or an absolute path, whose last part gives the name.
+        A word of `SOURCES`, or an absolute path, perhaps after ``nih:`` or ``chestmnist:``, whose last part gives the name.
     preset : str
         ``"quick"`` adds nothing; any other preset is a suffix, so that it leaves the default's results alone.
     """
     name = source
-    if source != "phantom":
-        name = re.sub(r"[^a-z0-9._-]+", "-", Path(source).name.lower()).strip("-._")[:48] or "images"
+    if source not in SOURCES:
+        path = Path(_path_of(source))
+        name = path.stem if source.startswith("chestmnist:") else path.name
+        name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:48] or "images"
         # raw, runs and published are folders of data/ with another meaning; phantoms are not the user's images
-        if name in {"raw", "runs", "published"} or name.startswith("phantom"):
+        if name in {"raw", "runs", "published", *SOURCES} or name.startswith("phantom"):
             name = f"my-{name}"
     return name if preset == "quick" else f"{name}-{preset}"
 
@@ -154,13 +171,23 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
         seeds = tuple(int(seed) for seed in seeds.split(","))
         if len(set(seeds)) < len(seeds):
             raise UsageError(f"--seeds {given.seeds} names a seed twice")
-    source = "phantom" if given.data is None else given.data
-    if source != "phantom":
-        source = os.path.abspath((folder or Path.cwd()) / Path(source).expanduser())
-        if not given.data or not os.path.isdir(source):
-            reason = "not a folder" if given.data and os.path.exists(source) else "not there"
-            raise UsageError(f"--data {given.data!r} is {reason}; valid: phantom, or the path of a folder of X-rays")
+    source = "phantom" if given.data is None else _checked_source(given.data, folder or Path.cwd())
     return Options(preset, source, dataset_name(source, preset), seeds, given.device, start, given.restart)
+
+
+def _checked_source(given: str, folder: Path) -> str:
+    """`given` with its path made absolute; UsageError if there is nothing there."""
+    if given in SOURCES:
+        return given
+    kind, colon, place = given.partition(":")
+    if not colon or kind not in ("nih", "chestmnist"):
+        kind, place = ("chestmnist" if given.lower().endswith(".npz") else ""), given
+    path = os.path.abspath(folder / Path(place).expanduser())
+    if not place or not (os.path.isfile(path) if kind == "chestmnist" else os.path.isdir(path)):
+        reason = "not there" if not place or not os.path.exists(path) else "not a file" if kind == "chestmnist" else "not a folder"
+        valid = f"{', '.join(SOURCES)}, chestmnist:FILE.npz, nih:PATH, or the path of a folder of X-rays"
+        raise UsageError(f"--data {given!r} is {reason}; valid: {valid}")
+    return f"{kind}:{path}" if kind else path
 
 
 def missing_packages(test: bool = False, root: Path = ROOT) -> list[str]:
@@ -257,9 +284,11 @@ def _digest(value: Any) -> str:
 
 def _source_state(source: str) -> list[int] | None:
     """Number, size and newest change of the files of a folder: images that were added are noticed without reading any."""
-    if source == "phantom":
-        return None
-    states = [os.stat(os.path.join(base, name)) for base, _, names in os.walk(source) for name in names]
+    path = _path_of(source)
+    if not path:
+        return None  # drawn, or published once and for all
+    files = [path] if os.path.isfile(path) else [os.path.join(base, name) for base, _, names in os.walk(path) for name in names]
+    states = [os.stat(file) for file in files]
     return [len(states), sum(state.st_size for state in states), max((state.st_mtime_ns for state in states), default=0)]
 
 
@@ -451,6 +480,7 @@ def run(options: Options, root: Path = ROOT) -> None:
                 f"{paths.show(out.parent)} holds the results of {other}; rename your folder, or replace these results with --restart"
             )
     environment, state = _environment(), _source_state(options.source)
+    _obtain(options)
     print(f"{options.dataset}, preset {options.preset}: {len(notebooks)} notebooks, logs in {_shown(out)}", flush=True)
     upstream: Any = None
     running = False
@@ -490,10 +520,23 @@ def run(options: Options, root: Path = ROOT) -> None:
     _print_results(paths.figures_dir(options.dataset))
 
 
+def _obtain(options: Options) -> None:
+    """Bring X-rays here before the first notebook does: in a terminal one sees how far it is, and Ctrl-C leaves what has arrived."""
+    if options.source == "phantom" or _path_of(options.source) == options.source:
+        return
+    from lib import download, paths
+
+    try:
+        download.obtain(options.source, paths.raw_dir(options.dataset))
+    except (download.DownloadError, ValueError) as error:
+        raise RunError(str(error)) from None
+
+
 def _command(options: Options) -> str:
     """The command for the reader of the results: a folder goes by its name, for its path is nobody else's business."""
     words = ["./run_all.sh", "--preset", options.preset, "--data"]
-    words.append(options.source if options.source == "phantom" else f"PATH/{Path(options.source).name}")
+    path = _path_of(options.source)
+    words.append(f"{options.source.removesuffix(path)}PATH/{Path(path).name}" if path else options.source)
     words += [] if options.seeds is None else ["--seeds", ",".join(map(str, options.seeds))]
     words += [] if options.device is None else ["--device", options.device]
     return " ".join(words)

@@ -718,7 +718,6 @@ def test_a_folder_of_ones_own_is_not_attributed_to_nih(tmp_path):
         (lambda p: p, "it is empty"),
         (lambda p: (p / "notes.txt").write_text("x") and p, r"holds no .png, .jpg or .jpeg but 1 .txt"),
         (lambda p: (p / "x.zip").write_text("x") and p / "x.zip", "is a file, not a folder: unpack it"),
-        (lambda p: "kaggle", r"\(1\) get nih-chest-xrays/data .*\(2\) .*\(3\) run with --data PATH"),
     ],
 )
 def test_sources_that_are_none_end_in_one_line(make, message, tmp_path):
@@ -727,9 +726,8 @@ def test_sources_that_are_none_end_in_one_line(make, message, tmp_path):
         data.fetch(source, tmp_path / "raw")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "raw").exists()
-    if source != "kaggle":
-        with pytest.raises(ValueError, match=message):
-            data.preprocess(source, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        data.preprocess(source, tmp_path / "out")
 
 
 def test_options_out_of_range(tmp_path):

@@ -112,7 +112,7 @@ def test_what_follows_test_is_pytests(project):
         (["--seeds", "0;1"], "--seeds '0;1' is not a list"),
         (["--seeds", "-1"], "--seeds"),
         (["--seeds", "1,1"], "names a seed twice"),
-        (["--data", "nowhere"], "--data 'nowhere' is not there; valid: phantom, or"),
+        (["--data", "nowhere"], "--data 'nowhere' is not there; valid: phantom, chestmnist, kaggle,"),
         (["--data", ""], "--data '' is not there"),
         (["--data", __file__], "is not a folder"),
         (["--preset", "smoke", "--test"], "--test takes no other option"),
@@ -139,10 +139,79 @@ def test_bad_arguments_end_in_one_line_that_names_the_valid_ones(project, argume
         ("/x/胸部", "quick", "images"),
         ("/", "quick", "images"),
         ("/x/" + "a" * 200, "paper", "a" * 48 + "-paper"),
+        ("kaggle", "quick", "kaggle"),
+        ("kaggle-sample", "paper", "kaggle-sample-paper"),
+        ("/x/kaggle", "quick", "my-kaggle"),
+        ("nih:/x/CXR8", "quick", "cxr8"),
+        ("chestmnist:/x/chestmnist_64.npz", "quick", "chestmnist_64"),
+        ("chestmnist:/x/chestmnist.npz", "quick", "my-chestmnist"),
     ],
 )
 def test_dataset_name(source, preset, name):
     assert dataset_name(source, preset) == paths.check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("given", "source", "command"),
+    [
+        ("kaggle", "kaggle", "--data kaggle"),
+        ("kaggle-sample", "kaggle-sample", "--data kaggle-sample"),
+        ("chestmnist", "chestmnist", "--data chestmnist"),
+        ("chestmnist:own.npz", "chestmnist:{0}/own.npz", "--data chestmnist:PATH/own.npz"),
+        ("own.npz", "chestmnist:{0}/own.npz", "--data chestmnist:PATH/own.npz"),
+        ("nih:box", "nih:{0}/box", "--data nih:PATH/box"),
+        ("./kaggle", "{0}/kaggle", "--data PATH/kaggle"),
+    ],
+)
+def test_sources_by_word_and_by_path(given, source, command, tmp_path):
+    (tmp_path / "own.npz").touch()
+    (tmp_path / "kaggle").mkdir()
+    (tmp_path / "box").mkdir()
+    options = parse_args(["--data", given], folder=tmp_path)
+    expected = source.format(tmp_path)
+    assert os.path.normpath(options.source) == os.path.normpath(expected)
+    assert command in run._command(options)
+    assert str(tmp_path) not in run._command(options)
+    assert (run._source_state(options.source) is None) == (str(tmp_path) not in expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("nih:", "not there"),
+        ("nih:nowhere", "not there"),
+        ("nih:own.npz", "not a folder"),
+        ("chestmnist:nowhere.npz", "not there"),
+        ("chestmnist:", "not there"),
+        ("chestmnist:box", "not a file"),
+        ("Kaggle", "not there"),
+        ("", "not there"),
+    ],
+)
+def test_a_source_that_is_not_there(given, reason, tmp_path):
+    (tmp_path / "own.npz").touch()
+    (tmp_path / "box").mkdir()
+    with pytest.raises(UsageError, match=f"^--data '{given}' is {reason}; valid: phantom, chestmnist, kaggle, kaggle-sample, "):
+        parse_args(["--data", given], folder=tmp_path)
+
+
+def test_what_is_downloaded_comes_before_the_first_notebook(monkeypatch):
+    from lib import download
+
+    asked = []
+
+    def obtain(source, raw_dir):
+        asked.append((source, raw_dir))
+        raise download.DownloadError("no credentials")
+
+    monkeypatch.setattr(download, "obtain", obtain)
+    for source in ("phantom", "/x/images"):
+        run._obtain(run.Options(source=source, dataset="x"))
+    assert asked == []
+    for source in ("kaggle", "kaggle-sample", "chestmnist", "nih:/x", "chestmnist:/x.npz"):
+        with pytest.raises(RunError, match=r"^no credentials$"):
+            run._obtain(run.Options(source=source, dataset="x"))
+        assert asked[-1] == (source, paths.raw_dir("x"))
 
 
 def test_help_names_every_option_and_preset(capsys):
