@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from lib import data, paths, phantom
+from lib import data, decode, paths, phantom, tables
 
 SAMPLE = Path(os.environ.get("CXR_SAMPLE") or paths.ROOT.parent / "shared" / "nih-sample")
 HEADER = (
@@ -146,14 +146,14 @@ def test_exif_orientation_is_applied(tmp_path):
 @given(st.integers(1, 80), st.integers(1, 80), st.sampled_from([1, 7, 20]), st.integers(0, 2**32 - 1))
 def test_resize_is_the_exact_area_mean_and_commutes_with_the_square(height, width, size, seed):
     image = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
-    small = data._shrink(Image.fromarray(image), size)
+    small = decode.shrink(Image.fromarray(image), size)
     # Every old pixel as size x size equal parts: the new pixel is a plain mean of height x width of them.
     parts = image.repeat(size, 0).repeat(size, 1).reshape(size, height, size, width).sum(axis=(1, 3), dtype=np.int64)
     np.testing.assert_array_equal(small, (2 * parts + height * width) // (2 * height * width))
     for turns, mirror in itertools.product(range(4), (False, True)):
         moved = np.rot90(np.fliplr(image) if mirror else image, turns)
         np.testing.assert_array_equal(
-            data._shrink(Image.fromarray(np.ascontiguousarray(moved)), size), np.rot90(np.fliplr(small) if mirror else small, turns)
+            decode.shrink(Image.fromarray(np.ascontiguousarray(moved)), size), np.rot90(np.fliplr(small) if mirror else small, turns)
         )
 
 
@@ -264,7 +264,7 @@ def test_nih_2017_quirks(tmp_path):
     assert list(frame["view_position"]) == ["PA", "", "AP", "AP"]
     assert list(frame["sex"]) == ["M", "", "F", "F"]
     np.testing.assert_array_equal(frame["age"], [57, np.nan, np.nan, 0])
-    _, odd = data._read_table(tmp_path / "Data_Entry_2017.csv")
+    _, odd = tables.read_table(tmp_path / "Data_Entry_2017.csv")
     assert odd == {"csv_rows_without_name": 1, "csv_rows_repeated": 1, "ages_set_missing": 1, "unknown_findings": {"Rib Fracture": 1}}
 
 
@@ -297,7 +297,7 @@ def test_other_tables(name, tmp_path):
     ],
 )
 def test_ages(text, years):
-    assert data._clean_age(text) == ("" if years is None else str(years))
+    assert tables.clean_age(text) == ("" if years is None else str(years))
 
 
 @pytest.mark.parametrize("name", ["Data_Entry_2017.csv", "mine.csv"])
@@ -476,7 +476,7 @@ def test_killed_at_any_rename_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
     (folder / "images_001/images/00000002_000.png").write_bytes(b"")
     options = {"max_broken": 0.2, "workers": 1}
     data.preprocess(folder, tmp_path / "whole", **options)
-    replace, decode = os.replace, data._decode
+    replace, decode = os.replace, data.decode.decode
     decoded = []
     monkeypatch.setattr(data, "_decode", lambda *args: decoded.append(args) or decode(*args))
     for stop in itertools.count():
@@ -527,9 +527,9 @@ def test_kill_9_and_resume(tmp_path, monkeypatch):
     """A process killed while decoding (not at a convenient point) leaves work that the next one takes up."""
     folder = make_folder(tmp_path / "in", 60, size=8)
     script = (
-        "import sys, time; from lib import data; data._CHUNK = 10; decode = data._decode\n"
+        "import sys, time; from lib import data; data._CHUNK = 10; decode = data.decode.decode\n"
         "def slow(*args):\n    time.sleep(0.01); print(args[0].name, flush=True); return decode(*args)\n"
-        "data._decode = slow; data.preprocess(sys.argv[1], sys.argv[2], workers=1)"
+        "data.decode.decode = slow; data.preprocess(sys.argv[1], sys.argv[2], workers=1)"
     )
     seen = []
     for wanted in (25, 15):
@@ -541,7 +541,7 @@ def test_kill_9_and_resume(tmp_path, monkeypatch):
         assert process.returncode != 0
         assert not any((tmp_path / "out" / name).exists() for name in FILES)
     monkeypatch.setattr(data, "_CHUNK", 10)
-    decode = data._decode
+    decode = data.decode.decode
     seen.append([])
     monkeypatch.setattr(data, "_decode", lambda path, size: seen[2].append(path.name) or decode(path, size))
     data.preprocess(folder, tmp_path / "out", workers=1)
@@ -558,7 +558,7 @@ def test_bytes_do_not_depend_on_workers_and_done_work_is_not_done_again(tmp_path
     data.preprocess(folder, tmp_path / "five", workers=5)
     assert digest(tmp_path / "one") == digest(tmp_path / "five")
 
-    decode = data._decode
+    decode = data.decode.decode
     monkeypatch.setattr(data, "_decode", lambda *args: pytest.fail("decoded again"))
     assert data.preprocess(folder, tmp_path / "one") == manifest
     monkeypatch.setattr(data, "_decode", decode)
@@ -578,7 +578,7 @@ def test_memory_is_bounded_by_a_chunk(tmp_path, monkeypatch):
     """No more than one chunk of decoded images is held, and no more images than workers are being decoded."""
     monkeypatch.setattr(data, "_CHUNK", 8)
     folder = make_folder(tmp_path / "in", 40)
-    decode, lock, busy, peak = data._decode, threading.Lock(), [0], [0]
+    decode, lock, busy, peak = data.decode.decode, threading.Lock(), [0], [0]
 
     def counting(*args):
         with lock:
