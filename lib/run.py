@@ -32,6 +32,11 @@ A second call skips what is done with the same parameters.
 
   --preset smoke|quick|paper  how much to compute; each is a file in notebooks/params/ (default: quick)
   --data phantom|PATH         synthetic radiographs, or a folder of X-rays (default: phantom)
+  --csv FILE                  table of your folder, if it is not the only one
+  --image-column NAME         its column with the images' file names or paths, if it is not named as NIH's
+  --label-column NAME         its column with the labels, separated by "|", ";" or ","
+  --fit pad|crop|stretch      what to do with images that are not square (default: pad)
+  --drop-outliers             leave out images that are too dark, too bright or constant
   --seeds 0,1                 seeds to train with (default: the preset's)
   --device auto|cpu|cuda      where to train (default: the preset's)
   --from NN                   run again from notebook NN on; the earlier ones must be done
@@ -67,6 +72,11 @@ class Options:
     restart: bool = False
     help: bool = False
     test: tuple[str, ...] | None = None
+    csv: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    fit: str | None = None
+    drop_outliers: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -119,15 +129,16 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
     if "--test" in argv:
         split = argv.index("--test")
         argv, test = argv[:split], tuple(argv[split + 1 :])
-    names = ["--preset", "--data", "--seeds", "--device", "--from"]
+    names = ["--preset", "--data", "--seeds", "--device", "--from", "--csv", "--image-column", "--label-column", "--fit"]
+    switches = ["--drop-outliers", "--restart", "--help"]
     parser = _Parser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(name)
-    for name in ("--restart", "--help"):
+    for name in switches:
         parser.add_argument(name, action="store_true")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UsageError(f"unknown option {unknown[0]}; valid: {', '.join([*names, '--restart', '--test', '--help'])}")
+        raise UsageError(f"unknown option {unknown[0]}; valid: {', '.join([*names, *switches[:-1], '--test', '--help'])}")
     if given.help:
         return Options(help=True)
     if test is not None:
@@ -160,7 +171,20 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
         if not given.data or not os.path.isdir(source):
             reason = "not a folder" if given.data and os.path.exists(source) else "not there"
             raise UsageError(f"--data {given.data!r} is {reason}; valid: phantom, or the path of a folder of X-rays")
-    return Options(preset, source, dataset_name(source, preset), seeds, given.device, start, given.restart)
+    if given.fit is not None:
+        one_of("--fit", given.fit, ["pad", "crop", "stretch"])
+    csv = given.csv
+    if csv is not None:
+        places = [os.path.abspath(place / Path(csv).expanduser()) for place in (folder or Path.cwd(), Path(source))]
+        csv = next(filter(os.path.isfile, places), None)
+        if csv is None or not given.csv:
+            raise UsageError(f"--csv {given.csv!r} is no file here, nor in the folder of --data; give the path of a CSV")
+    for name in ("csv", "image_column", "label_column"):
+        if source == "phantom" and getattr(given, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} describes a folder of X-rays: name it with --data PATH")
+    columns = {"csv": csv, "image_column": given.image_column, "label_column": given.label_column}
+    reading = {**columns, "fit": given.fit, "drop_outliers": given.drop_outliers}
+    return Options(preset, source, dataset_name(source, preset), seeds, given.device, start, given.restart, **reading)
 
 
 def missing_packages(test: bool = False, root: Path = ROOT) -> list[str]:
@@ -255,11 +279,12 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _source_state(source: str) -> list[int] | None:
-    """Number, size and newest change of the files of a folder: images that were added are noticed without reading any."""
+def _source_state(source: str, csv: str | None = None) -> list[int] | None:
+    """Number, size and newest change of the files of a folder and of its table: images that were added are noticed without reading any."""
     if source == "phantom":
         return None
-    states = [os.stat(os.path.join(base, name)) for base, _, names in os.walk(source) for name in names]
+    states = [os.lstat(os.path.join(base, name)) for base, _, names in os.walk(source) for name in names]
+    states += [os.stat(csv)] if csv else []
     return [len(states), sum(state.st_size for state in states), max((state.st_mtime_ns for state in states), default=0)]
 
 
@@ -437,6 +462,8 @@ def run(options: Options, root: Path = ROOT) -> None:
     overrides: dict[str, Any] = {"dataset": options.dataset, "source": options.source, "restart": options.restart}
     overrides |= {} if options.seeds is None else {"seeds": list(options.seeds)}
     overrides |= {} if options.device is None else {"device": options.device}
+    for name in ("csv", "image_column", "label_column", "fit", "drop_outliers"):
+        overrides |= {name: getattr(options, name)} if getattr(options, name) else {}
     overrides["command"] = _command(options)
     parameters = read_preset(preset, notebooks) | overrides
     _check_device(parameters.get("device"))
@@ -450,7 +477,7 @@ def run(options: Options, root: Path = ROOT) -> None:
             raise UsageError(
                 f"{paths.show(out.parent)} holds the results of {other}; rename your folder, or replace these results with --restart"
             )
-    environment, state = _environment(), _source_state(options.source)
+    environment, state = _environment(), _source_state(options.source, options.csv)
     print(f"{options.dataset}, preset {options.preset}: {len(notebooks)} notebooks, logs in {_shown(out)}", flush=True)
     upstream: Any = None
     running = False
@@ -494,6 +521,11 @@ def _command(options: Options) -> str:
     """The command for the reader of the results: a folder goes by its name, for its path is nobody else's business."""
     words = ["./run_all.sh", "--preset", options.preset, "--data"]
     words.append(options.source if options.source == "phantom" else f"PATH/{Path(options.source).name}")
+    words += [] if options.csv is None else ["--csv", Path(options.csv).name]
+    for name in ("image_column", "label_column", "fit"):
+        value = getattr(options, name)
+        words += [] if value is None else [f"--{name.replace('_', '-')}", value if re.fullmatch(r"[\w.-]+", value) else repr(value)]
+    words += ["--drop-outliers"] if options.drop_outliers else []
     words += [] if options.seeds is None else ["--seeds", ",".join(map(str, options.seeds))]
     words += [] if options.device is None else ["--device", options.device]
     return " ".join(words)
