@@ -127,9 +127,7 @@ def main() -> None:
                     rates[workers] = max(rates[workers], preprocess_rate(folder, len(files), workers))
             print(f"\npreprocess as a whole, {os.cpu_count()} cores:")
             for workers, images in rates.items():
-                print(
-                    f"  {workers} worker{'s' if workers > 1 else ' '} {images:7.1f} images/s, {FULL:,} images in {FULL / images / 60:.0f} min"
-                )
+                print(f"  {workers} worker(s) {images:7.1f} images/s, {FULL:,} images in {FULL / images / 60:.0f} min")
             print(f"  two workers beside one: {rates[2] / rates[1]:.2f} x")
 
 
