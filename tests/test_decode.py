@@ -131,7 +131,7 @@ def test_colour_dicom_is_gray(tmp_path):
 def test_a_folder_of_dicom_png_and_jpeg_gives_away_no_name(tmp_path):
     folder = tmp_path / "in"
     (folder / "study" / "series").mkdir(parents=True)
-    header = {"PatientAge": "060Y", "PatientSex": "F", "ViewPosition": "pa"}
+    header = {"PatientAge": "060Y", "PatientSex": "F", "ViewPosition": "PA"}
     dicom(folder / "study" / "series" / "IM0001", **header)
     dicom(folder / "study" / "series" / "1.2.840.7", PatientID="ID-4712")
     dicom(folder / "study" / "wrong.png", **header)

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from lib import phantom, plots, plots_data, texture
@@ -34,8 +35,9 @@ def texts(figure):
 def test_names_its_dataset_and_cuts_nothing_off(name):
     figure = FIGURES[name]()
     assert any(LABEL in text for text in texts(figure))
-    renderer = figure.canvas.get_renderer()
-    width, height = figure.canvas.get_width_height()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer, (width, height) = canvas.get_renderer(), canvas.get_width_height()
     for text in figure.findobj(Text):
         if text.get_text().strip() and text.get_visible():
             box = text.get_window_extent(renderer)
