@@ -99,13 +99,16 @@ def population(metadata: pd.DataFrame, dataset_label: str) -> Figure:
     """
     figure = plots._figure(2, 2.2)
     patients, ages, views = figure.subplots(1, 3)
-    number = metadata.groupby("patient_id").size()
-    last = 20
-    patients.hist(
-        number.clip(upper=last), bins=np.arange(0.5, min(int(number.max()), last) + 1.5), color=PALETTE[0], edgecolor="white", lw=0.3
-    )
-    patients.set(xlabel=f"images of a patient ({last}: or more)" if number.max() > last else "images of a patient", ylabel="patients")
-    patients.set_title(f"{len(number):,} patients, up to {number.max():,} images", loc="left")
+    number = metadata.loc[metadata["patient_id"] != "", "patient_id"].value_counts()
+    last = 20  # the few patients with more would stretch the axis
+    if len(number):
+        bins = np.arange(0.5, min(int(number.max()), last) + 1.5)
+        patients.hist(number.clip(upper=last), bins=bins, color=PALETTE[0], edgecolor="white", lw=0.3)
+        patients.set_title(f"{len(number):,} patients, up to {number.max():,} images", loc="left")
+        more = f" ({last}: or more)" if number.max() > last else ""
+        patients.set(xlabel=f"images of a patient{more}", ylabel="patients")
+    else:
+        plots._absent(patients, "no patients known")
     known = metadata["age"].dropna()
     if len(known):
         ages.hist(known, bins=np.arange(0, max(100, known.max()) + 5, 5), color=PALETTE[0], edgecolor="white", lw=0.3)

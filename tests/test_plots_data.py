@@ -16,7 +16,7 @@ TEXTURES = texture.texture_by_finding(IMAGES, FINDINGS, most=10)
 FIGURES = {
     "cooccurrence": lambda: plots_data.cooccurrence(FINDINGS, LABEL),
     "population": lambda: plots_data.population(TABLE, LABEL),
-    "population, nothing known": lambda: plots_data.population(TABLE.assign(age=np.nan, sex="", view_position=""), LABEL),
+    "population, nothing known": lambda: plots_data.population(TABLE.assign(age=np.nan, sex="", view_position="", patient_id=""), LABEL),
     "mean_images": lambda: plots_data.mean_images(IMAGES, FINDINGS, LABEL),
     "mean_images, no labels": lambda: plots_data.mean_images(IMAGES, [""] * 60, LABEL),
     "brightness": lambda: plots_data.brightness(IMAGES, (90.0, 150.0, 2.0), LABEL),
