@@ -123,8 +123,9 @@ def population(metadata: pd.DataFrame, dataset_label: str) -> Figure:
         hatch, color = ("", "////", "....", "xx")[place % 4], PALETTE[place % len(PALETTE)]
         views.bar(table.index, table[sex], bottom=bottom, color=color, hatch=hatch, edgecolor="white", lw=0.5, label=sex, width=0.6)
         bottom += table[sex].to_numpy()
-    views.set(xlabel="view", ylabel="images", ylim=(0, bottom.max() * 1.3))
-    views.legend(title="sex", ncols=len(table.columns), loc="upper center")
+    views.set(xlabel="view", ylabel="images", ylim=(0, bottom.max() * 1.25))
+    views.legend(ncols=len(table.columns), loc="upper center", handlelength=1.2, columnspacing=0.8)
+    views.set_title("by sex", loc="left")
     for axes in (patients, ages, views):
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     return plots._finish(figure, dataset_label)
