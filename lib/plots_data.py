@@ -279,7 +279,7 @@ def sobel(images: np.ndarray, titles: Sequence[str], dataset_label: str) -> Figu
         raise ValueError(f"need 1 to 8 images (n, H, W) with a title each, got {images.shape} and {len(titles)} titles")
     found = [texture.edges(image) for image in images]
     top = max(float(np.percentile(found, 99.5)), 1e-6)
-    figure = plots._figure(2, 2 * 6.6 / len(images) + 0.55)
+    figure = plots._figure(2, 2 * min(6.6 / len(images), 2.4) + 0.55)
     grid = figure.subplots(2, len(images), squeeze=False)
     for column, (image, edge, title) in enumerate(zip(images, found, titles, strict=True)):
         grid[0, column].imshow(image, cmap="gray", vmin=0, vmax=255)

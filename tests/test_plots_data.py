@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from lib import phantom, plots, plots_data, texture
@@ -32,19 +31,30 @@ def texts(figure):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_names_its_dataset_and_cuts_nothing_off(name):
+def test_names_its_dataset_and_cuts_nothing_off(name, monkeypatch):
     figure = FIGURES[name]()
     assert any(LABEL in text for text in texts(figure))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer, (width, height) = canvas.get_renderer(), canvas.get_width_height()
-    for text in figure.findobj(Text):
-        if text.get_text().strip() and text.get_visible():
-            box = text.get_window_extent(renderer)
-            assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1, text.get_text()  # noqa: PT018
+    assert figure.get_figwidth() in plots.COLUMN_INCHES.values()
+    assert figure.get_figheight() < 8
+    drawn, draw = {}, Text.draw
+
+    def note(text, renderer):
+        if text.get_visible() and text.get_text().strip():  # an axis also keeps labels of ticks beyond its ends, which it does not draw
+            drawn[text] = text.get_window_extent(renderer)
+        draw(text, renderer)
+
+    monkeypatch.setattr(Text, "draw", note)
+    with plots.style():
+        figure.draw_without_rendering()
+    frame = figure.bbox.padded(1)
+    assert drawn
+    for text, box in drawn.items():
+        inside = frame.x0 <= box.x0 <= box.x1 <= frame.x1 and frame.y0 <= box.y0 <= box.y1 <= frame.y1
+        assert inside, f"cut off: {text.get_text()!r}"
+        assert text.get_fontsize() >= 5.5, f"too small: {text.get_text()!r}"
 
 
-@pytest.mark.parametrize("name", ["cooccurrence", "mean_images", "texture"])
+@pytest.mark.parametrize("name", ["cooccurrence", "brightness"])
 def test_the_same_data_give_the_same_bytes(name, tmp_path):
     for folder in ("a", "b"):
         plots.save(FIGURES[name](), tmp_path / folder / "figure")
