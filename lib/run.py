@@ -38,6 +38,11 @@ A second call skips what is done with the same parameters.
       kaggle-sample             5,606 of them, 2 GB
       nih:PATH                  a folder with what NIH hands out: images_001.tar.gz and so on, and Data_Entry_2017*.csv
       PATH                      a folder of your own X-rays (./kaggle, if it is called so)
+  --csv FILE                  table of your folder, if it is not the only one
+  --image-column NAME         its column with the images' file names or paths, if it is not named as NIH's
+  --label-column NAME         its column with the labels, separated by "|", ";" or ","
+  --fit pad|crop|stretch      what to do with images that are not square (default: pad)
+  --drop-outliers             leave out images that are too dark, too bright or constant
   --seeds 0,1                 seeds to train with (default: the preset's)
   --device auto|cpu|cuda      where to train (default: the preset's)
   --from NN                   run again from notebook NN on; the earlier ones must be done
@@ -76,6 +81,11 @@ class Options:
     restart: bool = False
     help: bool = False
     test: tuple[str, ...] | None = None
+    csv: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    fit: str | None = None
+    drop_outliers: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,15 +146,16 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
     if "--test" in argv:
         split = argv.index("--test")
         argv, test = argv[:split], tuple(argv[split + 1 :])
-    names = ["--preset", "--data", "--seeds", "--device", "--from"]
+    names = ["--preset", "--data", "--seeds", "--device", "--from", "--csv", "--image-column", "--label-column", "--fit"]
+    switches = ["--drop-outliers", "--restart", "--help"]
     parser = _Parser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(name)
-    for name in ("--restart", "--help"):
+    for name in switches:
         parser.add_argument(name, action="store_true")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UsageError(f"unknown option {unknown[0]}; valid: {', '.join([*names, '--restart', '--test', '--help'])}")
+        raise UsageError(f"unknown option {unknown[0]}; valid: {', '.join([*names, *switches[:-1], '--test', '--help'])}")
     if given.help:
         return Options(help=True)
     if test is not None:
@@ -172,7 +183,20 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
         if len(set(seeds)) < len(seeds):
             raise UsageError(f"--seeds {given.seeds} names a seed twice")
     source = "phantom" if given.data is None else _checked_source(given.data, folder or Path.cwd())
-    return Options(preset, source, dataset_name(source, preset), seeds, given.device, start, given.restart)
+    if given.fit is not None:
+        one_of("--fit", given.fit, ["pad", "crop", "stretch"])
+    for name in ("csv", "image_column", "label_column"):
+        if getattr(given, name) is not None and not os.path.isabs(source):
+            raise UsageError(f"--{name.replace('_', '-')} describes a folder of X-rays: name it with --data PATH")
+    csv = given.csv
+    if csv is not None:
+        places = [os.path.abspath(place / Path(csv).expanduser()) for place in (folder or Path.cwd(), Path(source))]
+        csv = next(filter(os.path.isfile, places), None)
+        if csv is None or not given.csv:
+            raise UsageError(f"--csv {given.csv!r} is no file here, nor in the folder of --data; give the path of a CSV")
+    columns = {"csv": csv, "image_column": given.image_column, "label_column": given.label_column}
+    reading = {**columns, "fit": given.fit, "drop_outliers": given.drop_outliers}
+    return Options(preset, source, dataset_name(source, preset), seeds, given.device, start, given.restart, **reading)
 
 
 def _checked_source(given: str, folder: Path) -> str:
@@ -282,13 +306,13 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _source_state(source: str) -> list[int] | None:
-    """Number, size and newest change of the files of a folder: images that were added are noticed without reading any."""
+def _source_state(source: str, csv: str | None = None) -> list[int] | None:
+    """Number, size and newest change of the files of a folder and of its table: images that were added are noticed without reading any."""
     path = _path_of(source)
     if not path:
         return None  # drawn, or published once and for all
     files = [path] if os.path.isfile(path) else [os.path.join(base, name) for base, _, names in os.walk(path) for name in names]
-    states = [os.stat(file) for file in files]
+    states = [os.lstat(file) for file in files] + ([os.stat(csv)] if csv else [])
     return [len(states), sum(state.st_size for state in states), max((state.st_mtime_ns for state in states), default=0)]
 
 
@@ -466,6 +490,8 @@ def run(options: Options, root: Path = ROOT) -> None:
     overrides: dict[str, Any] = {"dataset": options.dataset, "source": options.source, "restart": options.restart}
     overrides |= {} if options.seeds is None else {"seeds": list(options.seeds)}
     overrides |= {} if options.device is None else {"device": options.device}
+    for name in ("csv", "image_column", "label_column", "fit", "drop_outliers"):
+        overrides |= {name: getattr(options, name)} if getattr(options, name) else {}
     overrides["command"] = _command(options)
     parameters = read_preset(preset, notebooks) | overrides
     _check_device(parameters.get("device"))
@@ -479,7 +505,7 @@ def run(options: Options, root: Path = ROOT) -> None:
             raise UsageError(
                 f"{paths.show(out.parent)} holds the results of {other}; rename your folder, or replace these results with --restart"
             )
-    environment, state = _environment(), _source_state(options.source)
+    environment, state = _environment(), _source_state(options.source, options.csv)
     _obtain(options)
     print(f"{options.dataset}, preset {options.preset}: {len(notebooks)} notebooks, logs in {_shown(out)}", flush=True)
     upstream: Any = None
@@ -537,6 +563,11 @@ def _command(options: Options) -> str:
     words = ["./run_all.sh", "--preset", options.preset, "--data"]
     path = _path_of(options.source)
     words.append(f"{options.source.removesuffix(path)}PATH/{Path(path).name}" if path else options.source)
+    words += [] if options.csv is None else ["--csv", Path(options.csv).name]
+    for name in ("image_column", "label_column", "fit"):
+        value = getattr(options, name)
+        words += [] if value is None else [f"--{name.replace('_', '-')}", value if re.fullmatch(r"[\w.-]+", value) else repr(value)]
+    words += ["--drop-outliers"] if options.drop_outliers else []
     words += [] if options.seeds is None else ["--seeds", ",".join(map(str, options.seeds))]
     words += [] if options.device is None else ["--device", options.device]
     return " ".join(words)

@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from lib import data, paths, phantom
+from lib import data, decode, paths, phantom, tables
 
 SAMPLE = Path(os.environ.get("CXR_SAMPLE") or paths.ROOT.parent / "shared" / "nih-sample")
 HEADER = (
@@ -141,30 +141,91 @@ def test_exif_orientation_is_applied(tmp_path):
     np.testing.assert_allclose(one(tmp_path).astype(int), np.rot90(RAMP, -1), atol=3)
 
 
-@example(1, 3, 1, 0)  # a tie that Pillow's own reduce rounds down
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 80), st.integers(1, 80), st.sampled_from([1, 7, 20]), st.integers(0, 2**32 - 1))
-def test_resize_is_the_exact_area_mean_and_commutes_with_the_square(height, width, size, seed):
+@example(1, 3, 1, 0, "stretch")  # a tie that Pillow's own reduce rounds down
+@settings(max_examples=120, deadline=None)
+@given(st.integers(1, 80), st.integers(1, 80), st.sampled_from([1, 7, 20]), st.integers(0, 2**32 - 1), st.sampled_from(decode.FITS))
+def test_resize_is_the_exact_area_mean_and_commutes_with_the_square(height, width, size, seed, fit):
     image = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
-    small = data._shrink(Image.fromarray(image), size)
-    # Every old pixel as size x size equal parts: the new pixel is a plain mean of height x width of them.
-    parts = image.repeat(size, 0).repeat(size, 1).reshape(size, height, size, width).sum(axis=(1, 3), dtype=np.int64)
-    np.testing.assert_array_equal(small, (2 * parts + height * width) // (2 * height * width))
+    small = decode.shrink(Image.fromarray(image), size, fit)
+    # Every old pixel as 2 x 2, so that a centre stands between pixels; then the canvas; then size x size equal parts of each.
+    canvas = image.repeat(2, 0).repeat(2, 1).astype(np.int64)
+    if fit == "pad":
+        canvas = np.pad(canvas, [(max(height, width) - height,) * 2, (max(height, width) - width,) * 2])
+    if fit == "crop":
+        down, across = height - min(height, width), width - min(height, width)
+        canvas = canvas[down : 2 * height - down, across : 2 * width - across]
+    h, w = canvas.shape
+    parts = canvas.repeat(size, 0).repeat(size, 1).reshape(size, h, size, w).sum(axis=(1, 3))
+    np.testing.assert_array_equal(small, (2 * parts + h * w) // (2 * h * w))
     for turns, mirror in itertools.product(range(4), (False, True)):
         moved = np.rot90(np.fliplr(image) if mirror else image, turns)
-        np.testing.assert_array_equal(
-            data._shrink(Image.fromarray(np.ascontiguousarray(moved)), size), np.rot90(np.fliplr(small) if mirror else small, turns)
-        )
+        again = decode.shrink(Image.fromarray(np.ascontiguousarray(moved)), size, fit)
+        np.testing.assert_array_equal(again, np.rot90(np.fliplr(small) if mirror else small, turns))
 
 
-def test_images_that_are_not_square_are_counted_and_warned_of(tmp_path):
+@pytest.mark.parametrize("height", [64, 128, 256, 1024])
+def test_fast_paths_give_the_bytes_of_the_general_way(height):
+    """Nothing to resample at 64 x 64, and Pillow's own mean at powers of two."""
+    image = np.random.default_rng(height).integers(0, 256, (height, height), dtype=np.uint8)
+    fast = decode.shrink(Image.fromarray(image), 64)
+    for fit in decode.FITS:
+        np.testing.assert_array_equal(fast, decode.area_mean(image, 64, fit))
+    if height == 64:
+        np.testing.assert_array_equal(fast, image)
+
+
+@pytest.mark.parametrize(("shape", "scale"), [((1024, 1024), 8), ((1016, 1024), 4), ((516, 1028), 4), ((250, 250), 1), ((257, 512), 1)])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_reduced_jpeg_is_near_the_full_one(shape, scale, mode, tmp_path, monkeypatch):
+    assert decode._draft_scale(*shape[::-1], 64) == (scale if shape != (1016, 1024) else 4)
+    noise = np.random.default_rng(0).normal(0, 12, shape)
+    image = np.clip(128 + 100 * np.sin(np.add.outer(np.arange(shape[0]) / 90, np.arange(shape[1]) / 50)) + noise, 0, 255).astype(np.uint8)
+    Image.fromarray(image).convert(mode).save(tmp_path / "a.jpg", quality=95)
+    reduced, record = decode.decode(tmp_path / "a.jpg")
+    assert (record["width"], record["height"]) == shape[::-1]
+    monkeypatch.setattr(decode, "_draft_scale", lambda *args: 1)
+    full, _ = decode.decode(tmp_path / "a.jpg")
+    assert np.abs(reduced.astype(int) - full).max() <= 2
+
+
+@pytest.mark.parametrize(("fit", "word"), [("pad", "padded"), ("crop", "cropped"), ("stretch", "stretched")])
+def test_images_that_are_not_square_are_counted_and_warned_of(fit, word, tmp_path):
     folder = make_folder(tmp_path / "in", 3)
-    Image.fromarray(np.zeros((40, 80), np.uint8)).save(folder / "b.png")
-    with pytest.warns(UserWarning, match="1 of 4 images are not square"):
-        manifest = data.preprocess(folder, tmp_path / "out")
-    assert manifest["not_square_stretched"] == 1
-    assert manifest["enlarged"] == 1
-    assert data.load_images(tmp_path / "out").shape == (4, 64, 64)
+    Image.fromarray(np.full((40, 80), 200, np.uint8)).save(folder / "b.png")
+    with pytest.warns(UserWarning, match=f"1 of 4 images are not square and were {word}"):
+        manifest = data.preprocess(folder, tmp_path / "out", fit=fit)
+    assert (manifest["not_square"], manifest["fit"], manifest["enlarged"]) == (1, fit, 1)
+    wide = data.load_images(tmp_path / "out")[3]
+    assert (wide[:16] == (0 if fit == "pad" else 200)).all()
+    assert (wide[16:48] == 200).all()
+
+
+@pytest.mark.parametrize(("option", "valid"), [({"fit": "squeeze"}, "pad, crop, stretch"), ({"csv": "no.csv"}, "there is no such file")])
+def test_options_that_do_not_exist(option, valid, tmp_path):
+    with pytest.raises(ValueError, match=valid):
+        data.preprocess(make_folder(tmp_path / "in", 2), tmp_path / "out", **option)
+
+
+def test_outliers_are_counted_and_dropped_if_asked(tmp_path):
+    folder = make_folder(tmp_path / "in", 4)
+    noise = np.random.default_rng(0).integers(0, 9, (64, 64))
+    for name, values in {"dark": noise, "bright": 247 + noise, "flat": np.full((64, 64), 90)}.items():
+        Image.fromarray(values.astype(np.uint8)).save(folder / f"{name}.png")
+    kept = data.preprocess(folder, tmp_path / "out")
+    assert kept["images"] == 7
+    assert {name: kept["outliers"][name] for name in ("too dark", "too bright", "constant", "dropped")} == {
+        "too dark": 1,
+        "too bright": 1,
+        "constant": 1,
+        "dropped": False,
+    }
+    with_all = np.array(data.load_images(tmp_path / "out"))
+    manifest = data.preprocess(folder, tmp_path / "out", drop_outliers=True)
+    assert manifest["images"] == 4
+    assert [item["file"] for item in manifest["dropped"]] == ["bright.png", "dark.png", "flat.png"]
+    assert manifest["dropped"][2]["reason"] == "constant (standard deviation 0.0 of 255)"
+    np.testing.assert_array_equal(data.load_images(tmp_path / "out"), with_all[:4])
+    assert len(data.load(tmp_path / "out", verify=True)[1]) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------- broken files
@@ -184,8 +245,8 @@ def damaged():
         "truncated.png": (png[: len(png) // 2], "truncated"),
         "truncated.jpg": (jpeg.getvalue()[:560], "truncated"),
         "empty.png": (b"", "empty file"),
-        "text.png": (b"Image Index,Finding Labels", "not a PNG or JPEG image"),
-        "gif.png": (gif.getvalue(), "not a PNG or JPEG image"),
+        "text.png": (b"Image Index,Finding Labels", "not a PNG, JPEG or DICOM image"),
+        "gif.png": (gif.getvalue(), "not a PNG, JPEG or DICOM image"),
         "flipped.png": (png[:3000] + bytes([png[3000] ^ 4]) + png[3001:], "checksum"),
         "bomb.png": (bomb + struct.pack(">I", zlib.crc32(bomb[12:])) + png[33:], "decompression bomb"),
         "large.png": (large + struct.pack(">I", zlib.crc32(large[12:])) + png[33:], "8200 x 8200 pixels are too many"),
@@ -264,7 +325,7 @@ def test_nih_2017_quirks(tmp_path):
     assert list(frame["view_position"]) == ["PA", "", "AP", "AP"]
     assert list(frame["sex"]) == ["M", "", "F", "F"]
     np.testing.assert_array_equal(frame["age"], [57, np.nan, np.nan, 0])
-    _, odd = data._read_table(tmp_path / "Data_Entry_2017.csv")
+    _, odd = tables.read_table(tmp_path / "Data_Entry_2017.csv")
     assert odd == {"csv_rows_without_name": 1, "csv_rows_repeated": 1, "ages_set_missing": 1, "unknown_findings": {"Rib Fracture": 1}}
 
 
@@ -297,7 +358,7 @@ def test_other_tables(name, tmp_path):
     ],
 )
 def test_ages(text, years):
-    assert data._clean_age(text) == ("" if years is None else str(years))
+    assert tables.clean_age(text) == ("" if years is None else str(years))
 
 
 @pytest.mark.parametrize("name", ["Data_Entry_2017.csv", "mine.csv"])
@@ -395,12 +456,24 @@ def test_repeated_names_keep_the_first_and_say_so(tmp_path):
     np.testing.assert_array_equal(data.load_images(tmp_path / "out")[0], first)
 
 
-def test_names_that_are_no_identities_are_an_error(tmp_path):
-    for patient in range(5):
-        (tmp_path / f"patient{patient}").mkdir()
-        Image.fromarray(RAMP).save(tmp_path / f"patient{patient}" / "frontal.png")
+def test_nih_names_that_are_no_identities_are_an_error(tmp_path):
+    for copy in range(5):
+        make_folder(tmp_path / "in" / str(copy), 1, table=False)
     with pytest.raises(ValueError, match="only 1 different file names among 5 images"):
-        data.preprocess(tmp_path, tmp_path / "out")
+        data.preprocess(tmp_path / "in", tmp_path / "out")
+
+
+def test_other_names_that_repeat_are_told_apart_by_their_path(tmp_path):
+    folder = tmp_path / "in"
+    for patient in range(3):
+        (folder / f"patient{patient}").mkdir(parents=True)
+        Image.fromarray(RAMP).save(folder / f"patient{patient}" / "frontal.png")
+    (folder / "labels.csv").write_text("image,findings\npatient0/frontal.png,Mass\npatient2\\frontal.png,Edema\n")
+    manifest = data.preprocess(folder, tmp_path / "out")
+    metadata = data.load(tmp_path / "out")[1]
+    assert metadata["image_id"].tolist() == [f"patient{patient}/frontal.png" for patient in range(3)]
+    assert metadata["findings"].tolist() == ["Mass", "", "Edema"]
+    assert manifest["dropped"] == []
 
 
 def test_hidden_files_are_no_images(tmp_path):
@@ -476,9 +549,9 @@ def test_killed_at_any_rename_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
     (folder / "images_001/images/00000002_000.png").write_bytes(b"")
     options = {"max_broken": 0.2, "workers": 1}
     data.preprocess(folder, tmp_path / "whole", **options)
-    replace, decode = os.replace, data._decode
+    replace, real = os.replace, decode.decode
     decoded = []
-    monkeypatch.setattr(data, "_decode", lambda *args: decoded.append(args) or decode(*args))
+    monkeypatch.setattr(decode, "decode", lambda *args: decoded.append(args) or real(*args))
     for stop in itertools.count():
         out, calls = tmp_path / f"out{stop}", itertools.count()
 
@@ -527,9 +600,9 @@ def test_kill_9_and_resume(tmp_path, monkeypatch):
     """A process killed while decoding (not at a convenient point) leaves work that the next one takes up."""
     folder = make_folder(tmp_path / "in", 60, size=8)
     script = (
-        "import sys, time; from lib import data; data._CHUNK = 10; decode = data._decode\n"
+        "import sys, time; from lib import data; data._CHUNK = 10; decode = data.decode.decode\n"
         "def slow(*args):\n    time.sleep(0.01); print(args[0].name, flush=True); return decode(*args)\n"
-        "data._decode = slow; data.preprocess(sys.argv[1], sys.argv[2], workers=1)"
+        "data.decode.decode = slow; data.preprocess(sys.argv[1], sys.argv[2], workers=1)"
     )
     seen = []
     for wanted in (25, 15):
@@ -541,9 +614,9 @@ def test_kill_9_and_resume(tmp_path, monkeypatch):
         assert process.returncode != 0
         assert not any((tmp_path / "out" / name).exists() for name in FILES)
     monkeypatch.setattr(data, "_CHUNK", 10)
-    decode = data._decode
+    real = decode.decode
     seen.append([])
-    monkeypatch.setattr(data, "_decode", lambda path, size: seen[2].append(path.name) or decode(path, size))
+    monkeypatch.setattr(decode, "decode", lambda path, *rest: seen[2].append(path.name) or real(path, *rest))
     data.preprocess(folder, tmp_path / "out", workers=1)
     names = sorted(path.name for path in folder.rglob("*.png"))
     assert [part[0] for part in seen] == [names[0], names[20], names[30]]  # what was whole by then is not done again
@@ -555,13 +628,14 @@ def test_kill_9_and_resume(tmp_path, monkeypatch):
 def test_bytes_do_not_depend_on_workers_and_done_work_is_not_done_again(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "in", 40, size=100)
     manifest = data.preprocess(folder, tmp_path / "one", workers=1)
-    data.preprocess(folder, tmp_path / "five", workers=5)
-    assert digest(tmp_path / "one") == digest(tmp_path / "five")
+    for workers in (2, 3, 5):
+        data.preprocess(folder, tmp_path / "five", workers=workers, resume=False)
+        assert digest(tmp_path / "one") == digest(tmp_path / "five")
 
-    decode = data._decode
-    monkeypatch.setattr(data, "_decode", lambda *args: pytest.fail("decoded again"))
+    real = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *args: pytest.fail("decoded again"))
     assert data.preprocess(folder, tmp_path / "one") == manifest
-    monkeypatch.setattr(data, "_decode", decode)
+    monkeypatch.setattr(decode, "decode", real)
     data.preprocess(folder, tmp_path / "one", resume=False)
     assert digest(tmp_path / "one") == digest(tmp_path / "five")
 
@@ -578,19 +652,19 @@ def test_memory_is_bounded_by_a_chunk(tmp_path, monkeypatch):
     """No more than one chunk of decoded images is held, and no more images than workers are being decoded."""
     monkeypatch.setattr(data, "_CHUNK", 8)
     folder = make_folder(tmp_path / "in", 40)
-    decode, lock, busy, peak = data._decode, threading.Lock(), [0], [0]
+    real, lock, busy, peak = decode.decode, threading.Lock(), [0], [0]
 
     def counting(*args):
         with lock:
             busy[0] += 1
             peak[0] = max(peak[0], busy[0])
         time.sleep(0.002)
-        result = decode(*args)
+        result = real(*args)
         with lock:
             busy[0] -= 1
         return result
 
-    monkeypatch.setattr(data, "_decode", counting)
+    monkeypatch.setattr(decode, "decode", counting)
     save, lengths = paths.save_npy, []
     monkeypatch.setattr(paths, "save_npy", lambda path, array: lengths.append(len(array)) or save(path, array))
     data.preprocess(folder, tmp_path / "out", workers=3)

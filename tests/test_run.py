@@ -219,8 +219,8 @@ def test_help_names_every_option_and_preset(capsys):
     text = capsys.readouterr().out
     with pytest.raises(UsageError) as error:
         parse_args(["--no-such-option"])
-    options = re.findall(r"--[a-z]+", str(error.value).split("valid:")[1])
-    assert len(options) == 8
+    options = re.findall(r"--[a-z-]+", str(error.value).split("valid:")[1])
+    assert len(options) == 13
     assert all(f"\n  {option} " in text for option in options)
     presets = [path.stem for path in (ROOT / "notebooks" / "params").glob("*.yaml")]
     assert set(re.search(r"--preset (\S+)", text).group(1).split("|")) == set(presets)
@@ -728,3 +728,36 @@ def test_run_all_works_through_a_link(bare, checkout, tmp_path):
     )
     assert done.returncode == 2
     assert "valid: paper, quick, smoke" in done.stderr
+
+
+# --- a folder of one's own
+
+
+def test_options_of_a_folder_reach_the_notebooks(project, tmp_path):
+    folder = tmp_path / "xrays"
+    folder.mkdir()
+    (folder / "labels.csv").write_text("scan,dx\n")
+    arguments = ["--data", "xrays", "--csv", "labels.csv", "--image-column", "scan", "--label-column", "my dx", "--fit", "crop"]
+    options = parse_args([*arguments, "--drop-outliers"], project, tmp_path)
+    assert (options.csv, options.image_column, options.label_column) == (str(folder / "labels.csv"), "scan", "my dx")
+    assert (options.fit, options.drop_outliers) == ("crop", True)
+    shown = "--csv labels.csv --image-column scan --label-column 'my dx' --fit crop --drop-outliers"
+    assert run._command(options) == f"./run_all.sh --preset quick --data PATH/xrays {shown}"
+    state = run._source_state(options.source, options.csv)
+    (tmp_path / "labels.csv").write_text("scan,dx\na,b\n")
+    options = parse_args(arguments, project, tmp_path)  # the caller's own folder comes first
+    assert options.csv == str(tmp_path / "labels.csv")
+    assert run._source_state(options.source, options.csv) != state
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fit", "squeeze"], "unknown --fit 'squeeze'; valid: pad, crop, stretch"),
+        (["--csv", "nowhere.csv", "--data", "."], "--csv 'nowhere.csv' is no file here"),
+        (["--label-column", "dx"], "--label-column describes a folder of X-rays: name it with --data PATH"),
+    ],
+)
+def test_options_of_a_folder_that_cannot_be_met(arguments, message, project, tmp_path):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_args(arguments, project, tmp_path)

@@ -1,0 +1,135 @@
+"""Images a second from 1024 x 1024 gray PNGs to 64 x 64: this project beside Pillow, OpenCV and torchvision, and one worker beside two.
+
+Run ``PYTHONPATH=. python tests/bench/preprocess.py``. The PNGs are drawn: phantoms enlarged, with the grain of a detector, so that a file
+has about 400 kB as NIH's have; ``--folder PATH`` takes real ones. Each peer does the same job on one thread: read the file, decode it to
+8-bit gray, take the mean over each of the 64 x 64 areas. Rounds of all are interleaved and the best round counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from lib import data, decode, phantom
+
+FULL = 112_120
+
+
+def draw(folder: Path, n: int) -> None:
+    """`n` textured 1024 x 1024 gray PNGs of about 400 kB."""
+    rng = np.random.default_rng(0)
+    for number, small in enumerate(phantom.make_phantoms(n, 0)[0]):
+        large = ndimage.zoom(small.astype(np.float32), 16, order=1)
+        grain = ndimage.gaussian_filter(rng.normal(0, 1, large.shape).astype(np.float32), 1.6)
+        image = np.clip(large + 2.0 * grain / grain.std(), 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{number // 2 + 1:08d}_{number % 2:03d}.png")
+
+
+def peers() -> tuple[dict[str, Callable[[Path], np.ndarray]], list[str]]:
+    """Each library's fastest way to do the job that we know of, and those that cannot be imported."""
+
+    def pillow(path: Path) -> np.ndarray:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX, reducing_gap=None))
+
+    def pillow_reduce(path: Path) -> np.ndarray:
+        with Image.open(path) as image:
+            image.load()
+            return np.asarray((image if image.mode == "L" else image.convert("L")).reduce(16))
+
+    found: dict[str, Callable[[Path], np.ndarray]] = {"Pillow, resize BOX": pillow, "Pillow, reduce": pillow_reduce}
+    missing = []
+    try:
+        import cv2
+
+        cv2.setNumThreads(1)
+        found[f"OpenCV {cv2.__version__}, INTER_AREA"] = lambda path: cv2.resize(
+            cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (64, 64), interpolation=cv2.INTER_AREA
+        )
+    except ImportError as error:
+        missing.append(f"OpenCV cannot be imported ({error})")
+    try:
+        import torch
+        import torchvision
+        from torchvision.io import ImageReadMode, decode_image, read_file
+
+        torch.set_num_threads(1)
+
+        def vision(path: Path) -> np.ndarray:
+            image = decode_image(read_file(str(path)), ImageReadMode.GRAY)[None].float()
+            return torch.nn.functional.interpolate(image, (64, 64), mode="area")[0, 0].round().byte().numpy()
+
+        found[f"torchvision {torchvision.__version__}"] = vision
+    except (ImportError, RuntimeError, OSError) as error:
+        missing.append(f"torchvision cannot be imported ({str(error).splitlines()[0]})")
+    return found, missing
+
+
+def rate(read: Callable[[Path], np.ndarray], files: list[Path]) -> float:
+    """Images a second, one after another."""
+    begin = time.perf_counter()
+    for file in files:
+        read(file)
+    return len(files) / (time.perf_counter() - begin)
+
+
+def preprocess_rate(folder: Path, n: int, workers: int) -> float:
+    """Images a second of `data.preprocess` as a whole: decoding, saving, checksums, joining."""
+    with tempfile.TemporaryDirectory() as out:
+        begin = time.perf_counter()
+        data.preprocess(folder, out, workers=workers)
+        return n / (time.perf_counter() - begin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="real 1024 x 1024 PNGs instead of drawn ones")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
+        if options.folder is None:
+            draw(folder, options.images)
+        files = [path for path in sorted(folder.rglob("*.png")) if Image.open(path).size == (1024, 1024) and Image.open(path).mode == "L"]
+        files = files[: options.images]
+        size = sum(path.stat().st_size for path in files) / len(files)
+        print(f"{len(files)} gray PNGs, 1024 x 1024, {size / 1000:.0f} kB on average")
+        found, missing = peers()
+        readers = {"this project": lambda path: decode.decode(path)[0], **found}
+        best = dict.fromkeys(readers, 0.0)
+        some = files[:100]
+        with decode.strict():
+            for file in some[:5]:  # the same job: the same picture, but for rounding
+                for name, read in readers.items():
+                    assert np.abs(read(file).astype(int) - readers["this project"](file)).max() <= 1, name
+            for _ in range(options.rounds):
+                for name, read in readers.items():
+                    best[name] = max(best[name], rate(read, some))
+        print("\none thread, an image at a time:")
+        for name, images in best.items():
+            print(f"  {name:28s} {images:7.1f} images/s  {1000 / images:6.2f} ms")
+        print("".join(f"  {line}\n" for line in missing), end="")
+        fastest = max(found, key=lambda name: best[name])
+        print(f"  ratio to the fastest peer ({fastest}): {best['this project'] / best[fastest]:.3f}")
+        if options.folder is None:
+            rates = {1: 0.0, 2: 0.0}
+            for _ in range(options.rounds):
+                for workers in rates:
+                    rates[workers] = max(rates[workers], preprocess_rate(folder, len(files), workers))
+            print(f"\npreprocess as a whole, {os.cpu_count()} cores:")
+            for workers, images in rates.items():
+                print(f"  {workers} worker(s) {images:7.1f} images/s, {FULL:,} images in {FULL / images / 60:.0f} min")
+            print(f"  two workers beside one: {rates[2] / rates[1]:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
