@@ -73,7 +73,9 @@ _HOW_TO_OBTAIN = (
 # ---------------------------------------------------------------------------------------------------------------- obtain
 
 
-def fetch(source: str | os.PathLike, raw_dir: str | os.PathLike, n_phantoms: int = 256, seed: int = 0) -> dict[str, Any]:
+def fetch(
+    source: str | os.PathLike, raw_dir: str | os.PathLike, n_phantoms: int = 256, seed: int = 0, orientation: str = "upright"
+) -> dict[str, Any]:
     """Put a source of X-rays into place for `preprocess`.
 
     Parameters
@@ -85,6 +87,8 @@ def fetch(source: str | os.PathLike, raw_dir: str | os.PathLike, n_phantoms: int
         Folder of this source, usually ``paths.raw_dir(dataset)``.
     n_phantoms, seed : int
         Number of phantoms and their seed. Phantoms that are there already with the same number and seed are kept.
+    orientation : {"upright", "any"}
+        How phantoms hang, see `lib.phantom.make_phantoms`.
 
     Returns
     -------
@@ -98,7 +102,7 @@ def fetch(source: str | os.PathLike, raw_dir: str | os.PathLike, n_phantoms: int
     """
     raw_dir = Path(raw_dir)
     if source == "phantom":
-        note = _fetch_phantoms(raw_dir, int(n_phantoms), int(seed))
+        note = _fetch_phantoms(raw_dir, int(n_phantoms), int(seed), orientation)
         return _shown(note, raw_dir, _METADATA_NAMES[0])
     folder = Path(source).expanduser()
     if not folder.exists() and str(source).lower().partition(":")[0] in {"kaggle", "kaggle-sample", "nih", "chestmnist"}:
@@ -117,17 +121,18 @@ def _shown(note: dict[str, Any], folder: Path, table: str | None) -> dict[str, A
     return {"kind": kind, "images": note["images"], "csv": table, "folder": paths.show(folder), "attribution": _attribution(kind)}
 
 
-def _fetch_phantoms(raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
+def _fetch_phantoms(raw_dir: Path, n: int, seed: int, orientation: str) -> dict[str, Any]:
     # The generator is part of the identity: phantoms of an older version of it are drawn again.
     generator = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()
     note = {"kind": "phantom", "images": n, "seed": seed, "generator": generator}
+    note |= {} if orientation == "upright" else {"orientation": orientation}
     there = _read_source(raw_dir)
     if there == note:
         return note
     if raw_dir.exists() and (there or {}).get("kind") != "phantom" and {path.name for path in raw_dir.iterdir()} - {"source.json"}:
         raise ValueError(f"{paths.show(raw_dir)} holds files which are not phantoms: move them away, or choose another dataset name")
 
-    images, table = phantom.make_phantoms(n, seed)
+    images, table = phantom.make_phantoms(n, seed, orientation)
     # Built beside its place and moved there when whole; what a killed run left behind goes first.
     building, old = (raw_dir.with_name(f".{raw_dir.name}.{end}") for end in ("partial", "old"))
     with _naming_disk_errors(raw_dir):
@@ -481,7 +486,7 @@ def preprocess(
     dropped |= dict.fromkeys(repeated, "another image has the same file name")
     manifest = {
         "format": _FORMAT,
-        "source": {"kind": kind, "csv": table.name if table else None} | {key: note[key] for key in ("seed",) if key in note},
+        "source": {"kind": kind, "csv": table.name if table else None} | {key: note[key] for key in ("seed", "orientation") if key in note},
         "images": len(kept),
         "size": size,
         "patients": frame["patient_id"].nunique(),
