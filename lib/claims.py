@@ -723,3 +723,37 @@ def markdown(result: Mapping[str, Any], command: str = "") -> str:
         header = ["measure", a, b, "difference", "95 %", "p", "sign-flip p", "g"]
         blocks.append(f"## {a} against {b}: {comparison['purpose']}\n\n{note} Verdicts: {verdicts}.\n\n{_table(header, rows)}")
     return "\n\n".join(blocks) + "\n"
+
+
+def measure_table(result: Mapping[str, Any], columns: Mapping[str, str], arms: Sequence[str] | None = None, digits: int = 3) -> str:
+    """A row an arm, a column a measure, each cell the mean over seeds with its 95 % interval; arms with none of them are left out."""
+    rows = []
+    for arm in arms or result["arms"]:
+        entry = result["arms"].get(arm)
+        if entry is None or not any(key in entry["measures"] for key in columns):
+            continue
+        cells = []
+        for key in columns:
+            number = entry["measures"].get(key)
+            text = "–" if number is None else _number(number["mean"], digits)
+            if number is not None and number["low"] is not None and math.isfinite(number["low"]):
+                text += f" ({number['low']:.{digits}f} to {number['high']:.{digits}f})"
+            cells.append(text)
+        rows.append([entry["title"], *cells, str(len(entry["seeds"]))])
+    return _table(["arm", *columns.values(), "seeds"], rows)
+
+
+def mean_curves(details: Mapping[str, Mapping[int, Mapping[str, Any]]], part: str) -> dict[str, dict[str, list[float | None]]]:
+    """Curves of an arm's seeds, such as ``details[arm][seed]["angles"]``, averaged; None where no seed has a value."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for arm, by_seed in details.items():
+        curves = [numbers[part] for numbers in by_seed.values() if part in numbers]
+        if not curves:
+            continue
+        found[arm] = {}
+        for key in curves[0]:
+            stacked = np.array([[math.nan if v is None else v for v in curve[key]] for curve in curves], dtype=float)
+            known = ~np.isnan(stacked)
+            sums, number = np.where(known, stacked, 0).sum(axis=0), known.sum(axis=0)
+            found[arm][key] = [float(a / b) if b else None for a, b in zip(sums, number, strict=True)]
+    return found

@@ -165,3 +165,17 @@ def drivers(assignments: np.ndarray, images: np.ndarray, metadata: pd.DataFrame)
         labels = values.to_numpy()[known]
         found[name] = ami(assignments[known], labels) if len(set(labels)) > 1 else float("nan")
     return found
+
+
+def reading(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str], level: float = 0.05) -> list[str]:
+    """What the tables of `enrichment` say, one sentence an arm: of how many findings, and of how many other properties, clusters know."""
+    found = []
+    for arm, table in tables.items():
+        parts = []
+        for kind, name in ((CLINICAL, "findings"), (NUISANCE, "properties that should not matter")):
+            some = table[table["kind"] == kind]
+            hits = some[some["q"] <= level]
+            if len(some):
+                parts.append(f"{hits['property'].nunique()} of {some['property'].nunique()} {name} ({len(hits)} of {len(some)} cells)")
+        found.append(f"{titles.get(arm, arm)}: at a false-discovery rate of {level:g}, clusters differ in {' and in '.join(parts)}.")
+    return found

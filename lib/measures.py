@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ from lib import enrichment, metrics, paths, retrieval
 from lib.augment import rotate
 from lib.data import finding_matrix, label_combinations
 from lib.deepcluster import cluster
-from lib.evaluate import PIXELS, SYMMETRIES, pixel_features
+from lib.evaluate import SYMMETRIES, pixel_features
 from lib.features import extract, normalise
 from lib.phantom import make_phantoms
 from lib.runs import Run, TrainConfig, assign, embed, load_model
 
 FORMAT = 1  # raise it when a number would come out differently: what was measured before is then measured again
 NAME, SCORES = "measures.json", "scores.npz"
-RANDOM = "random"  # arm of random assignments
+PIXELS, RANDOM = "pixels", "random"  # arms that are no network: raw pixels, and random assignments of them
 ANGLES = tuple(range(0, 360, 15))
 MOVES = {"mirrored": (True, 0), "upside_down": (False, 2), "quarter_turn": (False, 1)}
 
@@ -57,8 +57,8 @@ class Effort:
         Matches retrieved.
     """
 
-    n_turned: int = 128
-    n_moved: int = 400
+    n_turned: int = 96
+    n_moved: int = 240
     n_map: int = 400
     perplexities: tuple[int, ...] = (10, 30)
     map_seeds: tuple[int, ...] = (0, 1)
@@ -143,8 +143,8 @@ def of_pixels(
     config : TrainConfig
         Of the arms; gives PCA size, K and seed.
     at_random : bool
-        Clusters are drawn anew for every image that is asked about: the control that knows nothing at all. Probes of the labels are then
-        left out, since they read pixels all the same.
+        Clusters are drawn anew for every image that is asked about: the control that knows nothing at all. What would read pixels all the
+        same is then left out.
     """
 
     def measure() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -163,13 +163,12 @@ def of_pixels(
             return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
         subject = _Subject(features, transform(features), clusters, pixel_features, transform, nearest, describe, config.seed)
-        numbers, scores = _measure(subject, images, metadata, turned, effort)
+        numbers, scores = _measure(subject, images, metadata, turned, effort, clusters_only=at_random)
         if at_random:
             other = nearest(features)
             numbers["values"] |= {"nmi_final": metrics.nmi(clusters, other), "ami_final": metrics.ami(clusters, other)}
-            unlearnt = ("auroc_", "ap_", "probe_combinations", "micro_combinations", "retrieval_", "map_trust", "map_findings", "distance_")
-            numbers["values"] = {name: value for name, value in numbers["values"].items() if not name.startswith(unlearnt)}
-            scores = {}
+            of_pixels = ("map_trust", "map_findings", "distance_")
+            numbers["values"] = {name: value for name, value in numbers["values"].items() if not name.startswith(of_pixels)}
         return numbers, scores
 
     settings = {name: getattr(config, name) for name in ("n_clusters", "pca_dim", "seed", "epochs")}
@@ -268,21 +267,30 @@ def _add_training(numbers: dict[str, Any], run: Run) -> None:
 
 
 def _measure(
-    subject: _Subject, images: np.ndarray, metadata: pd.DataFrame, turned: np.ndarray | None, effort: Effort
+    subject: _Subject,
+    images: np.ndarray,
+    metadata: pd.DataFrame,
+    turned: np.ndarray | None,
+    effort: Effort,
+    clusters_only: bool = False,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     values: dict[str, Any] = metrics.occupancy(subject.assignments, int(subject.assignments.max()) + 1)
     details: dict[str, Any] = {}
     with threadpool_limits(limits=1, user_api="blas"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the linear probe did not converge", RuntimeWarning)  # told in details instead
-        scores = _transfer(subject, metadata, values, details)
+        scores = _transfer(subject, metadata, values, details, clusters_only)
         _structure(subject, metadata, effort, values, details)
         _invariance(subject, images, turned, effort, values, details)
-        _laterality(subject, images, metadata, effort, values, details)
-        _meaning(subject, images, metadata, effort, values, details)
+        _meaning(subject, images, metadata, values)
+        if not clusters_only:
+            _laterality(subject, images, metadata, effort, values, details)
+            _retrieval(subject, images, metadata, effort, values, details)
     return {"values": values, "details": details}, scores
 
 
-def _transfer(subject: _Subject, metadata: pd.DataFrame, values: dict[str, Any], details: dict[str, Any]) -> dict[str, np.ndarray]:
+def _transfer(
+    subject: _Subject, metadata: pd.DataFrame, values: dict[str, Any], details: dict[str, Any], clusters_only: bool
+) -> dict[str, np.ndarray]:
     """The linear probe three ways, on patients that it was not fitted on."""
     features, patients = subject.features, metadata["patient_id"].to_numpy()
     train, test = (np.flatnonzero(metadata["split"] == part) for part in ("train", "test"))
@@ -297,7 +305,7 @@ def _transfer(subject: _Subject, metadata: pd.DataFrame, values: dict[str, Any],
     details["probe_converged"] = {"clusters": found["converged"]}
     codes = label_combinations(metadata["findings"])
     train, test = train[codes[train] >= 0], test[codes[test] >= 0]
-    if not len(train) or not len(test):
+    if clusters_only or not len(train) or not len(test):
         return scores
     probabilities, classes = metrics.class_probabilities(features, codes, train, test, **options)
     right = classes[probabilities.argmax(axis=1)] == codes[test]
@@ -426,10 +434,8 @@ def _laterality(
         values["tells_effusion_side"] = found["mean"]
 
 
-def _meaning(
-    subject: _Subject, images: np.ndarray, metadata: pd.DataFrame, effort: Effort, values: dict[str, Any], details: dict[str, Any]
-) -> None:
-    """Agreement of clusters with findings and with what should not matter; retrieval."""
+def _meaning(subject: _Subject, images: np.ndarray, metadata: pd.DataFrame, values: dict[str, Any]) -> None:
+    """Agreement of clusters with findings and with what should not matter."""
     codes = label_combinations(metadata["findings"])
     known = codes >= 0
     if known.any():
@@ -439,20 +445,21 @@ def _meaning(
         values[f"follows_{name}"] = value
     together = enrichment.patient_together(subject.assignments, metadata["patient_id"].to_numpy(), seed=subject.seed)
     values |= {"patient_together": together["share"], "patient_together_chance": together["expected"]}
-    if known.any():
-        some = np.flatnonzero(known)
-        found = retrieval.precision_at_k(
-            subject.describe(images)[some], finding_matrix(metadata["findings"])[some], metadata["patient_id"].to_numpy()[some], effort.k
-        )
-        lift = found["precision"] - found["chance"]
-        values |= {
-            "retrieval_lift": float(np.nanmean(lift)) if np.isfinite(lift).any() else math.nan,
-            "retrieval_same_patient": found["same_patient"],
-            "retrieval_same_patient_chance": found["same_patient_chance"],
-        }
-        details["retrieval"] = {"precision": found["precision"], "chance": found["chance"], "k": effort.k}
 
 
-def baseline_arms() -> Sequence[str]:
-    """Arms that are no network."""
-    return (PIXELS, RANDOM)
+def _retrieval(
+    subject: _Subject, images: np.ndarray, metadata: pd.DataFrame, effort: Effort, values: dict[str, Any], details: dict[str, Any]
+) -> None:
+    """Precision at k by finding, and how often the same patient is found again."""
+    some = np.flatnonzero(metadata["findings"].fillna("") != "")
+    if not len(some):
+        return
+    targets, patients = finding_matrix(metadata["findings"])[some], metadata["patient_id"].to_numpy()[some]
+    found = retrieval.precision_at_k(subject.describe(images)[some], targets, patients, effort.k)
+    lift = found["precision"] - found["chance"]
+    values |= {
+        "retrieval_lift": float(np.nanmean(lift)) if np.isfinite(lift).any() else math.nan,
+        "retrieval_same_patient": found["same_patient"],
+        "retrieval_same_patient_chance": found["same_patient_chance"],
+    }
+    details["retrieval"] = {"precision": found["precision"], "chance": found["chance"], "k": effort.k}

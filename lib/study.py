@@ -260,6 +260,120 @@ def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
     return runs, left_out
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """What is known of a study: everything `lib.claims.assemble` and the figures need.
+
+    Attributes
+    ----------
+    runs : dict of arm to dict of seed to Path
+        Finished, matched runs.
+    values, details, scores : dict of arm to dict of seed to mapping
+        See `lib.measures.of_run` and `lib.measures.scores_of`; with the arms ``pixels`` and ``random``.
+    arms : dict of arm to dict
+        Title, kind, backbone, rotation, pseudo_labels, parameters, feature_dim, flops.
+    missing : list of str
+        Runs left out, and arms of the study of which there is none.
+    """
+
+    runs: dict[str, dict[int, Path]]
+    values: dict[str, dict[int, dict[str, float | None]]]
+    details: dict[str, dict[int, dict[str, Any]]]
+    scores: dict[str, dict[int, dict[str, Any]]]
+    arms: dict[str, dict[str, Any]]
+    missing: list[str]
+
+
+def gather(dataset: str, images: Any, metadata: pd.DataFrame, jobs: int = 1, effort: Any = None) -> Gathered:
+    """Collect the finished runs of a dataset, measuring those that were not measured yet.
+
+    Parameters
+    ----------
+    dataset : str
+    images : ndarray uint8, shape (N, 64, 64)
+    metadata : DataFrame, N rows
+    jobs : int
+        Processes that measure, each on one thread if more than one.
+    effort : lib.measures.Effort, optional
+
+    Raises
+    ------
+    FileNotFoundError
+        As `finished`.
+    """
+    from joblib import Parallel, delayed
+
+    from lib import measures
+    from lib.models import cost
+    from lib.runs import load_run
+
+    effort = effort or measures.Effort()
+    runs, left_out = finished(dataset)
+    turned = measures.turned_phantoms(dataset, images)
+    reference = next(by_seed for arm, by_seed in runs.items() if arm in ("p4m", "alexnet"))
+    tasks: dict[tuple[str, int], Any] = {}
+    for arm, by_seed in runs.items():
+        for seed, folder in by_seed.items():
+            tasks[arm, seed] = delayed(_measure_run)(folder, images, metadata, turned, effort)
+    for arm in (measures.PIXELS, measures.RANDOM):
+        for seed, folder in reference.items():
+            config = load_run(folder).config
+            tasks[arm, seed] = delayed(_measure_baseline)(
+                paths.run_dir(dataset, arm, seed), images, metadata, config, turned, effort, arm == measures.RANDOM
+            )
+    found = dict(zip(tasks, Parallel(n_jobs=min(jobs, len(tasks)))(tasks.values()), strict=True))
+    values: dict[str, dict[int, Any]] = {}
+    details: dict[str, dict[int, Any]] = {}
+    scores: dict[str, dict[int, Any]] = {}
+    for (arm, seed), numbers in found.items():
+        values.setdefault(arm, {})[seed] = numbers["values"]
+        details.setdefault(arm, {})[seed] = numbers["details"]
+        scores.setdefault(arm, {})[seed] = measures.scores_of(paths.run_dir(dataset, arm, seed))
+    arms = {}
+    for arm in values:
+        arms[arm] = {"title": title(arm), "kind": "control", "backbone": arm, "rotation": False, "pseudo_labels": "none"}
+        arms[arm] |= {"parameters": 0, "feature_dim": int(images[0].size), "flops": 0}
+        if arm in runs:
+            config = load_run(next(iter(runs[arm].values()))).config
+            spent = cost(config.backbone, config.n_clusters, config.width)
+            trained = config.pseudo_labels if config.epochs else "nothing"
+            arms[arm] |= {
+                "kind": ARMS[arm].kind,
+                "backbone": config.backbone,
+                "rotation": config.rotation_degrees > 0 and config.epochs > 0,
+            }
+            arms[arm] |= {"pseudo_labels": trained} | {name: spent[name] for name in ("parameters", "feature_dim", "flops")}
+    absent = [f"{arm}: no finished run ({ARMS[arm].title})" for arm in GROUPS["all"] if arm not in runs]
+    return Gathered(runs, values, details, scores, arms, [*left_out, *absent])
+
+
+def _measure_run(folder: Path, images: Any, metadata: pd.DataFrame, turned: Any, effort: Any) -> dict[str, Any]:
+    from lib import measures
+    from lib.runs import load_run
+
+    return measures.of_run(load_run(folder), images, metadata, turned, effort)
+
+
+def _measure_baseline(
+    folder: Path, images: Any, metadata: pd.DataFrame, config: TrainConfig, turned: Any, effort: Any, at_random: bool
+) -> dict[str, Any]:
+    from lib import measures
+
+    return measures.of_pixels(folder, images, metadata, config, turned, effort, at_random=at_random)
+
+
+def trained_on_turned(dataset: str) -> dict[str, dict[int, dict[str, float | None]]]:
+    """Measured values of runs that were trained on phantoms hung in any orientation, ``<dataset>-any``; empty if there are none."""
+    from lib.measures import NAME
+
+    try:
+        runs, _ = finished(f"{dataset}-any")
+    except FileNotFoundError:
+        return {}
+    there = {arm: {seed: folder / NAME for seed, folder in by_seed.items() if (folder / NAME).exists()} for arm, by_seed in runs.items()}
+    return {arm: {seed: paths.load_json(path)["values"] for seed, path in by_seed.items()} for arm, by_seed in there.items() if by_seed}
+
+
 # --- running ----------------------------------------------------------------------------------------------------------------------
 
 
