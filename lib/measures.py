@@ -462,4 +462,4 @@ def _retrieval(
         "retrieval_same_patient": found["same_patient"],
         "retrieval_same_patient_chance": found["same_patient_chance"],
     }
-    details["retrieval"] = {"precision": found["precision"], "chance": found["chance"], "k": effort.k}
+    details["retrieval"] = {"precision": found["precision"], "chance": found["chance"]}
