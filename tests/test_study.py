@@ -27,7 +27,7 @@ def test_arms_are_matched_but_for_what_their_name_says():
         assert all(getattr(config, name) == getattr(reference, name) for name in fields)
         assert config.epochs == (0 if arm.endswith("-untrained") else SMOKE["epochs"])
         assert config.pseudo_labels == next((k for k in ("index", "shuffled") if arm.endswith(k)), "clusters")
-        turned = arm.endswith("-rotation") or arm.startswith("alexnet") and arm != "alexnet-plain"
+        turned = arm.endswith("-rotation") or (arm.startswith("alexnet") and arm != "alexnet-plain")
         assert config.rotation_degrees == (SMOKE["rotation_degrees"] if turned else 0)
         assert ARMS[arm].title
     assert {ARMS[arm].backbone for arm in GROUPS["arms"]} == set(BACKBONES)
