@@ -315,17 +315,22 @@ def patient_se(
     if groups.max() < 1:
         return 0.0
     draws = np.random.default_rng(seed).multinomial(groups.max() + 1, np.full(groups.max() + 1, 1 / (groups.max() + 1)), size=n_boot)
-    weights = draws[:, groups].astype(float)
+    probabilities = measure.key.endswith("micro")  # log-odds of different findings rank alike only within a finding
 
-    def values(scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    def values(scores: Mapping[str, np.ndarray], weights: np.ndarray) -> np.ndarray:
         if measure.scores != "findings":
             return weights @ scores[measure.scores] / weights.sum(axis=1)
         log_odds = scores["findings"]
-        if measure.key.endswith("micro"):
+        if probabilities:
             log_odds = 1 / (1 + np.exp(-np.clip(log_odds, -50, 50)))
-        return multilabel_scores(log_odds, targets[tested], weights, micro=measure.key.endswith("micro"))[measure.key]
+        return multilabel_scores(log_odds, targets[tested], weights, micro=probabilities)[measure.key]
 
-    total = sum(values(a) - values(b) for a, b in zip(treatment, reference, strict=True)) / len(treatment)
+    samples = []
+    for block in np.array_split(draws, -(-n_boot // 32)):
+        weights = block[:, groups].astype(float)
+        differences = [values(a, weights) - values(b, weights) for a, b in zip(treatment, reference, strict=True)]
+        samples.append(np.mean(differences, axis=0))
+    total = np.concatenate(samples)
     total = total[~np.isnan(total)]
     return float(total.std(ddof=1)) if len(total) > 1 else 0.0
 

@@ -120,7 +120,7 @@ def patient_together(assignments: np.ndarray, patients: np.ndarray, seed: int = 
     n = len(assignments)
 
     def together(labels: np.ndarray) -> float:
-        both = np.unique(np.stack([codes, labels]), axis=1, return_counts=True)[1]
+        both = np.unique(codes * (labels.max() + 1) + labels, return_counts=True)[1]
         return float((both * (both - 1)).sum())
 
     sizes, clusters = np.bincount(codes).astype(float), np.bincount(assignments).astype(float)

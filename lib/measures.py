@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from lib import enrichment, metrics, paths, retrieval
 from lib.augment import rotate
 from lib.data import finding_matrix, label_combinations
-from lib.deepcluster import cluster
+from lib.deepcluster import cluster, resolve_device
 from lib.evaluate import SYMMETRIES, pixel_features
 from lib.features import extract, normalise
 from lib.phantom import make_phantoms
@@ -102,18 +102,18 @@ def of_run(
         ``values`` (one number a measure; None where the data cannot tell), ``details`` (curves, parts, tables), ``of`` (what was
         measured). Written to measures.json in the run's folder, with the image-by-image answers of the probes in scores.npz.
     """
-    model = load_model(run)
 
     def measure() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        features = np.asarray(run.features)
+        features, device = np.asarray(run.features), resolve_device(run.config.device)
+        model = load_model(run, device)
         subject = _Subject(
             features,
             embed(run, features),
             run.final_assignments,
-            lambda some: extract(model, some),
+            lambda some: extract(model, some, device=device),
             lambda some: embed(run, some),
             lambda some: assign(run, some),
-            lambda some: retrieval.describe(model, some),
+            lambda some: retrieval.describe(model, some, device),
             run.config.seed,
         )
         numbers, scores = _measure(subject, images, metadata, turned, effort)

@@ -95,15 +95,17 @@ def nearest(descriptors: np.ndarray, queries: np.ndarray, k: int, patients: np.n
     (Q, k) int
         Rows of `descriptors`; -1 where there are fewer than k others.
     """
-    similarity = descriptors[queries] @ descriptors.T
-    excluded = np.zeros(similarity.shape, dtype=bool)
-    excluded[np.arange(len(queries)), queries] = True
-    if patients is not None:
-        excluded |= patients[queries][:, None] == patients[None]
-    similarity = np.where(excluded, -np.inf, similarity)
-    order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-    found = np.where(np.isneginf(np.take_along_axis(similarity, order, axis=1)), -1, order)
-    return np.pad(found, ((0, 0), (0, k - found.shape[1])), constant_values=-1)
+    found = np.full((len(queries), k), -1)
+    for start in range(0, len(queries), 128):  # all queries at once would need as many rows as long as the data set
+        some = queries[start : start + 128]
+        similarity = descriptors[some] @ descriptors.T
+        excluded = patients[some][:, None] == patients[None] if patients is not None else np.zeros(similarity.shape, dtype=bool)
+        excluded[np.arange(len(some)), some] = True
+        similarity[excluded] = -np.inf
+        order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+        there = ~np.isneginf(np.take_along_axis(similarity, order, axis=1))
+        found[start : start + len(some), : order.shape[1]] = np.where(there, order, -1)
+    return found
 
 
 def precision_at_k(

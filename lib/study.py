@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from lib import paths
+from lib.run import RunError, UsageError
 from lib.runs import TrainConfig, is_complete
 
 WIDTH_OF = {"alexnet": "alexnet_width"}  # every other backbone takes P4M's
@@ -447,13 +448,9 @@ def fan_out(
     return failed
 
 
-class _UsageError(Exception):
-    """What was asked for cannot be done."""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise _UsageError(message)
+        raise UsageError(message)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -476,27 +473,27 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(argv)
     path = paths.ROOT / "notebooks" / "params" / f"{given.preset}.yaml"
     if not path.exists():
-        raise _UsageError(f"unknown --preset {given.preset!r}; valid: {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
+        raise UsageError(f"unknown --preset {given.preset!r}; valid: {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
     if given.data != "phantom":
         given.data = os.path.abspath(Path(os.environ.get("CXR_CALLED_FROM") or Path.cwd()) / Path(given.data).expanduser())
         if not os.path.isdir(given.data):
-            raise _UsageError(f"--data {given.data!r} is not a folder; valid: phantom, or the path of a folder of X-rays")
+            raise UsageError(f"--data {given.data!r} is not a folder; valid: phantom, or the path of a folder of X-rays")
         if given.orientation != "upright":
-            raise _UsageError("--orientation any is for phantoms: X-rays hang as they hang")
+            raise UsageError("--orientation any is for phantoms: X-rays hang as they hang")
     if given.jobs < 1:
-        raise _UsageError(f"--jobs must be at least 1, got {given.jobs}")
+        raise UsageError(f"--jobs must be at least 1, got {given.jobs}")
     try:
         given.seeds = [int(seed) for seed in given.seeds.split(",")]
         if min(given.seeds) < 0 or len(set(given.seeds)) < len(given.seeds):
             raise ValueError
     except ValueError:
-        raise _UsageError(f"--seeds {given.seeds!r} is not a list of different whole numbers, such as 0 or 0,1,2") from None
+        raise UsageError(f"--seeds {given.seeds!r} is not a list of different whole numbers, such as 0 or 0,1,2") from None
     try:
         given.arms = choose_arms(given.arms)
         name = dataset_name(given.data, given.preset)
         given.dataset = paths.check_name(given.dataset or (name if given.orientation == "upright" else f"{name}-any"))
     except ValueError as error:
-        raise _UsageError(str(error)) from None
+        raise UsageError(str(error)) from None
     return given
 
 
@@ -513,15 +510,15 @@ def _claims_command(given: argparse.Namespace, preset: Path) -> tuple[list[str],
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 if a run failed, 2 for a bad option."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        given = _arguments(argv)
-    except _UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     from lib.run import _duration, _environment, check_kernel, find_notebooks, last_error, read_preset
 
-    path = paths.ROOT / "notebooks" / "params" / f"{given.preset}.yaml"
-    preset = read_preset(path, find_notebooks())
+    try:
+        given = _arguments(argv)
+        path = paths.ROOT / "notebooks" / "params" / f"{given.preset}.yaml"
+        preset = read_preset(path, find_notebooks())
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if given.job:
         arm, _, seed = given.job.rpartition(":")
         try:
@@ -545,7 +542,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare(given.dataset, given.data, int(preset["n_phantoms"]), int(preset["data_seed"]), given.orientation)
         if not given.no_claims:
             check_kernel()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (RunError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     environment = _environment()
