@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pandas as pd
@@ -236,7 +237,7 @@ def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
                 continue
             config = paths.load_json(folder / "config.json")
             with contextlib.suppress(OSError, ValueError, KeyError):  # a broken file is an unfinished run
-                if is_complete(folder, dataclasses.make_dataclass("Epochs", ["epochs"])(config["epochs"])):
+                if is_complete(folder, SimpleNamespace(epochs=config["epochs"])):
                     runs.setdefault(arm, {})[int(folder.name[4:])] = folder
                     stored[folder] = config
                     continue
