@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -254,3 +255,16 @@ def test_the_command_trains_what_is_missing_goes_on_and_tells_failures(tmp_path,
     assert log[-1].startswith("error: RunMismatchError:")
     status = call("--status", "--arms", "p4m-untrained,p4-untrained")
     assert "| p4-untrained | other settings |" in status.stdout
+
+
+def test_manifest_lists_image_ids_and_names_the_provider():
+    folder = paths.ROOT / "data" / "manifests"
+    header, *names = (folder / "nih-sample.csv").read_text(encoding="utf-8").splitlines()
+    assert header == "image_id"
+    assert len(names) == 1617
+    assert names == sorted(set(names))
+    assert all(re.fullmatch(r"\d{8}_\d{3}\.png", name) for name in names)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(
+        part in text for part in ("NIH Clinical Center", "https://nihcc.app.box.com/v/ChestXray-NIHCC", "Not for clinical use", "1,617")
+    )
