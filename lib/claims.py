@@ -152,6 +152,85 @@ MEASURES: tuple[Measure, ...] = (
     Measure("kept_drawn", "invariance", "share keeping their cluster when the same phantom is drawn turned", True, 0.05),
 )
 
+# tables over all arms: heading, then the measures that are its columns; what a number must be read beside stands next to it
+TABLES: dict[str, tuple[str, dict[str, str]]] = {
+    "training": (
+        "Curves",
+        {
+            "converged_nmi": "settled at epoch",
+            "nmi_final": "last NMI",
+            "nmi_chance": "chance",
+            "ami_final": "last AMI",
+            "nmi_sd": "sd of NMI",
+            "loss_final": "last loss / ln K",
+        },
+    ),
+    "structure": (
+        "Structure",
+        {
+            "silhouette": "silhouette",
+            "davies_bouldin": "Davies-Bouldin",
+            "map_silhouette": "silhouette, t-SNE",
+            "map_trust": "trustworthiness, t-SNE",
+            "map_findings": "finding neighbours above chance, t-SNE",
+        },
+    ),
+    "probes": (
+        "Linear probes",
+        {
+            "probe_clusters": "clusters",
+            "probe_clusters_majority": "majority",
+            "probe_combinations": "combinations",
+            "probe_combinations_majority": "majority",
+            "auroc_macro": "14 findings, mean AUROC",
+            "ap_macro": "mean average precision",
+            "ap_macro_prevalence": "of a guess",
+        },
+    ),
+    "averages": (
+        "Macro and micro averages",
+        {
+            "auroc_macro": "findings, macro AUROC",
+            "auroc_macro_prevalence": "guess",
+            "auroc_micro": "findings, micro AUROC",
+            "auroc_micro_prevalence": "guess",
+            "micro_combinations": "combinations, micro AUROC",
+            "micro_combinations_prevalence": "guess",
+        },
+    ),
+    "invariance": (
+        "Clusters kept",
+        {
+            "kept_lattice": "turns and mirrors of the square",
+            "kept_free": "free turns",
+            "ami_free": "AMI, free turns",
+            "distance_free": "distance, free turns",
+            "kept_drawn": "phantom drawn turned",
+        },
+    ),
+    "price": (
+        "The price of invariance: a linear probe tells",
+        {
+            "tells_mirrored": "a mirrored film",
+            "tells_upside_down": "an upside-down film",
+            "tells_quarter_turn": "a quarter turn",
+            "tells_effusion_side": "left from right effusion (AUROC)",
+        },
+    ),
+    "meaning": (
+        "What clusters follow (AMI, 0 is chance)",
+        {f"follows_{name}": name.replace("_", " ") for name in ("findings", "view_position", "sex", "age", "brightness", "patient")},
+    ),
+    "retrieval": (
+        "Retrieval",
+        {
+            "retrieval_lift": "precision at 5 of a finding, above chance",
+            "retrieval_same_patient": "matches of the same patient",
+            "retrieval_same_patient_chance": "by chance",
+        },
+    ),
+}
+
 # treatment, reference, what the comparison is for; the first is the page's own
 COMPARISONS: tuple[tuple[str, str, str], ...] = (
     ("p4m", "alexnet", "the page's comparison"),
@@ -699,6 +778,8 @@ def markdown(result: Mapping[str, Any], command: str = "") -> str:
         "images, "
         "input size, PCA, K, optimiser, epochs, seeds."
     )
+    for heading, columns in TABLES.values():
+        blocks.append(f"## {heading}\n\n{measure_table(result, columns)}")
     if result["missing"]:
         blocks.append("## What is missing\n\n" + "\n".join(f"- {line}" for line in result["missing"]))
     titles = {m["key"]: m["title"] for m in result["measures"]}
@@ -745,6 +826,8 @@ def measure_table(result: Mapping[str, Any], columns: Mapping[str, str], arms: S
                 text += f" ({number['low']:.{digits}f} to {number['high']:.{digits}f})"
             cells.append(text)
         rows.append([entry["title"], *cells, str(len(entry["seeds"]))])
+    if not rows:
+        return "No run has these numbers."
     return _table(["arm", *columns.values(), "seeds"], rows)
 
 
