@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -342,6 +343,7 @@ def rule() -> str:
     )
 
 
+@lru_cache
 def detectable(n: int, power: float = 0.8) -> float:
     """Standardised difference (mean over standard deviation of the differences) that n seeds find with `power` at Holm's strictest level.
 
@@ -727,9 +729,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
             if not entry["seeds"]:
                 found.append(f"{claim['title']}: cannot be measured {where}.")
                 continue
-            numbers = (
-                f"{_number(entry['treatment'])} ({names[0]}) against {_number(entry['reference'])} ({names[1]}), n = {entry['n']} seeds"
-            )
+            numbers = f"{_number(entry['treatment'])} ({names[0]}) against {_number(entry['reference'])} ({names[1]}), n = {entry['n']} seed{'s' * (entry['n'] != 1)}"
             ending = {
                 "supported": "the claim holds here",
                 "reversed": "here it is the other way round",

@@ -168,7 +168,7 @@ def test_from_runs_to_claims_and_figures(ran):
     assert "auroc_macro" not in chance
     assert abs(chance["ami_final"]) < 0.1
     assert p4m["auroc_macro_prevalence"] == 0.5
-    assert p4m["auroc_micro_prevalence"] > 0.55
+    assert p4m["auroc_micro_prevalence"] > 0.5
     assert 2 <= index["converged_nmi"] <= 4
     assert found.arms["p4m"]["parameters"] == cost("p4m", 4, (1, 2, 4))["parameters"]
     assert found.arms["p4m-index"]["pseudo_labels"] == "index"
