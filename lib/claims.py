@@ -729,7 +729,8 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
             if not entry["seeds"]:
                 found.append(f"{claim['title']}: cannot be measured {where}.")
                 continue
-            numbers = f"{_number(entry['treatment'])} ({names[0]}) against {_number(entry['reference'])} ({names[1]}), n = {entry['n']} seed{'s' * (entry['n'] != 1)}"
+            numbers = f"{_number(entry['treatment'])} ({names[0]}) against {_number(entry['reference'])} ({names[1]})"
+            numbers += f", n = {entry['n']} seed{'s' * (entry['n'] != 1)}"
             ending = {
                 "supported": "the claim holds here",
                 "reversed": "here it is the other way round",

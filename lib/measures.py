@@ -34,6 +34,7 @@ FORMAT = 1  # raise it when a number would come out differently: what was measur
 NAME, SCORES = "measures.json", "scores.npz"
 PIXELS, RANDOM = "pixels", "random"  # arms that are no network: raw pixels, and random assignments of them
 ANGLES = tuple(range(0, 360, 15))
+LEAST_SIDED = 5  # effusions of each side, in training and in test
 MOVES = {"mirrored": (True, 0), "upside_down": (False, 2), "quarter_turn": (False, 1)}
 
 
@@ -429,7 +430,8 @@ def _laterality(
     train, test = (np.flatnonzero(one_sided & (metadata["split"] == part)) for part in ("train", "test"))
     left = (metadata["side"] == "L").to_numpy()[:, None]
     details["effusions"] = {"train": len(train), "test": len(test)}
-    if len(train) and len(test):
+    # fewer of a side would give an area of 0 or 1 by chance
+    if all(min(left[part].sum(), (~left[part]).sum()) >= LEAST_SIDED for part in (train, test)):
         found = metrics.findings_auroc(subject.features, left, train, test, groups=patients, seed=subject.seed, n_boot=0)
         values["tells_effusion_side"] = found["mean"]
 

@@ -28,7 +28,11 @@ def _seeds_text(arms: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> 
     numbers = sorted({len(arms[name]["seeds"]) for name in names if name in arms and arms[name]["seeds"]})
     if not numbers:
         return "no seeds"
-    return f"{numbers[0]} seed{'s' * (numbers[0] != 1)}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} seeds an arm"
+    return _count(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} seeds an arm"
+
+
+def _count(n: int) -> str:
+    return f"{n} seed{'s' * (n != 1)}"
 
 
 @style()
@@ -60,7 +64,7 @@ def forest(result: Mapping[str, Any], most: int = 6) -> Figure:
         by_key = {e["measure"]: e for e in comparison["measures"]}
         color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
         names = [result["arms"][comparison[side]]["title"] for side in ("treatment", "reference")]
-        axes.plot([], [], color=color, marker=marker, label=f"{names[0]} against {names[1]} ({len(comparison['seeds'])} seeds)")
+        axes.plot([], [], color=color, marker=marker, label=f"{names[0]} against {names[1]} ({_count(len(comparison['seeds']))})")
         for row, decided in enumerate(comparison["verdicts"]):
             entry, unit = by_key[decided["measure"]], smallest[decided["measure"]]
             if not entry["seeds"]:
@@ -86,7 +90,7 @@ def forest(result: Mapping[str, Any], most: int = 6) -> Figure:
     axes.set_xlabel("difference, in units of the smallest that would matter; right speaks for the claim")
     if comparisons:
         axes.set_title("verdict on the first comparison", loc="right", fontsize=7)
-        figure.legend(loc="outside lower center", ncols=1, fontsize=7)
+        figure.legend(loc="outside upper center", ncols=1, fontsize=7)  # below it would lie on the small print
     how = "points: means over seeds, bars: 95 % intervals of paired differences; gray band: differences that would not matter"
     return _finish(figure, result["dataset_label"], how)
 
@@ -207,7 +211,7 @@ def invariance(
     if not prices:
         _absent(axes, "no patients to test on")
     if names:
-        figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=7)
+        figure.legend(*handles, loc="outside upper center", ncols=2, fontsize=7)
     return _finish(
         figure, dataset_label, f"{n_images:,} images turned, black corners, quarter turns exact; means over {_seeds_text(arms, names)}"
     )
@@ -230,7 +234,7 @@ def enrichment_maps(
     level : float
         A dot marks q at or below it.
     """
-    properties = list(dict.fromkeys(name for table in tables.values() for name in table.sort_values("kind")["property"]))
+    properties = list(dict.fromkeys(name for table in tables.values() for name in table.sort_values("kind", kind="stable")["property"]))
     kinds = {row.property: row.kind for table in tables.values() for row in table.itertuples()}
     figure = _figure(2, 1.3 + 0.17 * max(len(properties), 6))
     panels = figure.subplots(1, max(len(tables), 1), sharey=True, squeeze=False)[0]

@@ -535,7 +535,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("CXR_DATA_DIR", "CXR_FIGURES_DIR"):
         if os.environ.get(name):
             os.environ[name] = os.path.abspath(os.environ[name])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if given.status:
         print(status_markdown(status(given.dataset, preset, given.arms, given.seeds)))
         return 0
@@ -592,4 +591,5 @@ def _measured(dataset: str, arm: str, seed: int) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs in hand are ended, too
     sys.exit(main())

@@ -29,7 +29,7 @@ def assembled(n_seeds):
 def test_forest(n_seeds, tmp_path):
     figure = plots_claims.forest(assembled(n_seeds))
     told = texts(figure)
-    assert f"({n_seeds} seeds)" in told
+    assert f"({n_seeds} seed{'s' * (n_seeds > 1)})" in told
     assert HEAD["dataset_label"] in told
     assert ("supported" in told) is (n_seeds == 5)
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [c.title for c in claims.CLAIMS]

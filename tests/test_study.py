@@ -230,31 +230,25 @@ def test_bad_options_are_named(arguments, message, capsys, monkeypatch):
     assert message in error
 
 
-def test_the_command_trains_what_is_missing_goes_on_and_tells_failures(tmp_path, monkeypatch):
-    """In earnest, with the smoke preset: one arm, then a second call, then a run that cannot be."""
+def test_the_command_trains_what_is_missing_and_tells_failures(tmp_path, monkeypatch, capsys):
+    """In earnest, with the smoke preset: one run that works beside one that cannot, then a second call."""
     monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("CXR_FIGURES_DIR", str(tmp_path / "figures"))
-
-    def call(*arguments):
-        command = [sys.executable, "-m", "lib.study", "--preset", "smoke", "--seeds", "0", "--no-claims", "--device", "cpu", *arguments]
-        return subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, timeout=120)
-
-    done = call("--arms", "p4m-untrained")
-    assert done.returncode == 0, done.stderr
-    assert "phantom-smoke, preset smoke: 1 runs, 0 done; 1 at a time" in done.stdout
-    assert "| p4m-untrained | done |" in done.stdout
-    assert (paths.run_dir("phantom-smoke", "p4m-untrained", 0) / measures.NAME).exists()
     path = paths.run_dir("phantom-smoke", "p4-untrained", 0) / "config.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"backbone": "p4", "lr": 5}))
-    again = call("--arms", "p4m-untrained,p4-untrained")
-    assert again.returncode == 1
-    assert "2 runs, 1 done" in again.stdout
-    assert "p4-untrained seed 0 failed, see data/runs/phantom-smoke/logs/p4-untrained-seed0.log" in again.stdout
-    log = study.log_path("phantom-smoke", "p4-untrained", 0).read_text().splitlines()
-    assert log[-1].startswith("error: RunMismatchError:")
-    status = call("--status", "--arms", "p4m-untrained,p4-untrained")
-    assert "| p4-untrained | other settings |" in status.stdout
+    options = ["--preset", "smoke", "--seeds", "0", "--no-claims", "--device", "cpu"]
+    assert study.main([*options, "--jobs", "2", "--arms", "p4m-untrained,p4-untrained"]) == 1
+    told = capsys.readouterr().out
+    assert "phantom-smoke, preset smoke: 2 runs, 0 done; 2 at a time" in told
+    assert "| p4m-untrained | done |" in told
+    assert "p4-untrained seed 0 failed, see data/runs/phantom-smoke/logs/p4-untrained-seed0.log" in told
+    assert study.log_path("phantom-smoke", "p4-untrained", 0).read_text().splitlines()[-1].startswith("error: RunMismatchError:")
+    assert (paths.run_dir("phantom-smoke", "p4m-untrained", 0) / measures.NAME).exists()
+    assert study.main([*options, "--arms", "p4m-untrained"]) == 0
+    assert "1 runs, 1 done" in capsys.readouterr().out
+    assert study.main([*options, "--arms", "p4m-untrained,p4-untrained", "--status"]) == 0
+    assert "| p4-untrained | other settings |" in capsys.readouterr().out
 
 
 def test_manifest_lists_image_ids_and_names_the_provider():
