@@ -64,8 +64,9 @@ CLAIMS: tuple[Claim, ...] = (
         "structure",
         "More structured representations",
         "clusters are more clearly separated in t-SNE maps",
-        "Silhouette and Davies-Bouldin reward round clusters in their own space, whatever they are made of; a map depends on perplexity "
-        "and start.",
+        "Silhouette and Davies-Bouldin reward round clusters in their own space, whatever they are made of, and look better in a space "
+        "of fewer "
+        "dimensions, which a network with fewer features than PCA components has. A map depends on perplexity and start.",
     ),
     Claim(
         "transfer",
@@ -301,7 +302,7 @@ def paired(differences: ArrayLike, extra_se: float = 0.0, resolution: float = 0.
     df = (n - 1) * (se**2 / between) ** 2 if between > 0 else math.inf
     half = float(stats.t.ppf(1 - ALPHA / 2, df)) * se
     p = 2 * float(stats.t.sf(abs(mean) / se, df))
-    g = mean / sd * (1 - 3 / (4 * n - 5)) if sd > 0 else math.nan
+    g = mean / sd * (1 - 3 / (4 * n - 5)) if sd > 0 and n > 2 else math.nan  # the correction leaves nothing of two values
     return found | {"low": mean - half, "high": mean + half, "p": p, "hedges_g": g}
 
 
@@ -813,7 +814,10 @@ def markdown(result: Mapping[str, Any], command: str = "") -> str:
 
 
 def measure_table(result: Mapping[str, Any], columns: Mapping[str, str], arms: Sequence[str] | None = None, digits: int = 3) -> str:
-    """A row an arm, a column a measure, each cell the mean over seeds with its 95 % interval; arms with none of them are left out."""
+    """A row an arm, a column a measure, each cell the mean over seeds, from `LEAST_SEEDS` on with its 95 % interval.
+
+    Arms with none of the measures are left out.
+    """
     rows = []
     for arm in arms or result["arms"]:
         entry = result["arms"].get(arm)
@@ -823,7 +827,7 @@ def measure_table(result: Mapping[str, Any], columns: Mapping[str, str], arms: S
         for key in columns:
             number = entry["measures"].get(key)
             text = "–" if number is None else _number(number["mean"], digits)
-            if number is not None and number["low"] is not None and math.isfinite(number["low"]):
+            if number is not None and number["n"] >= LEAST_SEEDS:  # an interval from two seeds covers anything
                 text += f" ({number['low']:.{digits}f} to {number['high']:.{digits}f})"
             cells.append(text)
         rows.append([entry["title"], *cells, str(len(entry["seeds"]))])

@@ -140,6 +140,7 @@ def test_holm_against_the_definition():
 
 
 def test_detectable_falls_with_seeds():
+    assert math.isnan(paired([0.1, 0.2])["hedges_g"])
     assert detectable(3) > detectable(5) > detectable(10) > 0.8
     assert math.isnan(detectable(2))
 
