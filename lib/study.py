@@ -503,7 +503,11 @@ def _claims_command(given: argparse.Namespace, preset: Path) -> tuple[list[str],
     notebook = paths.ROOT / "notebooks" / "06_claims.ipynb"
     copy = paths.runs_dir(given.dataset) / "notebooks" / notebook.name
     copy.parent.mkdir(parents=True, exist_ok=True)
-    overrides = json.dumps({"dataset": given.dataset})
+    # a folder goes by its name: its path is nobody else's business
+    source = given.data if given.data == "phantom" else f"PATH/{Path(given.data).name}"
+    told = f"./run_all.sh --study --preset {given.preset} --data {source} --seeds {','.join(map(str, given.seeds))}"
+    told += "" if given.orientation == "upright" else f" --orientation {given.orientation}"
+    overrides = json.dumps({"dataset": given.dataset, "jobs": given.jobs, "command": told}, ensure_ascii=False)
     command = [sys.executable, "-m", "papermill", str(notebook), str(copy), "-k", "python3", "--cwd", str(notebook.parent)]
     return [*command, "-f", str(preset), "-y", overrides, "--log-output"], copy.with_suffix(".log")
 

@@ -230,6 +230,20 @@ def test_bad_options_are_named(arguments, message, capsys, monkeypatch):
     assert message in error
 
 
+def test_claims_name_the_command_and_no_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "data"))
+    (tmp_path / "my films").mkdir()
+    given = study._arguments(["--data", str(tmp_path / "my films"), "--seeds", "0,2", "--jobs", "2"])
+    command, _ = study._claims_command(given, paths.ROOT / "notebooks" / "params" / "quick.yaml")
+    told = json.loads(command[command.index("-y") + 1])
+    assert told == {
+        "dataset": "my-films",
+        "jobs": 2,
+        "command": "./run_all.sh --study --preset quick --data PATH/my films --seeds 0,2",
+    }
+    assert (paths.ROOT / "notebooks" / "06_claims.ipynb").exists()
+
+
 def test_the_command_trains_what_is_missing_and_tells_failures(tmp_path, monkeypatch, capsys):
     """In earnest, with the smoke preset: one run that works beside one that cannot, then a second call."""
     monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "data"))
