@@ -66,7 +66,13 @@ _CHUNK = 256  # images between two savings of the work
 
 
 def fetch(
-    source: str | os.PathLike, raw_dir: str | os.PathLike, n_phantoms: int = 256, seed: int = 0, csv: str | os.PathLike | None = None
+    source: str | os.PathLike,
+    raw_dir: str | os.PathLike,
+    n_phantoms: int = 256,
+    seed: int = 0,
+    csv: str | os.PathLike | None = None,
+    *,
+    orientation: str = "upright",
 ) -> dict[str, Any]:
     """Put a source of X-rays into place for `preprocess`.
 
@@ -82,6 +88,8 @@ def fetch(
         Number of phantoms and their seed. Phantoms that are there already with the same number and seed are kept.
     csv : path, optional
         Table of a folder of one's own, if it is not the only one; see `preprocess`.
+    orientation : {"upright", "any"}
+        How phantoms hang, see `lib.phantom.make_phantoms`.
 
     Returns
     -------
@@ -97,7 +105,7 @@ def fetch(
     """
     raw_dir = Path(raw_dir)
     if source == "phantom":
-        note = _fetch_phantoms(raw_dir, int(n_phantoms), int(seed))
+        note = _fetch_phantoms(raw_dir, int(n_phantoms), int(seed), orientation)
         return _shown(note, raw_dir, _METADATA_NAMES[0])
     if download.is_named(source):
         note = download.obtain(str(source), raw_dir)
@@ -118,17 +126,18 @@ def _shown(note: dict[str, Any], folder: Path, table: str | None) -> dict[str, A
     return {"kind": kind, "images": note["images"], "csv": table, "folder": paths.show(folder), "attribution": _attribution(kind)}
 
 
-def _fetch_phantoms(raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
+def _fetch_phantoms(raw_dir: Path, n: int, seed: int, orientation: str) -> dict[str, Any]:
     # The generator is part of the identity: phantoms of an older version of it are drawn again.
     generator = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()
     note = {"kind": "phantom", "images": n, "seed": seed, "generator": generator}
+    note |= {} if orientation == "upright" else {"orientation": orientation}
     there = _read_source(raw_dir)
     if there == note:
         return note
     if raw_dir.exists() and (there or {}).get("kind") != "phantom" and {path.name for path in raw_dir.iterdir()} - {"source.json"}:
         raise ValueError(f"{paths.show(raw_dir)} holds files which are not phantoms: move them away, or choose another dataset name")
 
-    images, table = phantom.make_phantoms(n, seed)
+    images, table = phantom.make_phantoms(n, seed, orientation)
     # Built beside its place and moved there when whole; what a killed run left behind goes first.
     building, old = (raw_dir.with_name(f".{raw_dir.name}.{end}") for end in ("partial", "old"))
     with _naming_disk_errors(raw_dir):
@@ -424,7 +433,7 @@ def preprocess(
     others = Counter(PurePosixPath(file).suffix.lower() or "no extension" for file in set(files) - set(images.values()) - set(repeated))
     manifest = {
         "format": _FORMAT,
-        "source": {"kind": kind, "csv": table.name if table else None} | {key: note[key] for key in ("seed",) if key in note},
+        "source": {"kind": kind, "csv": table.name if table else None} | {key: note[key] for key in ("seed", "orientation") if key in note},
         "images": len(kept),
         "size": size,
         "patients": frame["patient_id"].nunique(),

@@ -66,7 +66,7 @@ def _rng(config: TrainConfig, epoch: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng([config.seed, epoch, purpose])
 
 
-ORDER, DROPOUT, ANGLES, CLUSTERS, TOP_LAYER = range(5)
+ORDER, DROPOUT, ANGLES, CLUSTERS, TOP_LAYER, SHUFFLE = range(6)
 
 
 def _torch_seed(config: TrainConfig, epoch: int, purpose: int) -> int:
@@ -82,6 +82,16 @@ def cluster(features: np.ndarray, config: TrainConfig, epoch: int) -> tuple[np.n
     whiten = PCAWhiten(min(config.pca_dim, *features.shape), l2=True)
     kmeans = KMeans(config.n_clusters, seed=int(_rng(config, epoch, CLUSTERS).integers(2**31)))
     return np.asarray(kmeans.fit_predict(whiten.fit_transform(features))), whiten, kmeans
+
+
+def labels_to_train_on(assignments: np.ndarray, earlier: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """Pseudo-labels (N,) of an epoch, from its clusters (N,) and those of the epochs before (epochs, N): see ``TrainConfig``."""
+    if config.pseudo_labels == "index":
+        return np.arange(len(assignments)) % config.n_clusters
+    if config.pseudo_labels == "shuffled":
+        first = earlier[0] if len(earlier) else assignments
+        return _rng(config, 0, SHUFFLE).permutation(first)  # from the seed alone: the same in every epoch, resumed or not
+    return assignments
 
 
 def train_epoch(
@@ -223,14 +233,15 @@ def fit(
             epoch, clock = training.epoch + 1, [_now(device)]
             features = extract(model, held, config.batch_size, device)
             clock.append(_now(device))
-            pseudo_labels, _, _ = cluster(features, config, epoch)
+            assignments, _, _ = cluster(features, config, epoch)
+            pseudo_labels = labels_to_train_on(assignments, training.assignments.numpy(), config)
             clock.append(_now(device))
             if config.reset_top_layer:
                 training.reset_top_layer(epoch)
             loss = train_epoch(model, [training.body, training.top], held, pseudo_labels, config, epoch)
             training.reduce_lr(loss)
             clock.append(_now(device))
-            row = training.record(pseudo_labels, loss, clock)
+            row = training.record(assignments, loss, clock)
             training.save()
             training.write_tables()
             bar.set_postfix(loss=f"{loss:.3f}", nmi=f"{row['nmi_prev']:.3f}", clusters=row["clusters_used"], refresh=False)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+from scipy.spatial.distance import pdist
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -125,6 +126,37 @@ def kept_share(reference: ArrayLike, moved: ArrayLike) -> np.ndarray:
     return (moved == reference).mean(axis=1)
 
 
+def relative_distance(reference: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """How far features move under each of T transformations, in units of how far different images lie apart.
+
+    Mean over images of |f(image) - f(moved image)|, divided by the mean distance of the features of two different images. 0: invariant;
+    about 1: a moved image is as far from itself as from any other. Features that are all equal have no such unit: NaN.
+
+    Parameters
+    ----------
+    reference : (N, D) float
+        Features of the images as they are, N of at least 2.
+    moved : (T, N, D) float
+
+    Returns
+    -------
+    (T,) float
+
+    Raises
+    ------
+    ValueError
+        The shapes do not fit.
+    """
+    reference, moved = np.asarray(reference, dtype=float), np.asarray(moved, dtype=float)
+    if reference.ndim != 2 or moved.ndim != 3 or moved.shape[1:] != reference.shape or len(reference) < 2:
+        raise ValueError(f"expected reference (N, D) and moved (T, N, D) with N > 1, got {reference.shape} and {moved.shape}")
+    unit = pdist(reference).mean()
+    # what rounding leaves between equal images is no distance
+    if not unit > 1e-6 * np.abs(reference).max():
+        return np.full(len(moved), np.nan)
+    return np.linalg.norm(moved - reference, axis=2).mean(axis=1) / unit
+
+
 def _label_pair(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 1 or b.ndim != 1 or len(a) != len(b) or len(a) == 0:
@@ -192,14 +224,8 @@ def probe(
     features, labels = np.asarray(features), np.asarray(labels)
     train, test, groups = _checked_split(features, labels, train, test, groups)
     classes, counts = np.unique(labels[train], return_counts=True)
-    if len(classes) == 1:
-        predicted, converged = np.repeat(classes, len(test)), True
-    else:
-        x_train, x_test = _standardised(features, train, test, max_dim, seed)
-        model, converged = _fitted(
-            LogisticRegression(C=prior_variance / features.shape[1], tol=1e-3, max_iter=2000), x_train, labels[train]
-        )
-        predicted = model.predict(x_test)
+    probabilities, converged = _class_probabilities(features, labels, train, test, seed, max_dim, prior_variance)
+    predicted = classes[probabilities.argmax(axis=1)]
     correct = predicted == labels[test]
     # share in training of each test image's class; 0 if unseen
     position = np.searchsorted(classes, labels[test]).clip(max=len(classes) - 1)
@@ -217,6 +243,83 @@ def probe(
         "unseen": int((share == 0).sum()),
         "converged": converged,
     }
+
+
+def _class_probabilities(
+    features: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int, max_dim: int, prior_variance: float
+) -> tuple[np.ndarray, bool]:
+    """Probability (n_test, classes in training) of each class, and whether the fit converged."""
+    if (labels[train] == labels[train][0]).all():
+        return np.ones((len(test), 1)), True
+    x_train, x_test = _standardised(features, train, test, max_dim, seed)
+    model, converged = _fitted(LogisticRegression(C=prior_variance / features.shape[1], tol=1e-3, max_iter=2000), x_train, labels[train])
+    return model.predict_proba(x_test), converged
+
+
+def class_probabilities(
+    features: np.ndarray,
+    labels: ArrayLike,
+    train: ArrayLike,
+    test: ArrayLike,
+    groups: ArrayLike | None = None,
+    seed: int = 0,
+    max_dim: int = 256,
+    prior_variance: float = 25.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the classifier of `probe` answers, image by image.
+
+    Returns
+    -------
+    probabilities : (n_test, C) float
+        Of each class of the training images.
+    classes : (C,)
+
+    Other parameters and errors as `probe`, whose accuracy is that of the most probable class.
+    """
+    features, labels = np.asarray(features), np.asarray(labels)
+    train, test, groups = _checked_split(features, labels, train, test, groups)
+    return _class_probabilities(features, labels, train, test, seed, max_dim, prior_variance)[0], np.unique(labels[train])
+
+
+def finding_scores(
+    features: np.ndarray,
+    targets: np.ndarray,
+    train: ArrayLike,
+    test: ArrayLike,
+    groups: ArrayLike | None = None,
+    seed: int = 0,
+    max_dim: int = 256,
+    prior_variance: float = 1.0,
+) -> np.ndarray:
+    """Log-odds (n_test, F) that the classifiers of `findings_auroc` give each finding of each test image.
+
+    NaN in the column of a finding that, or whose absence, is missing in the training or the test images. Parameters and errors as
+    `findings_auroc`.
+    """
+    features, targets = np.asarray(features), np.asarray(targets)
+    if targets.ndim != 2 or targets.dtype != bool:
+        raise ValueError(f"targets must be bool (N, F), got {targets.dtype} of shape {targets.shape}")
+    train, test, groups = _checked_split(features, targets, train, test, groups)
+    scores, _ = _finding_scores(features, targets, train, test, seed, max_dim, prior_variance)
+    columns = np.full((len(test), targets.shape[1]), np.nan)
+    for finding, score in scores.items():
+        columns[:, finding] = score
+    return columns
+
+
+def _finding_scores(
+    features: np.ndarray, targets: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int, max_dim: int, prior_variance: float
+) -> tuple[dict[int, np.ndarray], bool]:
+    """Log-odds (n_test,) of each finding that can be learnt and tested, and whether all fits converged."""
+    x_train, x_test = _standardised(features, train, test, max_dim, seed)
+    scores, converged = {}, True
+    for finding in range(targets.shape[1]):
+        if all(0 < targets[part, finding].mean() < 1 for part in (train, test)):
+            model = LogisticRegression(C=prior_variance / features.shape[1], solver="newton-cholesky")
+            model, ended = _fitted(model, x_train, targets[train, finding])
+            scores[finding] = model.decision_function(x_test)
+            converged &= ended
+    return scores, converged
 
 
 def findings_auroc(
@@ -262,14 +365,7 @@ def findings_auroc(
     if targets.ndim != 2 or targets.dtype != bool:
         raise ValueError(f"targets must be bool (N, F), got {targets.dtype} of shape {targets.shape}")
     train, test, groups = _checked_split(features, targets, train, test, groups)
-    x_train, x_test = _standardised(features, train, test, max_dim, seed)
-    scores, converged = {}, True
-    for finding in range(targets.shape[1]):
-        if all(0 < targets[part, finding].mean() < 1 for part in (train, test)):
-            model = LogisticRegression(C=prior_variance / features.shape[1], solver="newton-cholesky")
-            model, ended = _fitted(model, x_train, targets[train, finding])
-            scores[finding] = model.decision_function(x_test)
-            converged &= ended
+    scores, converged = _finding_scores(features, targets, train, test, seed, max_dim, prior_variance)
 
     def areas(draws: np.ndarray) -> np.ndarray:
         """Areas (samples, F) under the bootstrap weights (samples, n_test)."""
@@ -323,6 +419,92 @@ def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
     pairs = ups.sum(axis=1) * downs.sum(axis=1)
     wins = (ups * (below + downs / 2)).sum(axis=1)
     return np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+
+
+def weighted_average_precision(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Average precision for many weightings of the same scores at once.
+
+    sum over thresholds of (recall gained) x (precision there), without interpolation; equal scores are one threshold. A guess that knows
+    nothing scores the prevalence, so values of findings of different frequency do not compare.
+
+    Parameters
+    ----------
+    scores, positive, weights
+        As for `weighted_auroc`.
+
+    Returns
+    -------
+    (B,) float
+        In [0, 1]; NaN where the positives have no weight.
+    """
+    order = np.argsort(-np.asarray(scores, dtype=float), kind="stable")
+    starts = np.flatnonzero(np.diff(-scores[order], prepend=-np.inf) != 0)
+    weights = np.asarray(weights, dtype=float)[:, order]
+    ups = np.add.reduceat(weights * positive[order], starts, axis=1)
+    taken = np.cumsum(np.add.reduceat(weights, starts, axis=1), axis=1)
+    precision = np.divide(np.cumsum(ups, axis=1), taken, out=np.zeros_like(taken), where=taken > 0)
+    total = ups.sum(axis=1)
+    return np.divide((ups * precision).sum(axis=1), total, out=np.full(len(weights), np.nan), where=total > 0)
+
+
+def multilabel_scores(
+    probabilities: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None, micro: bool = True
+) -> dict[str, np.ndarray]:
+    """Macro and micro averages of AUROC and average precision over F labels.
+
+    Macro: the mean over labels of the number computed within each label, so a rare finding counts as much as a frequent one and knowing
+    the frequencies helps nothing. Micro: one number over all image-label pairs, so a guess that only knows how frequent each label is
+    ranks the pairs of frequent labels first and scores high without looking at any image; read it beside `prevalence_guess`.
+
+    Parameters
+    ----------
+    probabilities : (n, F) float
+        Comparable between labels; a column with NaN is left out.
+    targets : (n, F) bool
+    weights : (B, n), optional
+        Of the images, for a bootstrap; without it each counts once.
+    micro : bool
+        Whether to compute the micro averages, which cost as much as all else.
+
+    Returns
+    -------
+    dict
+        ``auroc_macro``, ``auroc_micro``, ``ap_macro``, ``ap_micro``, each (B,); ``auroc`` and ``ap`` of each label, (B, F).
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit.
+    """
+    probabilities, targets = np.asarray(probabilities, dtype=float), np.asarray(targets)
+    if probabilities.shape != targets.shape or targets.ndim != 2 or targets.dtype != bool:
+        raise ValueError(f"expected probabilities (n, F) and bool targets (n, F), got {probabilities.shape} and {targets.shape}")
+    weights = np.ones((1, len(targets))) if weights is None else np.asarray(weights, dtype=float)
+    known = np.flatnonzero(~np.isnan(probabilities).any(axis=0))
+    found = {name: np.full((len(weights), targets.shape[1]), np.nan) for name in ("auroc", "ap")}
+    for label in known:
+        found["auroc"][:, label] = weighted_auroc(probabilities[:, label], targets[:, label], weights)
+        found["ap"][:, label] = weighted_average_precision(probabilities[:, label], targets[:, label], weights)
+    averages = {f"{name}_macro": _nanmean(values) for name, values in found.items()}
+    if micro:
+        pairs = probabilities[:, known].ravel(), targets[:, known].ravel(), np.repeat(weights, len(known), axis=1)
+        nothing = np.full(len(weights), np.nan)
+        averages["auroc_micro"] = weighted_auroc(*pairs) if len(known) else nothing
+        averages["ap_micro"] = weighted_average_precision(*pairs) if len(known) else nothing
+    return averages | found
+
+
+def prevalence_guess(targets: np.ndarray, train: ArrayLike, test: ArrayLike) -> np.ndarray:
+    """Probabilities (n_test, F) of a guess that looks at no image: each label's share of the training images, the same for all."""
+    targets = np.asarray(targets)
+    return np.tile(targets[train].mean(axis=0), (len(targets[test]), 1))
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Mean of each row without NaN; NaN, and no warning, for a row of nothing else."""
+    known = ~np.isnan(values)
+    number = known.sum(axis=1)
+    return np.divide(np.where(known, values, 0).sum(axis=1), number, out=np.full(len(values), np.nan), where=number > 0)
 
 
 def _checked_split(
@@ -606,6 +788,44 @@ def label_neighbourhood(
         "high": high,
         "p": float((1 + (permuted >= observed).sum()) / (1 + repeats)),
     }
+
+
+def finding_neighbourhood(points: np.ndarray, targets: np.ndarray, n_neighbors: int = 10, least: int = 5) -> float:
+    """Whether images of one finding lie together in a map: how much oftener the neighbours of such an image have it than images at large.
+
+    For each finding that at least `least` images have: the share of the `n_neighbors` nearest others that have it too, in the mean over
+    the images with it, less the share of all other images that have it; then the mean over findings. 0: no more than by chance; at most
+    1. Several images of one patient lie together for reasons other than disease, which this does not take off.
+
+    Parameters
+    ----------
+    points : (N, d) float
+    targets : (N, F) bool
+    n_neighbors : int
+        Fewer than N.
+    least : int
+
+    Returns
+    -------
+    float
+        NaN if no finding is frequent enough.
+
+    Raises
+    ------
+    ValueError
+        Lengths that differ, or not 1 <= n_neighbors < N.
+    """
+    points, targets = np.asarray(points), np.asarray(targets)
+    n = len(points)
+    if points.ndim != 2 or targets.ndim != 2 or len(targets) != n or not 1 <= n_neighbors < n:
+        raise ValueError(
+            f"expected points (N, d), targets (N, F) and 1 <= n_neighbors < N, got {points.shape}, {targets.shape}, {n_neighbors}"
+        )
+    neighbours = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors(return_distance=False)
+    counts = targets.sum(axis=0)
+    frequent = np.flatnonzero(counts >= max(least, 1))
+    lifts = [targets[neighbours[targets[:, f]], f].mean() - (counts[f] - 1) / (n - 1) for f in frequent]
+    return float(np.mean(lifts)) if lifts else float("nan")
 
 
 def trustworthiness(embedding: np.ndarray, points: np.ndarray, n_neighbors: int = 10, seed: int = 0, max_samples: int = 5000) -> float:

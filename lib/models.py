@@ -1,13 +1,19 @@
-"""The two backbones of the paper: AlexNet behind a fixed Sobel filter, and a P4M group-equivariant CNN."""
+"""The two backbones of the paper, AlexNet behind a fixed Sobel filter and a P4M group-equivariant CNN, and networks to hold them against.
+
+The controls share P4M's layout: `P4CNN` lacks the mirror, `MatchedParametersCNN` and `MatchedFlopsCNN` lack the symmetry altogether. All of
+them take P4M's `width`, so that arms with the same `width` are matched.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, P4MConvP4M, P4MConvZ2, group_max_pool
+from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, GroupConv, P4ConvP4, P4ConvZ2, P4MConvP4M, P4MConvZ2, group_max_pool
 
 IMAGE_SIZE = 64
 
@@ -48,6 +54,10 @@ class Backbone(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Images (N, 1, 64, 64) in [-1, 1] -> features (N, D), the ones that are clustered."""
+        raise NotImplementedError
+
+    def maps(self, x: Tensor) -> Tensor:
+        """Images (N, 1, 64, 64) in [-1, 1] -> the last convolutional maps that still have an extent, (N, C, H, W), not negative."""
         raise NotImplementedError
 
     def head(self, features: Tensor) -> Tensor:
@@ -114,6 +124,9 @@ class AlexNet(Backbone):
     def features(self, x: Tensor) -> Tensor:
         return self.classifier(self.convolutions(x))
 
+    def maps(self, x: Tensor) -> Tensor:
+        return self.convolutions[:-1](x)  # (N, 256, 3, 3): before the last pool, which leaves one pixel
+
     def head(self, features: Tensor) -> Tensor:
         return torch.relu(features)
 
@@ -132,15 +145,17 @@ class P4MCNN(Backbone):
     """
 
     WIDTH = (64, 128, 256)
+    LAYERS: tuple[type[GroupConv], type[GroupConv]] = (P4MConvZ2, P4MConvP4M)
 
     def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH) -> None:
         super().__init__(width[-1], n_clusters)
         a, b, c = width
+        lifting, convolution = self.LAYERS
         # the bias would be taken out again by the batch norm behind it
         convolutions = [
-            P4MConvZ2(1, a, 5, padding=2, bias=False),
-            P4MConvP4M(a, b, 3, padding=1, bias=False),
-            P4MConvP4M(b, c, 3, padding=1, bias=False),
+            lifting(1, a, 5, padding=2, bias=False),
+            convolution(a, b, 3, padding=1, bias=False),
+            convolution(b, c, 3, padding=1, bias=False),
         ]
         self.blocks = nn.Sequential(
             *(
@@ -149,12 +164,93 @@ class P4MCNN(Backbone):
             )
         )
 
+    def maps(self, x: Tensor) -> Tensor:
+        return group_max_pool(self.blocks(x))  # (N, 1, 64, 64) -> (N, C, S, 8, 8) -> (N, C, 8, 8)
+
     def features(self, x: Tensor) -> Tensor:
-        x = self.blocks(x)  # (N, 1, 64, 64) -> (N, C, 8, 8, 8)
-        return group_max_pool(x).mean(dim=(2, 3))  # -> (N, C, 8, 8) -> (N, C)
+        return self.maps(x).mean(dim=(2, 3))  # -> (N, C)
 
 
-BACKBONES: dict[str, type[Backbone]] = {"alexnet": AlexNet, "p4m": P4MCNN}
+class P4CNN(P4MCNN):
+    """`P4MCNN` without the mirror: quarter turns leave its features unchanged, mirrors do not.
+
+    `width` counts regular fields as there, but each is 4 real channels.
+    """
+
+    LAYERS = (P4ConvZ2, P4ConvP4)
+
+
+class PlainCNN(Backbone):
+    """P4M's layout with planar convolutions: the same kernels, norms and pools, no symmetry built in.
+
+    Sub-classes say how many real channels stand against the fields of a P4M network.
+
+    Parameters
+    ----------
+    n_clusters : int
+    width : three ints
+        Regular fields of the *P4M network that it is matched to*, not its own channels, which are ``channels(width)``.
+    """
+
+    WIDTH = P4MCNN.WIDTH
+
+    def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH) -> None:
+        channels = self.channels(width)
+        super().__init__(channels[-1], n_clusters)
+        blocks = []
+        for c_in, c_out, kernel_size in zip((1, *channels), channels, (5, 3, 3), strict=False):
+            conv = nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False)
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            blocks.append(nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True), GroupAvgBlurPool()))
+        self.blocks = nn.Sequential(*blocks)
+
+    @staticmethod
+    def channels(width: Sequence[int]) -> tuple[int, int, int]:
+        """Real channels of the three blocks."""
+        raise NotImplementedError
+
+    def maps(self, x: Tensor) -> Tensor:
+        return self.blocks(x)  # (N, 1, 64, 64) -> (N, C, 8, 8)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.maps(x).mean(dim=(2, 3))
+
+
+class MatchedFlopsCNN(PlainCNN):
+    """`PlainCNN` that costs as much as the P4M network of this `width`, computed densely: 8 real channels for each field.
+
+    Its filters are not shared between the eight orientations, so it has about 8 times the parameters.
+    """
+
+    @staticmethod
+    def channels(width: Sequence[int]) -> tuple[int, int, int]:
+        a, b, c = width
+        return 8 * a, 8 * b, 8 * c
+
+
+class MatchedParametersCNN(PlainCNN):
+    """`PlainCNN` with as many parameters as the P4M network of this `width`, top layer left out: about sqrt(8) channels for each field.
+
+    A group filter between fields holds 8 planar ones. The first two blocks get the nearest whole number, the last one what comes closest
+    to the total.
+    """
+
+    @staticmethod
+    def channels(width: Sequence[int]) -> tuple[int, int, int]:
+        a, b, c = width
+        total = 25 * a + 72 * a * b + 72 * b * c + 2 * (a + b + c)  # P4M: filters and batch norms
+        first, second = (max(1, round(math.sqrt(8) * n)) for n in (a, b))
+        rest = total - (25 * first + 9 * first * second + 2 * (first + second))
+        return first, second, max(1, round(rest / (9 * second + 2)))
+
+
+BACKBONES: dict[str, type[Backbone]] = {
+    "alexnet": AlexNet,
+    "p4m": P4MCNN,
+    "p4": P4CNN,
+    "cnn_params": MatchedParametersCNN,
+    "cnn_flops": MatchedFlopsCNN,
+}
 
 
 def build(backbone: str, n_clusters: int, width: Sequence[int] | None = None, seed: int = 0) -> Backbone:
@@ -162,12 +258,12 @@ def build(backbone: str, n_clusters: int, width: Sequence[int] | None = None, se
 
     Parameters
     ----------
-    backbone : {"alexnet", "p4m"}
+    backbone : {"alexnet", "p4m", "p4", "cnn_params", "cnn_flops"}
     n_clusters : int
         K >= 1.
     width : sequence of int, optional
-        Channels (alexnet: five convolutions and the fully connected layers) or regular fields (p4m: three blocks);
-        the paper's when not given.
+        Channels (alexnet: five convolutions and the fully connected layers) or regular fields (p4m, p4: three blocks; cnn_params and
+        cnn_flops: those of the P4M network to match); the paper's when not given.
     seed : int
 
     Raises
@@ -186,3 +282,39 @@ def build(backbone: str, n_clusters: int, width: Sequence[int] | None = None, se
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(n_clusters, width)
+
+
+def cost(backbone: str, n_clusters: int, width: Sequence[int] | None = None) -> dict[str, int]:
+    """What a network costs, counted by running it once.
+
+    Parameters
+    ----------
+    backbone, n_clusters, width
+        As for `build`.
+
+    Returns
+    -------
+    dict
+        ``parameters`` of the body, which live through training; ``top_layer`` parameters, which are drawn anew each epoch;
+        ``feature_dim`` D; ``flops`` of one image's features, forward, two for each multiplication and addition, as PyTorch's
+        ``FlopCounterMode`` counts matrix products and convolutions. Group convolutions are counted by the dense algorithm, so that the
+        number does not depend on the device; the Fourier one needs fewer.
+
+    Raises
+    ------
+    ValueError
+        As `build`.
+    """
+    model = build(backbone, n_clusters, width).eval()
+    for module in model.modules():
+        if isinstance(module, GroupConv):
+            module.algorithm = "dense"
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.features(torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE))
+    return {
+        "parameters": sum(p.numel() for p in model.body_parameters()),
+        "top_layer": sum(p.numel() for p in model.top_layer.parameters()),
+        "feature_dim": model.feature_dim,
+        "flops": int(counter.get_total_flops()),
+    }

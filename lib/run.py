@@ -48,6 +48,7 @@ A second call skips what is done with the same parameters.
   --from NN                   run again from notebook NN on; the earlier ones must be done
   --restart                   compute anew what is already done, too
   --test [ARG ...]            run the checks, the tests and all notebooks; ARGs go to pytest, which then runs the tests alone
+  --study [ARG ...]           train every arm and control with more seeds, and compare them (ARGs: python -m lib.study --help)
   --help                      show this text
 
 Environment variables:
@@ -86,6 +87,7 @@ class Options:
     label_column: str | None = None
     fit: str | None = None
     drop_outliers: bool = False
+    study: tuple[str, ...] | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,6 +145,8 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
         Unknown option, preset, device or notebook number, malformed seeds, or a folder that does not exist.
     """
     argv, test = list(argv), None
+    if argv[:1] == ["--study"]:
+        return Options(study=tuple(argv[1:]))
     if "--test" in argv:
         split = argv.index("--test")
         argv, test = argv[:split], tuple(argv[split + 1 :])
@@ -155,7 +159,7 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
         parser.add_argument(name, action="store_true")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UsageError(f"unknown option {unknown[0]}; valid: {', '.join([*names, *switches[:-1], '--test', '--help'])}")
+        raise UsageError(f"unknown option {unknown[0]}; valid: {', '.join([*names, *switches[:-1], '--test', '--study', '--help'])}")
     if given.help:
         return Options(help=True)
     if test is not None:
@@ -666,6 +670,10 @@ def main(argv: Sequence[str] | None = None, check_only: bool = False) -> int:
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # unless under nohup
             signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        if options.study is not None:
+            from lib import study
+
+            return study.main(options.study)
         if options.test is not None:
             return 0 if run_tests(options.test) else 1
         run(options)

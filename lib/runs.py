@@ -44,6 +44,10 @@ class TrainConfig:
         Draw the top layer anew each epoch, as DeepCluster does.
     uniform_sampling : bool
         Draw the epoch's N images uniformly over clusters, as DeepCluster does; else each image once.
+    pseudo_labels : {"clusters", "index", "shuffled"}
+        What is trained on: the epoch's own clusters, as DeepCluster does, or one of two controls that know nothing of the images:
+        ``"index"``, the image's number modulo K, or ``"shuffled"``, the first epoch's clusters shuffled once and kept. The metrics and
+        assignments that are recorded are those of the clusters all the same.
     seed : int
         Of weights, order, angles, dropout and K-means.
     device : {"auto", "cpu", "cuda", "mps"}
@@ -60,6 +64,7 @@ class TrainConfig:
     rotation_degrees: float = 0.0
     reset_top_layer: bool = True
     uniform_sampling: bool = True
+    pseudo_labels: str = "clusters"
     seed: int = 0
     device: str = "auto"
 
@@ -76,6 +81,8 @@ class TrainConfig:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if self.rotation_degrees > 180:
             raise ValueError(f"rotation_degrees is the half range and at most 180, got {self.rotation_degrees}")
+        if self.pseudo_labels not in ("clusters", "index", "shuffled"):
+            raise ValueError(f"pseudo_labels must be clusters, index or shuffled, got {self.pseudo_labels!r}")
         if self.device not in ("auto", "cpu", "cuda", "mps"):
             raise ValueError(f"device must be auto, cpu, cuda or mps, got {self.device!r}")
 
@@ -149,7 +156,7 @@ def check_same_run(run_dir: Path, ours: dict[str, Any]) -> dict[str, Any]:
     hold: `ours`, with the code that the run was begun with.
     """
     path = run_dir / "config.json"
-    theirs = load_json(path) if path.exists() else ours
+    theirs = {"pseudo_labels": "clusters", **load_json(path)} if path.exists() else ours  # older runs had no such setting
     same_run = ("epochs", "device", "torch", "code")
     differ = {k: f"{k} {theirs.get(k)}, now {v}" for k, v in ours.items() if k not in same_run and theirs.get(k) != v}
     if "data" in differ:
@@ -199,7 +206,7 @@ def load_run(run_dir: Path | str) -> Run:
     missing = [f for f in ("config.json", "metrics.csv", "assignments.npy", "features.npy", "clustering.npz") if not (run_dir / f).exists()]
     if missing:
         raise FileNotFoundError(f"{show(run_dir)} holds no finished run ({', '.join(missing)} missing): run the training notebook first")
-    stored = load_json(run_dir / "config.json")
+    stored = {"pseudo_labels": "clusters", **load_json(run_dir / "config.json")}
     config = TrainConfig(**{f.name: stored[f.name] for f in fields(TrainConfig)})
     if not is_complete(run_dir, config):
         raise FileNotFoundError(f"{show(run_dir)} is not finished: run the training notebook again, it goes on where it stopped")

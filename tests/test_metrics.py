@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import entropy
 from sklearn.datasets import make_blobs
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import davies_bouldin_score, roc_auc_score, silhouette_score
+from sklearn.metrics import average_precision_score, davies_bouldin_score, roc_auc_score, silhouette_score
 from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
 from lib import metrics
@@ -359,3 +359,73 @@ def test_trustworthiness_of_a_true_and_a_shuffled_map():
     assert metrics.trustworthiness(x, 3 * x, max_samples=100) == 1.0
     with pytest.raises(ValueError, match="400 and 399"):
         metrics.trustworthiness(x, x[1:])
+
+
+# --- answers image by image, averages over labels, neighbourhoods of findings
+
+
+def test_scores_and_probabilities_are_those_of_the_probes():
+    rng = np.random.default_rng(0)
+    x, targets = rng.normal(size=(200, 6)), rng.random((200, 3)) < 0.3
+    targets[:, 2] = False
+    train, test = np.arange(150), np.arange(150, 200)
+    scores = metrics.finding_scores(x, targets, train, test)
+    areas = metrics.findings_auroc(x, targets, train, test, n_boot=0)["per_finding"]
+    for finding in (0, 1):
+        assert roc_auc_score(targets[test, finding], scores[:, finding]) == pytest.approx(areas[finding])
+    assert np.isnan(scores[:, 2]).all()
+    labels = rng.integers(4, size=200)
+    probabilities, classes = metrics.class_probabilities(x, labels, train, test)
+    assert probabilities.sum(axis=1) == pytest.approx(1)
+    right = classes[probabilities.argmax(axis=1)] == labels[test]
+    assert right.mean() == metrics.probe(x, labels, train, test, n_boot=0)["accuracy"]
+
+
+def test_average_precision_is_sklearns_also_with_ties_and_weights():
+    rng = np.random.default_rng(1)
+    positive, scores = rng.random(80) < 0.3, rng.integers(6, size=80).astype(float)
+    weights = rng.integers(0, 4, size=(5, 80))
+    found = metrics.weighted_average_precision(scores, positive, weights)
+    for row, value in zip(weights, found, strict=True):
+        assert value == pytest.approx(average_precision_score(positive, scores, sample_weight=row))
+    assert np.isnan(metrics.weighted_average_precision(scores, np.zeros(80, bool), weights)).all()
+
+
+def test_micro_average_flatters_a_guess_that_sees_no_image_and_macro_does_not():
+    rng = np.random.default_rng(2)
+    prevalence = np.array([0.5, 0.2, 0.02, 0.01])
+    targets = rng.random((2000, 4)) < prevalence
+    train, test = np.arange(1000), np.arange(1000, 2000)
+    guess = metrics.prevalence_guess(targets, train, test)
+    found = metrics.multilabel_scores(guess, targets[test])
+    assert found["auroc_macro"][0] == 0.5
+    assert found["auroc_micro"][0] > 0.8
+    assert found["auroc_micro"][0] == pytest.approx(roc_auc_score(targets[test].ravel(), guess.ravel()))
+    assert found["ap_micro"][0] == pytest.approx(average_precision_score(targets[test].ravel(), guess.ravel()))
+    assert found["ap_macro"][0] == pytest.approx(targets[test].mean(axis=0).mean())
+    guess[:, 3] = np.nan
+    assert np.isnan(metrics.multilabel_scores(guess, targets[test])["auroc"][0, 3])
+    with pytest.raises(ValueError, match="bool targets"):
+        metrics.multilabel_scores(guess, targets[test].astype(int))
+
+
+def test_relative_distance_is_0_for_no_change_and_1_for_another_image():
+    rng = np.random.default_rng(3)
+    f = rng.normal(size=(300, 5))
+    found = metrics.relative_distance(f, np.stack([f, rng.permutation(f)]))
+    assert found[0] == 0
+    assert found[1] == pytest.approx(1, abs=0.05)
+    assert np.isnan(metrics.relative_distance(np.ones((5, 3)), np.ones((1, 5, 3)))).all()
+    with pytest.raises(ValueError, match="moved"):
+        metrics.relative_distance(f, f)
+
+
+def test_finding_neighbourhood_finds_what_lies_together():
+    rng = np.random.default_rng(4)
+    targets = rng.random((400, 3)) < 0.2
+    noise = rng.normal(size=(400, 2))
+    assert abs(metrics.finding_neighbourhood(noise, targets)) < 0.02
+    assert metrics.finding_neighbourhood(noise + 20 * targets[:, :2], targets[:, :2]) > 0.7
+    assert np.isnan(metrics.finding_neighbourhood(noise, np.zeros((400, 3), bool)))
+    with pytest.raises(ValueError, match="n_neighbors"):
+        metrics.finding_neighbourhood(noise, targets, 400)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lib.models import BACKBONES, P4MCNN, AlexNet, Sobel, build
+from lib.models import BACKBONES, P4MCNN, AlexNet, Sobel, build, cost
 
-NARROW = {"alexnet": (8, 16, 24, 24, 16, 64), "p4m": (2, 4, 8)}
+NARROW = {"alexnet": (8, 16, 24, 24, 16, 64), **dict.fromkeys(("p4m", "p4", "cnn_params", "cnn_flops"), (2, 4, 8))}
 
 
 def symmetries(x):
@@ -43,6 +43,10 @@ def test_shapes(backbone, width):
     assert features.shape == (2, model.feature_dim)
     assert logits.shape == (2, 7)
     torch.testing.assert_close(logits, model.top_layer(model.head(features)))
+    maps = model.maps(images(2))
+    assert maps.ndim == 4
+    assert min(maps.shape[2:]) > 1
+    assert maps.min() >= 0
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -66,6 +70,38 @@ def trained_statistics_small(model):
 def test_alexnet_features_are_not_invariant():
     model = trained_statistics(build("alexnet", 5, NARROW["alexnet"]))
     assert change(model, images(4, 9)) > 0.05
+
+
+def test_p4_features_are_invariant_under_turns_and_not_under_mirrors():
+    model = trained_statistics(build("p4", 5, (4, 8, 16)))
+    x = images(4, 9)
+    with torch.inference_mode():
+        reference = model.features(x)
+        moved = [(model.features(y) - reference).norm() / reference.norm() for y in symmetries(x)]
+    assert max(moved[:4]) < 1e-5
+    assert min(moved[4:]) > 1e-3
+
+
+@pytest.mark.parametrize("backbone", ["cnn_params", "cnn_flops"])
+def test_plain_networks_are_not_invariant(backbone):
+    assert change(trained_statistics(build(backbone, 5, (4, 8, 16))), images(4, 9)) > 1e-3
+
+
+@pytest.mark.parametrize("width", [(4, 8, 32), (8, 16, 32), (64, 128, 256)])
+def test_controls_are_matched_to_p4m(width):
+    p4m, params, flops = (cost(backbone, 5, width) for backbone in ("p4m", "cnn_params", "cnn_flops"))
+    assert params["parameters"] == pytest.approx(p4m["parameters"], rel=0.02)
+    assert params["flops"] < 0.5 * p4m["flops"]
+    assert flops["flops"] == pytest.approx(p4m["flops"], rel=0.001)
+    assert flops["parameters"] > 6 * p4m["parameters"]
+
+
+def test_cost_counts_what_is_there():
+    found = cost("p4m", 5, (2, 4, 8))
+    model = build("p4m", 5, (2, 4, 8))
+    assert found["parameters"] + found["top_layer"] == sum(p.numel() for p in model.parameters())
+    convolutions = 2 * (64**2 * 16 * 25 + 32**2 * 32 * 16 * 9 + 16**2 * 64 * 32 * 9)
+    assert convolutions < found["flops"] < 1.5 * convolutions  # pooling is the rest
 
 
 def test_published_layout():
@@ -117,7 +153,7 @@ def test_top_layer_is_drawn_anew():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet", 5), "'resnet' is unknown; choose one of alexnet, p4m"),
+        (("resnet", 5), "'resnet' is unknown; choose one of alexnet, p4m, p4, cnn_params, cnn_flops"),
         (("p4m", 5, (2, 4)), "p4m needs 3 widths"),
         (("alexnet", 5, (0, 1, 1, 1, 1, 1)), "at least 1"),
         (("p4m", 0), "n_clusters must be at least 1, got 0"),

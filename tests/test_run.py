@@ -100,10 +100,17 @@ def test_what_follows_test_is_pytests(project):
     assert parse_args(["--test", "-k", "data", "--help"], project).test == ("-k", "data", "--help")
 
 
+def test_what_follows_study_is_the_studys(project):
+    assert parse_args(["--study", "--jobs", "2", "--seeds", "0"], project).study == ("--jobs", "2", "--seeds", "0")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prest", "quick"], r"unknown option --prest; valid: --preset, --data, --seeds, --device, --from, --restart, --test, --help"),
+        (
+            ["--prest", "quick"],
+            r"unknown option --prest; valid: --preset, --data, --seeds, --device, --from, --restart, --test, --study, --help",
+        ),
         (["quick"], "unknown option quick; valid"),
         (["--preset", "big"], "unknown --preset 'big'; valid: paper, quick, smoke"),
         (["--preset"], "--preset"),
