@@ -6,10 +6,12 @@ DeepCluster (Caron et al. 2018, section 3.3) clusters features after PCA, whiten
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+import scipy.linalg.blas
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -146,12 +148,62 @@ def _check_finite(rows: Tensor, start: int) -> None:
         raise FloatingPointError(f"features of image {first} are NaN or infinite: the network has diverged; lower the learning rate")
 
 
+class CovarianceSums(NamedTuple):
+    """What PCA needs of some rows; sums of several sets of rows, about one `shift`, are those of their union.
+
+    count : Tensor, shape (); sum : Tensor, shape (D,); outer : Tensor, shape (D, D), all float64. The last two are of ``x - shift``.
+    """
+
+    count: Tensor
+    sum: Tensor
+    outer: Tensor
+
+
+def covariance_sums(x: np.ndarray | Tensor, shift: np.ndarray | Tensor) -> CovarianceSums:
+    """Number of rows, and sum and sum of outer products of ``x - shift``, in chunks of rows and in float64.
+
+    Products of float32 would be faster, but round at 1e-7 of the largest variance: components with less, which real features have,
+    would be lost among that noise and rank could not be told.
+
+    Parameters
+    ----------
+    x : ndarray, memory map or Tensor, shape (N, D)
+        Read chunk by chunk, never copied whole; N may be 0.
+    shift : ndarray or Tensor, shape (D,)
+        Near the mean of all rows, so that no digits are lost; the same for all sets of rows that are to be added.
+
+    Returns
+    -------
+    CovarianceSums
+        On the device of `x`.
+    """
+    rows = _rows(x, "features")
+    d = rows.shape[1]
+    shift = torch.as_tensor(shift, dtype=torch.float64, device=rows.device)
+    total = torch.zeros(d, dtype=torch.float64, device=rows.device)
+    # BLAS' symmetric product computes one triangle, half the work; torch has none. It wants columns one after another.
+    on_cpu = rows.device.type == "cpu"
+    outer = torch.zeros(d, d, dtype=torch.float64, device=rows.device)
+    triangle = np.zeros((d, d), order="F") if on_cpu else None
+    for chunk in _chunks(rows):
+        centred = chunk.sub_(shift)
+        total += centred.sum(dim=0)
+        if on_cpu:
+            triangle = scipy.linalg.blas.dsyrk(1.0, centred.numpy().T, 1.0, triangle, overwrite_c=1)
+        else:
+            outer.addmm_(centred.T, centred)
+    if on_cpu:
+        outer = torch.from_numpy(triangle).T  # the lower triangle, rows one after another
+        outer += outer.tril(-1).T
+    return CovarianceSums(torch.tensor(len(rows), dtype=torch.float64, device=rows.device), total, outer)
+
+
 class PCAWhiten:
     """PCA to `n_components`, each scaled to unit variance, then (optionally) each row to unit length.
 
     The principal axes come from the D x D covariance matrix, or from the N x N Gram matrix where N < D, both accumulated in float64 over
-    chunks of rows, so no second copy of the data is ever held. Attributes equal those of ``sklearn.decomposition.PCA(whiten=True)``; the
-    sign of each axis is fixed so that its largest loading is positive.
+    chunks of rows: no second copy of tall data is held, and a memory map is read chunk by chunk. Attributes equal those of
+    ``sklearn.decomposition.PCA(whiten=True)``; the sign of each axis is fixed so that its largest loading is positive.
 
     Parameters
     ----------
@@ -160,6 +212,9 @@ class PCAWhiten:
         rank-deficient features), those are kept and a warning names the numbers: scaling a direction of no variance would blow up noise.
     l2 : bool
         Scale every row of the result to length 1 (a row of zeros stays zero), as DeepCluster does before K-means.
+    reduce : callable or None
+        To fit over the shards of several processes: ``reduce(tensor)`` gets a float64 tensor on the data's device and returns its sum over
+        all processes, as in `lib.kmeans.KMeans`. Each process then calls `fit` with its own rows and ends with the same axes.
 
     Attributes
     ----------
@@ -176,11 +231,12 @@ class PCAWhiten:
     Jegou and Chum 2012, *Negative evidences and co-occurrences in image retrieval*, for whitening.
     """
 
-    def __init__(self, n_components: int, l2: bool = True) -> None:
+    def __init__(self, n_components: int, l2: bool = True, *, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         if n_components < 1:
             raise ValueError(f"n_components must be at least 1, got {n_components}")
         self.n_components = n_components
         self.l2 = l2
+        self.reduce = reduce
 
     def fit(self, features: np.ndarray | Tensor) -> PCAWhiten:
         """Find mean, axes and variances of `features`.
@@ -188,33 +244,78 @@ class PCAWhiten:
         Parameters
         ----------
         features : ndarray or Tensor, shape (N, D), floating
+            With `reduce`, the rows of this process.
 
         Raises
         ------
         ValueError
             Not two axes, fewer than 2 rows, NaN or infinite values, or all rows equal.
         """
-        x = as_rows(features, "features")
-        n, d = x.shape
+        x = _rows(features, "features")
+        d = x.shape[1]
+        total = torch.zeros(d + 1, dtype=torch.float64, device=x.device)
+        for chunk in _chunks(x):
+            total[:d] += chunk.sum(dim=0)
+        total[d] = len(x)
+        total = self._sum(total)
+        n = round(float(total[d]))
         if n < 2:
             raise ValueError(f"PCA needs at least 2 rows, got {n}")
-        mean = sum(chunk.sum(dim=0) for chunk in _chunks(x)) / n
+        mean = total[:d] / n
         if not torch.isfinite(mean).all():
-            bad = int((~torch.isfinite(x).all(dim=1)).nonzero()[0])
-            raise ValueError(f"features hold NaN or infinite values, first in row {bad}")
+            bad = first_bad_row(x)
+            where = f", first in row {bad}" if bad >= 0 else " in the rows of another process"
+            raise ValueError(f"features hold NaN or infinite values{where}")
 
-        if n < d:  # the Gram matrix has the same non-zero eigenvalues, and is the smaller one
+        precision = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        if n < d and self.reduce is None:  # the Gram matrix has the same non-zero eigenvalues, and is the smaller one
             centred = torch.cat([chunk - mean for chunk in _chunks(x)])
             matrix = centred @ centred.T / (n - 1)
-            power = (centred**2).mean(dim=0)
-        else:
-            matrix = sum((chunk - mean).T @ (chunk - mean) for chunk in _chunks(x)) / (n - 1)
-            power = matrix.diagonal()
-        variance, vectors = _top_eigenpairs(matrix, min(self.n_components, n, d))
+            return self._keep(matrix, mean, (centred**2).mean(dim=0), n, precision, features, centred)
+        matrix, mean, n = _covariance(CovarianceSums(*map(self._sum, covariance_sums(x, mean))), mean)
+        return self._keep(matrix, mean, matrix.diagonal(), n, precision, features)
 
+    def fit_from_sums(
+        self, sums: CovarianceSums | tuple[Tensor, Tensor, Tensor], shift: np.ndarray | Tensor, precision: torch.dtype = torch.float32
+    ) -> PCAWhiten:
+        """Find mean, axes and variances from the sums of `covariance_sums`, added over any number of sets of rows.
+
+        Parameters
+        ----------
+        sums : CovarianceSums
+            ``CovarianceSums(*(a + b for a, b in zip(first, second)))`` joins two.
+        shift : ndarray or Tensor, shape (D,)
+            The one the sums are about. The fitted attributes are of its kind.
+        precision : torch.float32 or torch.float64
+            Type of the features, whose rounding says which variances are real.
+
+        Raises
+        ------
+        ValueError
+            Fewer than 2 rows, sums that are not finite, or all rows equal.
+        """
+        matrix, mean, n = _covariance(CovarianceSums(*sums), torch.as_tensor(shift, dtype=torch.float64, device=sums[2].device))
+        return self._keep(matrix, mean, matrix.diagonal(), n, precision, shift)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return tensor if self.reduce is None else self.reduce(tensor)
+
+    def _keep(
+        self,
+        matrix: Tensor,
+        mean: Tensor,
+        power: Tensor,
+        n: int,
+        precision: torch.dtype,
+        kind: np.ndarray | Tensor,
+        centred: Tensor | None = None,
+    ) -> PCAWhiten:
+        """Set the attributes from the covariance matrix, or from the Gram matrix of the rows `centred`."""
+        d = len(mean)
+        variance, vectors = _top_eigenpairs(matrix, min(self.n_components, n, d))
         # A direction is real if it rises above the rounding of the stored features (relative to a feature's size, mean included)
         # and above that of the matrix. Sixteen units in the last place: what a few layers of float32 arithmetic leave.
-        resolution = 16 * torch.finfo(x.dtype).eps * (power + mean**2).max().sqrt()
+        resolution = 16 * torch.finfo(precision).eps * (power + mean**2).max().sqrt()
         floor = max(float(resolution) ** 2, float(variance[0]) * len(matrix) * torch.finfo(torch.float64).eps)
         kept = int((variance > floor).sum())
         if kept == 0:
@@ -223,18 +324,18 @@ class PCAWhiten:
             warnings.warn(
                 f"PCA keeps {kept} components instead of n_components={self.n_components}: {n} rows of {d} features hold no more",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         variance, vectors = variance[:kept], vectors[:, :kept]
-        components = (centred.T @ vectors / ((n - 1) * variance).sqrt()).T if n < d else vectors.T  # (n_components_, D)
+        components = vectors.T if centred is None else (centred.T @ vectors / ((n - 1) * variance).sqrt()).T  # (n_components_, D)
         largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
         components = (components * largest.sign()).contiguous()
 
         self.n_components_ = kept
-        self.mean_ = as_kind(mean, features)
-        self.components_ = as_kind(components, features)
-        self.explained_variance_ = as_kind(variance, features)
-        self.explained_variance_ratio_ = as_kind(variance / matrix.trace(), features)
+        self.mean_ = as_kind(mean, kind)
+        self.components_ = as_kind(components, kind)
+        self.explained_variance_ = as_kind(variance, kind)
+        self.explained_variance_ratio_ = as_kind(variance / matrix.trace(), kind)
         return self
 
     def transform(self, features: np.ndarray | Tensor) -> np.ndarray | Tensor:
@@ -247,7 +348,7 @@ class PCAWhiten:
         Returns
         -------
         ndarray or Tensor, shape (N, n_components_)
-            Same kind, type and device as `features`.
+            Same kind and device as `features`; float64 if they are, else float32.
 
         Raises
         ------
@@ -258,15 +359,16 @@ class PCAWhiten:
         """
         if not hasattr(self, "components_"):
             raise RuntimeError("PCAWhiten is not fitted yet: call fit first")
-        x = as_rows(features, "features")
+        x = _rows(features, "features")
         mean, components, variance = (torch.as_tensor(a, device=x.device) for a in (self.mean_, self.components_, self.explained_variance_))
         if x.shape[1] != len(mean):
             raise ValueError(f"features have {x.shape[1]} columns, but PCA was fitted on {len(mean)}")
         axes = components.T / variance.sqrt()
-        whitened = torch.empty((len(x), axes.shape[1]), dtype=x.dtype, device=x.device)
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        whitened = torch.empty((len(x), axes.shape[1]), dtype=dtype, device=x.device)
         start = 0
         for chunk in _chunks(x):
-            z = (chunk - mean) @ axes
+            z = chunk.sub_(mean) @ axes
             if self.l2:
                 z = nn.functional.normalize(z, dim=1)
             whitened[start : start + len(z)] = z
@@ -279,11 +381,25 @@ class PCAWhiten:
 
 
 def as_rows(values: np.ndarray | Tensor, name: str) -> Tensor:
-    """`values`, called `name` in errors, as a float32 or float64 tensor (N, D), without a copy where they are one already."""
-    rows = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    """`values`, called `name` in errors, as a float32 or float64 tensor (N, D), without a copy where they are one already.
+
+    It may share memory with `values`, even read-only memory: it must not be written to.
+    """
+    rows = _rows(values, name)
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _rows(values: np.ndarray | Tensor, name: str) -> Tensor:
+    """`as_rows` without a change of type, for what is read in chunks."""
+    if isinstance(values, Tensor):
+        rows = values.detach()
+    else:
+        with warnings.catch_warnings():  # torch would have the whole of a read-only memory map copied
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+            rows = torch.from_numpy(np.ascontiguousarray(values))
     if rows.ndim != 2:
         raise ValueError(f"{name} must have shape (N, D), got {tuple(rows.shape)}")
-    return rows if rows.dtype == torch.float64 else rows.float()
+    return rows
 
 
 def as_kind(result: Tensor, values: np.ndarray | Tensor) -> np.ndarray | Tensor:
@@ -292,8 +408,30 @@ def as_kind(result: Tensor, values: np.ndarray | Tensor) -> np.ndarray | Tensor:
 
 
 def _chunks(x: Tensor, size: int = 4096) -> Iterator[Tensor]:
-    """Rows of `x` in float64, `size` at a time."""
-    return (chunk.double() for chunk in x.split(size))
+    """Copies of the rows of `x` in float64, `size` at a time."""
+    return (chunk.to(torch.float64, copy=True) for chunk in x.split(size))
+
+
+def first_bad_row(x: Tensor) -> int:
+    """Index of the first row of `x` that holds NaN or an infinite value; -1 if none does."""
+    start = 0
+    for block in x.split(4096):
+        bad = ~torch.isfinite(block).all(dim=1)
+        if bad.any():
+            return start + int(bad.nonzero()[0])
+        start += len(block)
+    return -1
+
+
+def _covariance(sums: CovarianceSums, shift: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Covariance matrix (D, D), mean (D,) and number of the rows whose sums about `shift` are given."""
+    n = round(float(sums.count))
+    if n < 2:
+        raise ValueError(f"PCA needs at least 2 rows, got {n}")
+    if not torch.isfinite(sums.outer).all():
+        raise ValueError("the sums hold NaN or infinite values: check the features they come from")
+    # about the mean: the shift lies near it, so little cancels
+    return torch.addr(sums.outer, sums.sum, sums.sum, alpha=-1 / n).div_(n - 1), shift + sums.sum / n, n
 
 
 def _top_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:

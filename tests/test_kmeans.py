@@ -1,6 +1,5 @@
 """K-means: both engines find what is planted, agree with scikit-learn, and give the same bits twice."""
 
-import functools
 import hashlib
 import os
 import subprocess
@@ -71,12 +70,12 @@ def test_torch_lloyd_walks_the_same_way_as_scikit_learn_from_the_same_start(dtyp
     assert n_iter == reference.n_iter_ < 100  # stopped by the tolerance, as not all labels are at rest
 
 
-def test_smaller_blocks_change_nothing(monkeypatch):
+def test_smaller_blocks_change_nothing():
     x = network_like(n=700)
     whole = KMeans(20, engine="torch").fit(x)
-    monkeypatch.setattr(kmeans, "_blocks", functools.partial(kmeans._blocks, budget=900))
-    assert len(kmeans._blocks(torch.from_numpy(x), 20)) == 16
-    blocked = KMeans(20, engine="torch").fit(x)
+    budget = 13_000  # rows of 20 + 16 float64
+    assert len(kmeans._blocks(torch.from_numpy(x), 36, budget)) == 16
+    blocked = KMeans(20, engine="torch", budget_bytes=budget).fit(x)
     np.testing.assert_array_equal(blocked.labels_, whole.labels_)
     np.testing.assert_allclose(blocked.cluster_centers_, whole.cluster_centers_, atol=1e-5)
 
