@@ -95,10 +95,12 @@ def cluster(features: np.ndarray | Tensor, config: TrainConfig, epoch: int, worl
     In a `world` of several, `features` are this process's share of the rows, and the assignments are those of all.
     """
     seed = int(_rng(config, epoch, CLUSTERS).integers(2**31))
-    whiten = PCAWhiten(min(config.pca_dim, *features.shape), l2=True)
-    kmeans = KMeans(config.n_clusters, seed=seed, engine=config.kmeans_engine)
-    assignments = kmeans.fit_predict(whiten.fit_transform(features))
-    return torch.as_tensor(assignments).cpu().numpy(), whiten, kmeans
+    n = int(world.sum(torch.tensor(len(features))))
+    reduce = world.sum if world.size > 1 else None
+    whiten = PCAWhiten(min(config.pca_dim, n, features.shape[1]), l2=True, reduce=reduce)
+    kmeans = KMeans(config.n_clusters, seed=seed, engine=config.kmeans_engine, reduce=reduce, shard=(world.rank, world.size))
+    assignments = torch.as_tensor(kmeans.fit_predict(whiten.fit_transform(features)))
+    return world.all_rows(assignments, n).cpu().numpy(), whiten, kmeans
 
 
 class _Batches:
@@ -247,6 +249,13 @@ def _check_images(images: np.ndarray, config: TrainConfig) -> None:
         raise ValueError(f"n_clusters = {config.n_clusters} is more than the {len(images)} images; lower n_clusters or add images")
 
 
+def _check_world(config: TrainConfig, world: World) -> None:
+    if config.batch_size < world.size:
+        raise ValueError(f"batch_size = {config.batch_size} is less than one image for each of {world.size} processes")
+    if config.kmeans_engine == "sklearn" and world.size > 1:
+        raise ValueError("kmeans_engine='sklearn' runs in one process; use 'auto' or 'torch' with several")
+
+
 def fit(
     images: np.ndarray,
     config: TrainConfig,
@@ -310,8 +319,7 @@ def fit(
     run_dir = Path(run_dir)
     _check_images(images, config)
     with join(config.device, timeout) as world:
-        if config.batch_size < max(2, world.size):
-            raise ValueError(f"batch_size = {config.batch_size} is less than one image for each of {world.size} processes")
+        _check_world(config, world)
         if restart and world.main:
             set_aside(run_dir)
         world.barrier()

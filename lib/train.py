@@ -127,7 +127,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("images", type=Path, metavar="IMAGES.npy")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--restart", action="store_true", help="move a run that is there aside and start anew")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds after which a waiting process gives up (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT, help="seconds after which a waiting process gives up (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 
