@@ -34,6 +34,7 @@ A second call skips what is done with the same parameters.
   --data phantom|PATH         synthetic radiographs, or a folder of X-rays (default: phantom)
   --seeds 0,1                 seeds to train with (default: the preset's)
   --device auto|cpu|cuda      where to train (default: the preset's)
+  --nproc N                   train each run with N processes: on GPUs, one each (default: the preset's)
   --from NN                   run again from notebook NN on; the earlier ones must be done
   --restart                   compute anew what is already done, too
   --test [ARG ...]            run the checks, the tests and all notebooks; ARGs go to pytest, which then runs the tests alone
@@ -67,6 +68,7 @@ class Options:
     restart: bool = False
     help: bool = False
     test: tuple[str, ...] | None = None
+    nproc: int | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -119,7 +121,7 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
     if "--test" in argv:
         split = argv.index("--test")
         argv, test = argv[:split], tuple(argv[split + 1 :])
-    names = ["--preset", "--data", "--seeds", "--device", "--from"]
+    names = ["--preset", "--data", "--seeds", "--device", "--nproc", "--from"]
     parser = _Parser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(name)
@@ -154,13 +156,18 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
         seeds = tuple(int(seed) for seed in seeds.split(","))
         if len(set(seeds)) < len(seeds):
             raise UsageError(f"--seeds {given.seeds} names a seed twice")
+    nproc = given.nproc
+    if nproc is not None:
+        if not re.fullmatch(r"[1-9]\d{0,3}", nproc):
+            raise UsageError(f"--nproc {nproc!r} is not a number of processes, 1 to 9999")
+        nproc = int(nproc)
     source = "phantom" if given.data is None else given.data
     if source != "phantom":
         source = os.path.abspath((folder or Path.cwd()) / Path(source).expanduser())
         if not given.data or not os.path.isdir(source):
             reason = "not a folder" if given.data and os.path.exists(source) else "not there"
             raise UsageError(f"--data {given.data!r} is {reason}; valid: phantom, or the path of a folder of X-rays")
-    return Options(preset, source, dataset_name(source, preset), seeds, given.device, start, given.restart)
+    return Options(preset, source, dataset_name(source, preset), seeds, given.device, start, given.restart, nproc=nproc)
 
 
 def missing_packages(test: bool = False, root: Path = ROOT) -> list[str]:
@@ -274,10 +281,11 @@ def fingerprint(notebook: Path, parameters: dict[str, Any], source_state: Any, u
         if path.suffix in {".py", ".c"} and path.name != "run.py"
     ]
     own = read_parameters(notebook)
+    not_results = {"restart", "nproc"}  # a run is the same run, to rounding, with any number of processes
     return {
         "code": _digest(["".join(cell["source"]) for cell in _cells(notebook) if cell["cell_type"] == "code"]),
         "lib": _digest(lib),
-        "parameters": {name: parameters.get(name, default) for name, default in own.items() if name != "restart"},
+        "parameters": {name: parameters.get(name, default) for name, default in own.items() if name not in not_results},
         "source_state": source_state,
         "upstream": _digest(upstream),
     }
@@ -325,12 +333,17 @@ def check_kernel() -> None:
         raise RunError(f"the Jupyter kernel python3 starts {program}, not this Python; {repair}")
 
 
-def _check_device(device: str | None) -> None:
-    if device == "cuda":
+def _check_device(device: str | None, nproc: int = 1) -> None:
+    if device == "cuda" or nproc > 1:
         import torch
 
-        if not torch.cuda.is_available():
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device == "cuda" and not gpus:
             raise UsageError("--device cuda: no CUDA device can be used here; valid: auto, cpu")
+        if device != "cpu" and 0 < gpus < nproc:
+            raise UsageError(
+                f"--nproc {nproc}: {gpus} GPU(s) are here, one is needed for each process; valid: 1 to {gpus}, or --device cpu"
+            )
 
 
 def _check_writable(folders: Sequence[Path]) -> None:
@@ -437,9 +450,10 @@ def run(options: Options, root: Path = ROOT) -> None:
     overrides: dict[str, Any] = {"dataset": options.dataset, "source": options.source, "restart": options.restart}
     overrides |= {} if options.seeds is None else {"seeds": list(options.seeds)}
     overrides |= {} if options.device is None else {"device": options.device}
+    overrides |= {} if options.nproc is None else {"nproc": options.nproc}
     overrides["command"] = _command(options)
     parameters = read_preset(preset, notebooks) | overrides
-    _check_device(parameters.get("device"))
+    _check_device(parameters.get("device"), parameters.get("nproc", 1))
     check_kernel()
     out = paths.runs_dir(options.dataset) / "notebooks"
     _check_writable([out, paths.figures_dir(options.dataset)])
@@ -496,6 +510,7 @@ def _command(options: Options) -> str:
     words.append(options.source if options.source == "phantom" else f"PATH/{Path(options.source).name}")
     words += [] if options.seeds is None else ["--seeds", ",".join(map(str, options.seeds))]
     words += [] if options.device is None else ["--device", options.device]
+    words += [] if options.nproc is None else ["--nproc", str(options.nproc)]
     return " ".join(words)
 
 

@@ -93,6 +93,7 @@ def test_all_options(project, tmp_path):
     arguments = ["--preset", "smoke", "--data", "NIH Sample", "--seeds", "0,7", "--device", "cpu", "--from", "1", "--restart"]
     options = parse_args(arguments, project, tmp_path)
     assert options == Options("smoke", str(tmp_path / "NIH Sample"), "nih-sample-smoke", (0, 7), "cpu", "01", True)
+    assert parse_args(["--nproc", "4"], project) == Options(nproc=4)
 
 
 def test_what_follows_test_is_pytests(project):
@@ -103,7 +104,10 @@ def test_what_follows_test_is_pytests(project):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prest", "quick"], r"unknown option --prest; valid: --preset, --data, --seeds, --device, --from, --restart, --test, --help"),
+        (
+            ["--prest", "quick"],
+            r"unknown option --prest; valid: --preset, --data, --seeds, --device, --nproc, --from, --restart, --test, --help",
+        ),
         (["quick"], "unknown option quick; valid"),
         (["--preset", "big"], "unknown --preset 'big'; valid: paper, quick, smoke"),
         (["--preset"], "--preset"),
@@ -112,6 +116,8 @@ def test_what_follows_test_is_pytests(project):
         (["--seeds", "0;1"], "--seeds '0;1' is not a list"),
         (["--seeds", "-1"], "--seeds"),
         (["--seeds", "1,1"], "names a seed twice"),
+        (["--nproc", "0"], "--nproc '0' is not a number of processes"),
+        (["--nproc", "two"], "--nproc 'two'"),
         (["--data", "nowhere"], "--data 'nowhere' is not there; valid: phantom, or"),
         (["--data", ""], "--data '' is not there"),
         (["--data", __file__], "is not a folder"),
