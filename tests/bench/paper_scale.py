@@ -170,7 +170,7 @@ def measure(config: TrainConfig, images: np.ndarray, world: World, epochs: int, 
 
 
 def at_full_size(features: Any, world: World) -> Any:
-    """This process's share of 112,120 rows: `features` repeated with noise of a tenth of their spread, or as they are if there are enough."""
+    """This process's share of 112,120 rows: `features`, repeated with noise of a tenth of their spread if there are fewer."""
     share = world.share(PAPER_IMAGES)
     wanted = share.stop - share.start
     if len(features) >= wanted:
@@ -223,7 +223,8 @@ def table(report: dict[str, Any]) -> str:
     both = sum(a["projected_seconds"] for a in arms)
     lines += ["", f"Projected for {' and '.join(a['arm'] for a in arms)}, one seed: {duration(both)}.", ""]
     lines += [
-        f"{report['software']}; {report['processes']} process(es); precision {report['precision']}; matrix rate {report['matrix_tflops']:.3f} TFLOP/s."
+        f"{report['software']}; {report['processes']} process(es); precision {report['precision']}; "
+        f"matrix rate {report['matrix_tflops']:.3f} TFLOP/s a process."
     ]
     lines += [f"Switches: {report['switches']}.", "", f"Assumption: {report['assumption']}"]
     return "\n".join(lines) + "\n"
@@ -262,7 +263,8 @@ def main() -> None:
             if world.main:
                 print(f"{arms[-1]['arm']}: {arms[-1]['seconds']}", file=sys.stderr, flush=True)
         assumption = (
-            f"features and training take the measured time an image, {PAPER_IMAGES:,} times; clustering was measured on {PAPER_IMAGES:,} rows"
+            f"features and training take the measured time an image, {PAPER_IMAGES:,} times; "
+            f"clustering was measured on {PAPER_IMAGES:,} rows"
             + ("" if options.images >= PAPER_IMAGES else f" made of the {options.images:,} extracted ones by repetition with noise")
             + "; every epoch takes as long as the measured; reading images, writing files and a compiler's start are left out."
         )
