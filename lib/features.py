@@ -254,8 +254,8 @@ class PCAWhiten:
         x = _rows(features, "features")
         d = x.shape[1]
         total = torch.zeros(d + 1, dtype=torch.float64, device=x.device)
-        for chunk in _chunks(x):
-            total[:d] += chunk.sum(dim=0)
+        for chunk in x.split(4096):
+            total[:d] += chunk.sum(dim=0, dtype=torch.float64)
         total[d] = len(x)
         total = self._sum(total)
         n = round(float(total[d]))

@@ -138,7 +138,7 @@ class KMeans:
             Fewer clusters hold points than asked for, which happens when there are fewer than `n_clusters` distinct points.
         """
         shards = Shards(self.reduce, *self.shard)
-        x = self._checked(points, shards)
+        x = checked_rows(points, shards)
         total = round(float(shards.sum(x.new_tensor(len(x), dtype=torch.float64))[0]))
         if self.n_clusters > total:
             raise ValueError(f"n_clusters={self.n_clusters} is larger than the number of points, {total}: ask for fewer clusters")
@@ -161,7 +161,7 @@ class KMeans:
         counts = _counts(labels, self.n_clusters, shards)
         if (counts == 0).any():  # the last assignment may have emptied a cluster
             centers, labels = fill_by_splitting(x, centers, labels, shards, self.budget_bytes)
-            self.inertia_ = float(shards.sum(_squared_distances(x, labels, centers, self.budget_bytes).sum(dtype=torch.float64))[0])
+            self.inertia_ = float(shards.sum(squared_distances(x, labels, centers, self.budget_bytes).sum(dtype=torch.float64))[0])
             counts = _counts(labels, self.n_clusters, shards)
             if self._sklearn is not None:
                 self._sklearn.cluster_centers_ = centers.numpy()
@@ -194,13 +194,13 @@ class KMeans:
         """
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError("KMeans is not fitted yet: call fit first")
-        x = self._checked(points)
+        x = checked_rows(points)
         centers = torch.as_tensor(self.cluster_centers_, dtype=x.dtype, device=x.device)
         if x.shape[1] != centers.shape[1]:
             raise ValueError(f"points have {x.shape[1]} columns, but the centres have {centers.shape[1]}")
         if self._sklearn is None:
             with full_precision():
-                return as_kind(_assign(x, centers, self.budget_bytes), points)
+                return as_kind(assign(x, centers, self.budget_bytes), points)
         with threadpool_limits(self.threads), sklearn.config_context(assume_finite=True):
             labels = self._sklearn.predict(x.cpu().numpy().astype(self._sklearn.cluster_centers_.dtype, copy=False))
         return as_kind(torch.from_numpy(labels.astype(np.int64)), points)
@@ -208,17 +208,6 @@ class KMeans:
     def fit_predict(self, points: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """``fit(points).labels_``."""
         return self.fit(points).labels_
-
-    def _checked(self, points: np.ndarray | Tensor, shards: Shards | None = None) -> Tensor:
-        x = as_rows(points, "points")
-        # one sum is cheaper than a mask of all values; it may overflow without a bad value, so the mask has the last word
-        bad = -1 if math.isfinite(float(x.sum(dtype=torch.float64))) else first_bad_row(x)
-        # every process must know, or the others wait for the one that stopped
-        anywhere = bad >= 0 if shards is None else float(shards.sum(x.new_tensor(float(bad >= 0)))[0]) > 0
-        if anywhere:
-            where = f", first in row {bad}" if bad >= 0 else " in the rows of another process"
-            raise ValueError(f"points hold NaN or infinite values{where}")
-        return x
 
     def _starts(self, centred: Tensor, mean: Tensor, shards: Shards) -> Iterator[Tensor]:
         """Centres to start from, in coordinates about `mean`."""
@@ -231,7 +220,7 @@ class KMeans:
 
     def _given_start(self, x: Tensor, mean: Tensor | float, shards: Shards) -> Tensor:
         """Centres (K, D) of `init`, less `mean`, none of them without points of `x`."""
-        init = torch.as_tensor(self.init, device=x.device)
+        init = (self.init if isinstance(self.init, Tensor) else torch.from_numpy(np.array(self.init))).to(x.device)
         if init.ndim == 1:
             if (
                 len(init) != len(x)
@@ -242,7 +231,7 @@ class KMeans:
                     f"init must be centres ({self.n_clusters}, {x.shape[1]}) or {len(x)} integer labels from 0 to {self.n_clusters - 1}, "
                     f"got {init.dtype} of shape {tuple(init.shape)}"
                 )
-            sums, counts = _sums(x, init.long(), self.n_clusters, self.budget_bytes, shards)
+            sums, counts = cluster_sums(x, init.long(), self.n_clusters, self.budget_bytes, shards)
             centers = (sums / counts.clamp(min=1).unsqueeze(1)).to(x.dtype)
             return (
                 fill_by_splitting(x, centers, init.long(), shards, self.budget_bytes, reassign=False)[0] if (counts == 0).any() else centers
@@ -254,7 +243,7 @@ class KMeans:
         centers = init.to(x.dtype) - mean
         if shards.world == 1 and _all_used(x, centers, self.budget_bytes):
             return centers
-        labels = _assign(x, centers, self.budget_bytes)
+        labels = assign(x, centers, self.budget_bytes)
         if (_counts(labels, self.n_clusters, shards) == 0).any():
             centers, _ = fill_by_splitting(x, centers, labels, shards, self.budget_bytes, reassign=False)
         return centers
@@ -272,6 +261,19 @@ class KMeans:
             self._sklearn = engine.fit(x.numpy())
         centers, labels = torch.from_numpy(engine.cluster_centers_), torch.from_numpy(engine.labels_.astype(np.int64))
         return centers, labels, float(engine.inertia_), int(engine.n_iter_)
+
+
+def checked_rows(points: np.ndarray | Tensor, shards: Shards | None = None) -> Tensor:
+    """`points` as a tensor (N, D) of float32 or float64, shared where it can be; ValueError if it holds NaN or infinite values."""
+    x = as_rows(points, "points")
+    # one sum is cheaper than a mask of all values; it may overflow without a bad value, so the mask has the last word
+    bad = -1 if math.isfinite(float(x.sum())) else first_bad_row(x)
+    # every process must know, or the others wait for the one that stopped
+    anywhere = bad >= 0 if shards is None else float(shards.sum(x.new_tensor(float(bad >= 0)))[0]) > 0
+    if anywhere:
+        where = f", first in row {bad}" if bad >= 0 else " in the rows of another process"
+        raise ValueError(f"points hold NaN or infinite values{where}")
+    return x
 
 
 class Shards:
@@ -297,7 +299,7 @@ class Shards:
         return self.sum(slots)[0]
 
 
-class full_precision:  # noqa: N801
+class full_precision:
     """Context in which float32 products are not rounded to TF32, whatever is set for training: labels hang on small differences."""
 
     def __enter__(self) -> None:
@@ -319,7 +321,7 @@ class _SklearnLloyd(sklearn.cluster.KMeans):
 
     budget = BUDGET
 
-    def _check_params_vs_input(self, X: np.ndarray, *args: object, **options: object) -> None:  # noqa: N803
+    def _check_params_vs_input(self, X: np.ndarray, *args: object, **options: object) -> None:
         tol, self.tol = self.tol, 0.0
         try:
             super()._check_params_vs_input(X, *args, **options)
@@ -354,7 +356,7 @@ def _tolerance(x: Tensor, tol: float, budget: int, shards: Shards) -> float:
     return tol * float(squares / count)
 
 
-def _assign(x: Tensor, centers: Tensor, budget: int = BUDGET) -> Tensor:
+def assign(x: Tensor, centers: Tensor, budget: int = BUDGET) -> Tensor:
     """Index (N,) of the nearest centre: argmin_k ||c_k||^2 - 2 x.c_k, block by block; the first of equal ones."""
     norms = (centers**2).sum(dim=1)
     blocks = _blocks(x, len(centers) + x.shape[1], budget)
@@ -362,13 +364,29 @@ def _assign(x: Tensor, centers: Tensor, budget: int = BUDGET) -> Tensor:
 
 
 def _all_used(x: Tensor, centers: Tensor, budget: int) -> bool:
-    """Whether each centre is the nearest of some row: looks at rows only until all have been seen."""
+    """Whether each centre is surely the nearest of some row, for less than an assignment of all rows; False if that cannot be told.
+
+    The first rows show most centres in use; for each of the others, its own nearest row is looked at.
+    """
     seen = torch.zeros(len(centers), dtype=torch.bool, device=x.device)
-    for block in x.split(max(4096, 16 * len(centers))):
-        seen[_assign(block, centers, budget)] = True
+    for block in x[: max(2**14, 64 * len(centers))].split(4096):
+        seen[assign(block, centers, budget)] = True
         if seen.all():
             return True
-    return False
+    unseen = (~seen).nonzero().flatten()
+    if len(unseen) > len(centers) // 4:
+        return False
+    others = centers[unseen]
+    closest = torch.full((len(others),), torch.inf, dtype=x.dtype, device=x.device)
+    witness = torch.zeros_like(unseen)
+    start = 0
+    for block in x.split(4096):
+        distances = torch.addmm(torch.linalg.vector_norm(block, dim=1).square_().unsqueeze(1), block, others.T, alpha=-2)
+        nearest, row = distances.min(dim=0)
+        witness = torch.where(nearest < closest, row + start, witness)
+        closest = torch.minimum(nearest, closest)
+        start += len(block)
+    return torch.equal(assign(x[witness], centers, budget), unseen)
 
 
 def _counts(labels: Tensor, n_clusters: int, shards: Shards) -> Tensor:
@@ -376,7 +394,7 @@ def _counts(labels: Tensor, n_clusters: int, shards: Shards) -> Tensor:
     return shards.sum(torch.bincount(labels, minlength=n_clusters))[0]
 
 
-def _sums(x: Tensor, labels: Tensor, n_clusters: int, budget: int = BUDGET, shards: Shards | None = None) -> tuple[Tensor, Tensor]:
+def cluster_sums(x: Tensor, labels: Tensor, n_clusters: int, budget: int = BUDGET, shards: Shards | None = None) -> tuple[Tensor, Tensor]:
     """Sum (K, D) and number (K,) of the points of each cluster over all shards, float64.
 
     By products with one-hot labels, added block after block: an index_add on a GPU adds in the order in which threads arrive. In float64,
@@ -393,7 +411,7 @@ def _sums(x: Tensor, labels: Tensor, n_clusters: int, budget: int = BUDGET, shar
     return sums, counts
 
 
-def _squared_distances(x: Tensor, labels: Tensor, centers: Tensor, budget: int = BUDGET) -> Tensor:
+def squared_distances(x: Tensor, labels: Tensor, centers: Tensor, budget: int = BUDGET) -> Tensor:
     """Squared distance (N,) of each point to its own centre."""
     blocks = zip(_blocks(x, x.shape[1], budget), _blocks(labels, x.shape[1], budget), strict=True)
     return torch.cat([((block - centers[label]) ** 2).sum(dim=1) for block, label in blocks])
@@ -488,7 +506,7 @@ def fill_by_splitting(
         centers[donor] = ((mean * sizes[donor] - sums) / (sizes[donor] - size)).to(x.dtype)
         counts[empty], counts[donor] = size, sizes[donor] - size
     if reassign:
-        nearest = _assign(x, centers, budget)
+        nearest = assign(x, centers, budget)
         if (_counts(nearest, len(centers), shards) > 0).all():
             labels = nearest
     return centers, labels
@@ -502,7 +520,7 @@ def _refill(
     if not empty:
         return
     shards = shards or Shards()
-    distances = _squared_distances(x, labels, centers, budget).double()
+    distances = squared_distances(x, labels, centers, budget).double()
     for target in empty:
         offer = torch.zeros(x.shape[1] + 2, dtype=torch.float64, device=x.device)  # distance, donor, point
         point = None
@@ -529,18 +547,18 @@ def _lloyd(
     """One run of Lloyd's algorithm from `centers`: centres (K, D), labels (N,), inertia and number of iterations."""
     shards = shards or Shards()
     tolerance = _tolerance(x, tol, budget, shards)
-    labels = _assign(x, centers, budget)
+    labels = assign(x, centers, budget)
     n_iter = 0
     while n_iter < max_iter:
         n_iter += 1
-        sums, counts = _sums(x, labels, len(centers), budget, shards)
+        sums, counts = cluster_sums(x, labels, len(centers), budget, shards)
         _refill(sums, counts, x, labels, centers, budget, shards)
         # a cluster that stays empty for want of distinct points keeps its centre
         moved = torch.where(counts.unsqueeze(1) > 0, sums / counts.clamp(min=1).unsqueeze(1), centers.double()).to(x.dtype)
         shift = float((moved - centers).square().sum())
-        centers, previous, labels = moved, labels, _assign(x, moved, budget)
+        centers, previous, labels = moved, labels, assign(x, moved, budget)
         changed = float(shards.sum((labels != previous).sum())[0])
         if changed == 0 or shift <= tolerance:
             break
-    inertia = float(shards.sum(_squared_distances(x, labels, centers, budget).sum(dtype=torch.float64))[0])
+    inertia = float(shards.sum(squared_distances(x, labels, centers, budget).sum(dtype=torch.float64))[0])
     return centers, labels, inertia, n_iter

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 from torch import nn
 
-from lib.features import PCAWhiten, extract, normalise
+from lib.features import PCAWhiten, as_rows, extract, normalise
 
 KINDS = {"array": np.asarray, "tensor": torch.from_numpy}
 
@@ -130,6 +130,22 @@ def test_whitening_agrees_with_scikit_learn(kind, n, d, dtype):
     np.testing.assert_allclose(np.asarray(z), signs * theirs.transform(x.astype(np.float64)), atol=1e-5 if dtype == np.float32 else 1e-8)
     new = mixed(50, d, dtype=dtype, seed=1)
     np.testing.assert_allclose(np.asarray(ours.transform(KINDS[kind](new))), signs * theirs.transform(new), rtol=1e-3, atol=1e-3)
+
+
+def test_a_read_only_memory_map_is_neither_copied_nor_written(tmp_path):
+    np.save(tmp_path / "features.npy", mixed(9000, 12))
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    assert as_rows(mapped, "features").data_ptr() == mapped.ctypes.data
+    np.testing.assert_array_equal(PCAWhiten(5).fit_transform(mapped), PCAWhiten(5).fit_transform(mixed(9000, 12)))
+    np.testing.assert_array_equal(mapped, mixed(9000, 12))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int32])
+def test_other_types_are_taken_as_float32(dtype):
+    x = mixed(300, 6).astype(dtype)
+    z = PCAWhiten(4).fit_transform(x)
+    assert z.dtype == np.float32
+    np.testing.assert_allclose(z, PCAWhiten(4).fit_transform(x.astype(np.float32)), atol=1e-6)
 
 
 def test_whitened_components_are_uncorrelated_with_unit_variance_far_from_the_origin():

@@ -97,18 +97,136 @@ def test_a_converged_solution_is_a_fixed_point(engine, n, d, k, seed):
     np.testing.assert_array_equal(model.predict(x), model.labels_)
 
 
-def test_empty_clusters_are_given_the_farthest_points():
-    x = torch.cat([torch.zeros(30, 2), torch.ones(30, 2), torch.tensor([[9.0, 9.0], [-9.0, 9.0]])]) + torch.rand(62, 2) * 0.1
-    start = torch.tensor([[0.0, 0.0], [1.0, 1.0], [500.0, 0.0], [500.0, 0.0]])  # nothing is near the last two
-    centers, labels, _, _ = kmeans._lloyd(x, start, 10, 1e-4)
-    assert labels.bincount(minlength=4).tolist() == [30, 30, 1, 1]
-    torch.testing.assert_close(centers[2:].sort(dim=0).values, x[60:].sort(dim=0).values)
+def lopsided(d=5):
+    """70 points near 0 that vary most along axis 2, 20 near 10 and 10 near -10: and centres of which the last three have no point."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(100, d)) * 0.1
+    x[:70, 2] += rng.choice([-1.0, 1.0], 70)
+    x[70:90] += 10
+    x[90:] -= 10
+    start = np.array([[0.0], [10.0], [-10.0], [500.0], [600.0], [700.0]]) * np.ones(d)
+    return x, start
+
+
+@both_engines
+def test_centres_without_points_take_half_of_the_largest_cluster(engine):
+    x, start = lopsided()
+    model = KMeans(4, engine=engine, init=start[:4]).fit(x)
+    upper = np.flatnonzero(x[:70, 2] > 0)  # the largest is cut across the axis in which it varies most; scikit-learn takes one far point
+    np.testing.assert_array_equal(np.flatnonzero(model.labels_ == 3), upper)
+    assert np.bincount(model.labels_).tolist() == [70 - len(upper), 20, 10, len(upper)]
+    np.testing.assert_allclose(model.cluster_centers_[3], x[upper].mean(axis=0), atol=1e-9)
+
+
+@both_engines
+def test_several_empty_clusters_are_filled_by_the_same_rule_on_both_engines(engine):
+    x, start = lopsided()
+    found, expected = (KMeans(6, engine=e, init=start, tol=0.0).fit(x) for e in (engine, "torch"))
+    assert (np.bincount(found.labels_, minlength=6) > 0).all()
+    np.testing.assert_array_equal(found.labels_, expected.labels_)
+    np.testing.assert_allclose(found.cluster_centers_, expected.cluster_centers_, atol=1e-9)
+    assert found.inertia_ == pytest.approx(expected.inertia_)
+    partition = np.repeat([0, 1, 2], [70, 20, 10])  # the same partition, given as labels
+    np.testing.assert_array_equal(KMeans(6, engine=engine, init=partition, tol=0.0).fit(x).labels_, expected.labels_)
+
+
+@both_engines
+def test_a_cluster_emptied_by_the_last_assignment_is_filled_too(engine, monkeypatch):
+    """Planted by a run that ends with centres of which one has no point, as one stopped by `max_iter` may."""
+    x, start = lopsided()
+    end = torch.from_numpy(start[:4])
+
+    def stopped(points, *_):
+        centers = end - points.new_zeros(()) if engine == "sklearn" else end - torch.from_numpy(x).mean(dim=0)
+        return centers, kmeans.assign(points, centers), -1.0, 1
+
+    if engine == "torch":
+        monkeypatch.setattr(kmeans, "_lloyd", stopped)
+    else:
+        real = KMeans._fit_sklearn
+
+        def planted(self, points):
+            real(self, points)
+            return stopped(points)
+
+        monkeypatch.setattr(KMeans, "_fit_sklearn", planted)
+    model = KMeans(4, engine=engine).fit(x)
+    np.testing.assert_array_equal(np.flatnonzero(model.labels_ == 3), np.flatnonzero(x[:70, 2] > 0))
+    np.testing.assert_array_equal(model.predict(x), model.labels_)
+    assert model.inertia_ == pytest.approx(((x - model.cluster_centers_[model.labels_]) ** 2).sum())
+
+
+def test_centres_in_use_are_told_from_those_without_points():
+    x = torch.from_numpy(network_like(n=40_000))
+    centers = x[:60].clone()
+    centers[7] = x.sum(dim=0)  # an outlier: only its own row, far behind the first rows, is near it
+    x[39_990] = centers[7] + 0.01
+    assert kmeans.assign(x, centers).bincount(minlength=60)[7] == 1
+    assert kmeans._all_used(x, centers, kmeans.BUDGET)
+    centers[9] = centers[7] + 10  # the outlier is nearest to 9 of all rows, but 9 is not its nearest centre
+    assert not kmeans._all_used(x, centers, kmeans.BUDGET)
+
+
+def test_a_cluster_of_equal_points_is_not_cut_but_the_next_largest_is():
+    x = torch.tensor([[5.0, 0.0]] * 10 + [[0.0, 0.1], [0.0, 0.9]])
+    labels = torch.tensor([0] * 10 + [1, 1])
+    centers, filled = kmeans.fill_by_splitting(x, torch.tensor([[5.0, 0.0], [0.0, 0.5], [99.0, 99.0], [99.0, 98.0]]), labels)
+    assert filled.tolist() == [0] * 10 + [1, 2]  # and nothing is left to cut for the last one
+    torch.testing.assert_close(centers, torch.tensor([[5.0, 0.0], [0.0, 0.1], [0.0, 0.9], [99.0, 98.0]]))
+    assert labels.tolist() == [0] * 10 + [1, 1]
+
+
+@both_engines
+@both_kinds
+@pytest.mark.parametrize("as_labels", [False, True])
+def test_a_warm_start_goes_on_where_it_was(engine, kind, as_labels):
+    x = network_like()
+    cold = KMeans(20, engine=engine, tol=0.0, max_iter=500).fit(kind(x))
+    warm = KMeans(20, engine=engine, tol=0.0, init=cold.labels_ if as_labels else cold.cluster_centers_).fit(kind(x))
+    assert warm.n_iter_ <= 2 < cold.n_iter_
+    np.testing.assert_array_equal(np.asarray(warm.labels_), np.asarray(cold.labels_))
+    turned = np.ascontiguousarray(x[:, ::-1] * -1)  # new features whose axes are others: labels carry over, centres do not
+    if as_labels:
+        np.testing.assert_array_equal(np.asarray(KMeans(20, engine=engine, init=cold.labels_).fit(kind(turned)).labels_), cold.labels_)
+
+
+@both_engines
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        (np.zeros((3, 16)), r"must have 2 centres of 16 columns, got shape \(3, 16\)"),
+        (np.full((2, 16), np.nan), "init holds NaN"),
+        (np.zeros(49, dtype=int), "50 integer labels from 0 to 1, got torch.int64 of shape"),
+        (np.full(50, 2), "50 integer labels from 0 to 1"),
+        (np.zeros(50), "50 integer labels from 0 to 1, got torch.float64"),
+        (np.broadcast_to(np.int64(5), 50), "50 integer labels from 0 to 1, got torch.int64"),  # memory that must not be written
+    ],
+)
+def test_a_start_that_fits_neither_is_refused(engine, init, message):
+    with pytest.raises(ValueError, match=message):
+        KMeans(2, engine=engine, init=init).fit(blobs(n=50)[0])
+
+
+def test_scikit_learn_stops_by_the_same_tolerance_as_without_this_wrapper():
+    x = network_like()
+    start = x[np.random.default_rng(3).choice(len(x), 20, replace=False)]
+    reference = sklearn.cluster.KMeans(20, init=start, n_init=1, tol=0.01, max_iter=300).fit(x)
+    model = KMeans(20, init=start, tol=0.01, max_iter=300).fit(x)
+    assert model.n_iter_ == reference.n_iter_
+    np.testing.assert_array_equal(model.labels_, reference.labels_)
+    assert model.n_iter_ < KMeans(20, init=start, tol=0.0, max_iter=300).fit(x).n_iter_
+
+
+def test_large_finite_values_are_not_taken_for_infinite_ones():
+    x = np.full((10, 3), 2e38, dtype=np.float32)  # their sum overflows
+    assert torch.isinf(torch.from_numpy(x).sum())
+    assert len(kmeans.checked_rows(x)) == 10
 
 
 def test_a_refill_takes_the_point_out_of_a_cluster_that_keeps_others():
     x = torch.tensor([[9.0], [1.0], [2.0], [6.0]])
     labels, centers = torch.tensor([0, 1, 1, 1]), torch.tensor([[0.0], [2.0], [50.0]])
-    sums, counts = kmeans._sums(x, labels, 3)
+    sums, counts = kmeans.cluster_sums(x, labels, 3)
     kmeans._refill(sums, counts, x, labels, centers)  # the farthest point, 9, is all that its cluster has
     assert sums.flatten().tolist() == [9.0, 3.0, 6.0]
     assert counts.tolist() == [1.0, 2.0, 1.0]
@@ -217,6 +335,7 @@ def test_more_clusters_than_points_is_refused_with_both_numbers(engine):
         ({"n_clusters": 2, "max_iter": 0}, "max_iter must be at least 1, got 0"),
         ({"n_clusters": 2, "n_init": -1}, "n_init must be at least 1, got -1"),
         ({"n_clusters": 2, "threads": 0}, "threads must be at least 1 or None, got 0"),
+        ({"n_clusters": 2, "budget_bytes": 0}, "budget_bytes must be at least 1, got 0"),
         ({"n_clusters": 2, "engine": "faiss"}, "'auto', 'sklearn' or 'torch', got 'faiss'"),
     ],
 )

@@ -88,7 +88,7 @@ def test_the_farthest_point_is_found_on_any_shard():
 
     def job(rank, reduce, own):
         shards = kmeans.Shards(reduce, rank, 2)
-        sums, counts = kmeans._sums(x[own], labels[own], 3, shards=shards)
+        sums, counts = kmeans.cluster_sums(x[own], labels[own], 3, shards=shards)
         kmeans._refill(sums, counts, x[own], labels[own], centers, shards=shards)
         return sums, counts
 
