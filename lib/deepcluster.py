@@ -331,6 +331,8 @@ def fit(
         if world.main:
             save_json(run_dir / "config.json", ours)
             _sweep(run_dir)
+            for path in training.damaged:  # or it would take the place of a whole one when the next is written
+                path.replace(path.with_name("checkpoint.damaged.pt"))
         # a finished run whose last checkpoint is damaged makes its last epoch again
         if is_complete(run_dir, config) and training.epoch in (0, config.epochs):
             return load_run(run_dir)
@@ -428,7 +430,7 @@ class _Training:
         self.body = torch.optim.Adam(self.model.body_parameters(), config.lr, weight_decay=config.weight_decay)
         self.top = self._top_optimizer()
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.body)
-        state = load_newest_checkpoint(checkpoint)
+        state, self.damaged = load_newest_checkpoint(checkpoint)
         if state is not None:
             self._load(state)
 

@@ -264,8 +264,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{show(path)} cannot be read ({type(error).__name__}); delete it to train this run anew") from error
 
 
-def load_newest_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, None if there is none.
+def load_newest_checkpoint(path: Path) -> tuple[dict[str, Any] | None, list[Path]]:
+    """The newest checkpoint that can be read, None if there is none; and the damaged files that are newer.
 
     Raises
     ------
@@ -277,20 +277,21 @@ def load_newest_checkpoint(path: Path) -> dict[str, Any] | None:
     RuntimeWarning
         The newest is damaged and an older one was taken.
     """
-    first = None
+    first, damaged = None, []
     for candidate in checkpoint_paths(path):
         try:
             state = load_checkpoint(candidate)
         except ValueError as error:
             first = first or error
+            damaged.append(candidate)
             continue
         if first is not None:
             reason = str(first).split("; ")[0]
             warnings.warn(f"{reason}; going on from {candidate.name}, of epoch {len(state['rows'])}", RuntimeWarning, stacklevel=2)
-        return state
+        return state, damaged
     if first is not None:
         raise first
-    return None
+    return None, []
 
 
 def load_run(run_dir: Path | str) -> Run:

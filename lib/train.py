@@ -101,7 +101,7 @@ def _environment(nproc: int) -> dict[str, str]:
     return environment
 
 
-def _run(command: Sequence[str], environment: dict[str, str], lines: int = 25) -> tuple[int, str]:
+def _run(command: Sequence[str], environment: dict[str, str], lines: int = 60) -> tuple[int, str]:
     """Run `command` to its end, its output passed on to stderr; its status and what it wrote last. However we leave, it has ended."""
     tail: deque[str] = deque(maxlen=lines)
     with subprocess.Popen(

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -287,6 +288,8 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(unbroken, tmp_pat
         again = fit(pictures(), SMALL, tmp_path, progress=False)
     assert bytes_of(again.path) == bytes_of(unbroken.path)
     assert len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == 2
+    assert len(load_checkpoint(tmp_path / "checkpoint.1.pt")["rows"]) == 1  # the damaged one has not taken its place
+    assert (tmp_path / "checkpoint.damaged.pt").exists()
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
@@ -378,9 +381,7 @@ def test_batch_that_does_not_fit_is_cut():
     whole, loss = step(100)
     with pytest.warns(RuntimeWarning) as said:
         cut, loss_cut = step(5)
-    assert [str(w.message)[:90] for w in said] == [
-        f"the GPU's memory is too small for a batch of 16 images: going on with {parts} parts of it, who"[:90] for parts in (2, 4)
-    ]
+    assert [re.search(r"batch of 16 images: going on with (\d) parts", str(w.message))[1] for w in said] == ["2", "4"]
     assert whole.tried == [16, 16, 8]
     assert cut.tried == [16, 8] + [4] * 8 + [2] * 4  # and stays cut
     assert loss_cut == pytest.approx(loss, abs=1e-6)
@@ -397,9 +398,10 @@ def test_no_part_is_one_image():
 
 def test_features_that_do_not_fit_are_cut():
     model = Small(5).eval()
-    with pytest.warns(RuntimeWarning, match="features of 16 images at once: going on with 8"):
+    with pytest.warns(RuntimeWarning) as said:
         rows = lib.deepcluster.extract(model, pictures(), 16)
-    np.testing.assert_array_equal(rows, lib.deepcluster.extract(Small(100).eval(), pictures(), 16))
+    assert [str(w.message).split(": ")[1] for w in said] == ["going on with 8", "going on with 4"]
+    np.testing.assert_allclose(rows, lib.deepcluster.extract(Small(100).eval(), pictures(), 16), rtol=1e-6)
     assert model.tried == [16, 8] + [4] * 10
     with pytest.raises(torch.cuda.OutOfMemoryError), pytest.warns(RuntimeWarning):
         lib.deepcluster.extract(Small(0), pictures(), 16)
