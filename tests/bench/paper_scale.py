@@ -128,7 +128,7 @@ def measure(config: TrainConfig, images: np.ndarray, world: World, epochs: int, 
     def features_of(rows: slice) -> Any:
         return extract(model, held[rows], config.batch_size, device, on_device=on_gpu, autocast=autocast)
 
-    few = min(n, 2 * config.batch_size)
+    few = min(n, 2 * config.batch_size if on_gpu else 32)  # a CPU has less to warm up, and is slow at it
     warm_up = clocked(
         lambda: (
             features_of(slice(0, few)),

@@ -72,9 +72,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     options = parser.parse_args()
     preset = yaml.safe_load((ROOT / "notebooks" / "params" / f"{options.widths}.yaml").read_text(encoding="utf-8"))
-    print(
-        f"PyTorch {torch.__version__}, {options.device}, {torch.get_num_threads()} thread(s), batch {options.batch}, {options.widths} widths"
-    )
+    threads = torch.get_num_threads()
+    print(f"PyTorch {torch.__version__}, {options.device}, {threads} thread(s), batch {options.batch}, {options.widths} widths")
     for arm in options.arms:
         names = ["none", *(name for name in options.variants if name != "none")]
         variants, first = {}, {}
