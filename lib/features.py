@@ -46,7 +46,10 @@ def extract(
     batch_size: int = 256,
     device: str | torch.device = "cpu",
     progress: bool = False,
-) -> np.ndarray:
+    *,
+    on_device: bool = False,
+    autocast: bool = False,
+) -> np.ndarray | Tensor:
     """Features of all images in their stored order: row i belongs to image i.
 
     Parameters
@@ -56,15 +59,20 @@ def extract(
         afterwards each of its modules is in the mode it was in before.
     images : ndarray, memory map or Tensor, shape (N, H, W), uint8
     batch_size : int
-        Images a pass; in evaluation mode it changes speed and memory, and results only by rounding.
+        Images a pass; in evaluation mode it changes speed and memory, and results only by rounding. Halved, with a warning, where the
+        GPU's memory is too small for it.
     device : str or torch.device
         Where the batches go.
     progress : bool
         Show a progress bar.
+    on_device : bool
+        Leave the features on `device` and return a tensor.
+    autocast : bool
+        Compute in bfloat16 where that is safe; the features are float32 all the same.
 
     Returns
     -------
-    ndarray, shape (N, D), float32
+    ndarray or Tensor, shape (N, D), float32
 
     Raises
     ------
@@ -77,30 +85,67 @@ def extract(
         raise ValueError("there are no images to extract features from: images has length 0")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    rows = np.empty((0, 0), dtype=np.float32)
+    device = torch.device(device)
+    rows = torch.empty(0, 0)
+    start = 0
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
-            for start in tqdm(range(0, len(images), batch_size), desc="features", unit="batch", mininterval=0.5, disable=not progress):
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, torch.bfloat16, enabled=autocast),
+            tqdm(total=len(images), desc="features", unit="image", mininterval=0.5, disable=not progress) as bar,
+        ):
+            while start < len(images):
                 batch = images[start : start + batch_size]
                 # np.array copies: a read-only memory map must not be wrapped as a writable tensor
                 batch = batch if isinstance(batch, Tensor) else torch.from_numpy(np.array(batch))
-                features = model.features(normalise(batch.to(device, non_blocking=True))).float().cpu().numpy()
+                features = _features_or_none(model, batch, device)
+                if features is None:
+                    batch_size = max(1, len(batch) // 2)
+                    warnings.warn(
+                        f"the GPU's memory is too small for the features of {len(batch)} images at once: going on with {batch_size}",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    continue
                 if features.ndim != 2 or len(features) != len(batch):
-                    raise ValueError(f"model.features must give ({len(batch)}, D) for {len(batch)} images, got shape {features.shape}")
-                if not np.isfinite(features).all():
-                    first = start + int(np.argmin(np.isfinite(features).all(axis=1)))
-                    raise FloatingPointError(
-                        f"features of image {first} are NaN or infinite: the network has diverged; lower the learning rate"
+                    raise ValueError(
+                        f"model.features must give ({len(batch)}, D) for {len(batch)} images, got shape {tuple(features.shape)}"
                     )
                 if start == 0:
-                    rows = np.empty((len(images), features.shape[1]), dtype=np.float32)
+                    rows = torch.empty(len(images), features.shape[1], device=device if on_device else "cpu")
                 rows[start : start + len(batch)] = features
+                if rows.device.type == "cpu":  # on a GPU a look at each batch would wait for it
+                    _check_finite(rows[start : start + len(batch)], start)
+                start += len(batch)
+                bar.update(len(batch))
+            if rows.device.type != "cpu":
+                for number, chunk in enumerate(rows.split(8192)):
+                    _check_finite(chunk, number * 8192)
     finally:
         for module, mode in modes:
             module.training = mode
-    return rows
+    return rows if on_device else rows.numpy()
+
+
+def _features_or_none(model: nn.Module, batch: Tensor, device: torch.device) -> Tensor | None:
+    """Features of a batch; None where the GPU's memory does not do for it and could do for half of it."""
+    try:
+        return model.features(normalise(batch.to(device, non_blocking=True)))
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    return None
+
+
+def _check_finite(rows: Tensor, start: int) -> None:
+    """FloatingPointError that names the first image, `rows` being those from image `start` on."""
+    finite = torch.isfinite(rows).all(dim=1)
+    if not finite.all():
+        first = start + int((~finite).nonzero()[0])
+        raise FloatingPointError(f"features of image {first} are NaN or infinite: the network has diverged; lower the learning rate")
 
 
 class CovarianceSums(NamedTuple):

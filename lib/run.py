@@ -45,6 +45,7 @@ A second call skips what is done with the same parameters.
   --drop-outliers             leave out images that are too dark, too bright or constant
   --seeds 0,1                 seeds to train with (default: the preset's)
   --device auto|cpu|cuda      where to train (default: the preset's)
+  --nproc N                   train each run with N processes: on GPUs, one each (default: the preset's)
   --from NN                   run again from notebook NN on; the earlier ones must be done
   --restart                   compute anew what is already done, too
   --test [ARG ...]            run the checks, the tests and all notebooks; ARGs go to pytest, which then runs the tests alone
@@ -88,6 +89,7 @@ class Options:
     fit: str | None = None
     drop_outliers: bool = False
     study: tuple[str, ...] | None = None
+    nproc: int | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -150,7 +152,7 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
     if "--test" in argv:
         split = argv.index("--test")
         argv, test = argv[:split], tuple(argv[split + 1 :])
-    names = ["--preset", "--data", "--seeds", "--device", "--from", "--csv", "--image-column", "--label-column", "--fit"]
+    names = ["--preset", "--data", "--seeds", "--device", "--nproc", "--from", "--csv", "--image-column", "--label-column", "--fit"]
     switches = ["--drop-outliers", "--restart", "--help"]
     parser = _Parser(add_help=False, allow_abbrev=False)
     for name in names:
@@ -186,7 +188,12 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
         seeds = tuple(int(seed) for seed in seeds.split(","))
         if len(set(seeds)) < len(seeds):
             raise UsageError(f"--seeds {given.seeds} names a seed twice")
-    source = "phantom" if given.data is None else _checked_source(given.data, folder or Path.cwd())
+    nproc = given.nproc
+    if nproc is not None:
+        if not re.fullmatch(r"[1-9]\d{0,3}", nproc):
+            raise UsageError(f"--nproc {nproc!r} is not a number of processes, 1 to 9999")
+        nproc = int(nproc)
+    source = "phantom" if given.data is None else checked_source(given.data, folder or Path.cwd())
     if given.fit is not None:
         one_of("--fit", given.fit, ["pad", "crop", "stretch"])
     for name in ("csv", "image_column", "label_column"):
@@ -200,10 +207,10 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
             raise UsageError(f"--csv {given.csv!r} is no file here, nor in the folder of --data; give the path of a CSV")
     columns = {"csv": csv, "image_column": given.image_column, "label_column": given.label_column}
     reading = {**columns, "fit": given.fit, "drop_outliers": given.drop_outliers}
-    return Options(preset, source, dataset_name(source, preset), seeds, given.device, start, given.restart, **reading)
+    return Options(preset, source, dataset_name(source, preset), seeds, given.device, start, given.restart, nproc=nproc, **reading)
 
 
-def _checked_source(given: str, folder: Path) -> str:
+def checked_source(given: str, folder: Path) -> str:
     """`given` with its path made absolute; UsageError if there is nothing there."""
     if given in SOURCES:
         return given
@@ -331,10 +338,11 @@ def fingerprint(notebook: Path, parameters: dict[str, Any], source_state: Any, u
         if path.suffix in {".py", ".c"} and path.name != "run.py"
     ]
     own = read_parameters(notebook)
+    not_results = {"restart", "nproc"}  # a run is the same run, to rounding, with any number of processes
     return {
         "code": _digest(["".join(cell["source"]) for cell in _cells(notebook) if cell["cell_type"] == "code"]),
         "lib": _digest(lib),
-        "parameters": {name: parameters.get(name, default) for name, default in own.items() if name != "restart"},
+        "parameters": {name: parameters.get(name, default) for name, default in own.items() if name not in not_results},
         "source_state": source_state,
         "upstream": _digest(upstream),
     }
@@ -382,12 +390,17 @@ def check_kernel() -> None:
         raise RunError(f"the Jupyter kernel python3 starts {program}, not this Python; {repair}")
 
 
-def _check_device(device: str | None) -> None:
-    if device == "cuda":
+def _check_device(device: str | None, nproc: int = 1) -> None:
+    if device == "cuda" or nproc > 1:
         import torch
 
-        if not torch.cuda.is_available():
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device == "cuda" and not gpus:
             raise UsageError("--device cuda: no CUDA device can be used here; valid: auto, cpu")
+        if device != "cpu" and 0 < gpus < nproc:
+            raise UsageError(
+                f"--nproc {nproc}: {gpus} GPU(s) are here, one is needed for each process; valid: 1 to {gpus}, or --device cpu"
+            )
 
 
 def _check_writable(folders: Sequence[Path]) -> None:
@@ -496,9 +509,10 @@ def run(options: Options, root: Path = ROOT) -> None:
     overrides |= {} if options.device is None else {"device": options.device}
     for name in ("csv", "image_column", "label_column", "fit", "drop_outliers"):
         overrides |= {name: getattr(options, name)} if getattr(options, name) else {}
+    overrides |= {} if options.nproc is None else {"nproc": options.nproc}
     overrides["command"] = _command(options)
     parameters = read_preset(preset, notebooks) | overrides
-    _check_device(parameters.get("device"))
+    _check_device(parameters.get("device"), parameters.get("nproc", 1))
     check_kernel()
     out = paths.runs_dir(options.dataset) / "notebooks"
     _check_writable([out, paths.figures_dir(options.dataset)])
@@ -574,6 +588,7 @@ def _command(options: Options) -> str:
     words += ["--drop-outliers"] if options.drop_outliers else []
     words += [] if options.seeds is None else ["--seeds", ",".join(map(str, options.seeds))]
     words += [] if options.device is None else ["--device", options.device]
+    words += [] if options.nproc is None else ["--nproc", str(options.nproc)]
     return " ".join(words)
 
 

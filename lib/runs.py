@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,8 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lib.augment import CORNERS, INTERPOLATIONS
 from lib.models import BACKBONES, Backbone, build
-from lib.paths import load_json, show
+from lib.paths import atomic_write, load_json, show
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class TrainConfig:
     rotation_degrees : float
         Each image is turned by a fresh uniform angle in [-rotation_degrees, rotation_degrees] each time it is trained on;
         0 means no augmentation.
+    rotation_interpolation : {"bilinear", "nearest"}
+    rotation_corners : {"black", "reflect"}
+        See ``lib.augment.rotate``.
     reset_top_layer : bool
         Draw the top layer anew each epoch, as DeepCluster does.
     uniform_sampling : bool
@@ -51,6 +57,24 @@ class TrainConfig:
     seed : int
         Of weights, order, angles, dropout and K-means.
     device : {"auto", "cpu", "cuda", "mps"}
+    kmeans_engine : {"auto", "sklearn", "torch"}
+        See ``lib.kmeans.KMeans``. The engines draw other starts, so their clusterings differ as two seeds do. ``auto`` takes torch on a
+        GPU or on several processes, else scikit-learn.
+    amp : {"auto", "off"}
+        ``auto``: bfloat16 autocast on a GPU, float32 on a CPU, where bfloat16 did not pay. ``off``: float32 everywhere.
+    channels_last : bool
+        Keep maps with the channels innermost. See README for what it and `compile` were measured to be worth.
+    compile : bool
+        Compile the network with ``torch.compile``: some minutes at the start, and a C++ compiler on a CPU.
+    keep_checkpoints : int
+        Number of epochs whose checkpoints are kept, the last one included.
+    stop_on_collapse : bool
+        End a run whose clustering collapses with an error, instead of a warning only.
+
+    Notes
+    -----
+    `IDENTITY_FREE` names the settings that do not make another run: `epochs`, those that say how numbers are computed (`device`, `amp`,
+    `channels_last`, `compile`: equal up to rounding) and those that say what is kept. A run may go on with others.
     """
 
     backbone: str
@@ -67,6 +91,14 @@ class TrainConfig:
     pseudo_labels: str = "clusters"
     seed: int = 0
     device: str = "auto"
+    rotation_interpolation: str = "bilinear"
+    rotation_corners: str = "black"
+    kmeans_engine: str = "auto"
+    amp: str = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    keep_checkpoints: int = 2
+    stop_on_collapse: bool = False
 
     def __post_init__(self) -> None:
         if self.width is not None:
@@ -74,6 +106,7 @@ class TrainConfig:
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone {self.backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
         bounds = {"n_clusters": 2, "pca_dim": 1, "epochs": 0, "batch_size": 2, "seed": 0, "weight_decay": 0, "rotation_degrees": 0}
+        bounds["keep_checkpoints"] = 1
         for name, low in bounds.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -81,10 +114,21 @@ class TrainConfig:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if self.rotation_degrees > 180:
             raise ValueError(f"rotation_degrees is the half range and at most 180, got {self.rotation_degrees}")
-        if self.pseudo_labels not in ("clusters", "index", "shuffled"):
-            raise ValueError(f"pseudo_labels must be clusters, index or shuffled, got {self.pseudo_labels!r}")
-        if self.device not in ("auto", "cpu", "cuda", "mps"):
-            raise ValueError(f"device must be auto, cpu, cuda or mps, got {self.device!r}")
+        choices = {
+            "device": ("auto", "cpu", "cuda", "mps"),
+            "rotation_interpolation": INTERPOLATIONS,
+            "rotation_corners": tuple(CORNERS),
+            "kmeans_engine": ("auto", "sklearn", "torch"),
+            "amp": ("auto", "off"),
+            "pseudo_labels": ("clusters", "index", "shuffled"),
+        }
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}")
+
+
+# settings that may change while a run goes on: it stays the same run, to rounding
+IDENTITY_FREE = ("epochs", "device", "amp", "channels_last", "compile", "keep_checkpoints", "stop_on_collapse")
 
 
 class RunMismatchError(ValueError):
@@ -129,7 +173,7 @@ MOVE_ASIDE = "use --restart (restart=True) to move the old run aside, or another
 
 
 TRAINING_CODE = (  # what lib.deepcluster imports, itself included
-    *("augment", "deepcluster", "features", "gconv", "gfourier", "gkernel", "groups"),
+    *("augment", "deepcluster", "distributed", "features", "gconv", "gfourier", "gkernel", "groups"),
     *("kmeans", "metrics", "models", "paths", "runs"),
 )
 
@@ -146,26 +190,34 @@ def identity(config: TrainConfig, images: np.ndarray) -> dict[str, Any]:
     """What config.json holds: the settings with the width spelt out, the images' shape and SHA-256, the code and the torch that ran."""
     data = {"shape": list(images.shape), "sha256": fingerprint(images)}
     width = list(config.width or BACKBONES[config.backbone].WIDTH)
-    return {**asdict(config), "width": width, "data": data, "code": code_fingerprint(), "torch": torch.__version__}
+    return {**asdict(config), "width": width, "data": data, "code": code_fingerprint(), "torch": str(torch.__version__)}
 
 
 def check_same_run(run_dir: Path, ours: dict[str, Any]) -> dict[str, Any]:
     """RunMismatchError if config.json in `run_dir` describes another run.
 
-    More epochs, another device or torch are the same run; so is other code, of which a warning tells. Returns what config.json is to
-    hold: `ours`, with the code that the run was begun with.
+    More epochs, another device or torch are the same run (`IDENTITY_FREE`); so is other code, of which a warning tells. A setting that
+    config.json does not name is younger than the run, which had its default. Returns what config.json is to hold: `ours`, with the code
+    that the run was begun with.
     """
     path = run_dir / "config.json"
-    theirs = {"pseudo_labels": "clusters", **load_json(path)} if path.exists() else ours  # older runs had no such setting
-    same_run = ("epochs", "device", "torch", "code")
-    differ = {k: f"{k} {theirs.get(k)}, now {v}" for k, v in ours.items() if k not in same_run and theirs.get(k) != v}
-    if "data" in differ:
-        differ["data"] = "other images"
-    if differ:
-        raise RunMismatchError(f"{show(run_dir)} holds another run ({'; '.join(differ.values())}); {MOVE_ASIDE}")
+    theirs = load_json(path) if path.exists() else ours
+    check_settings(run_dir, theirs, ours)
     if theirs.get("code") != ours["code"]:
         warnings.warn(f"{show(run_dir)} was begun by another version of this code; {MOVE_ASIDE}", RuntimeWarning, stacklevel=3)
     return {**ours, "code": theirs.get("code")}
+
+
+def check_settings(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """RunMismatchError, which names `path`, if two `identity` are of different runs."""
+    defaults = {f.name: f.default for f in fields(TrainConfig)}
+    same_run = (*IDENTITY_FREE, "torch", "code")
+    theirs_or_default = {k: theirs.get(k, defaults.get(k)) for k in ours if k not in same_run}
+    differ = {k: f"{k} {v}, now {ours[k]}" for k, v in theirs_or_default.items() if v != ours[k]}
+    if "data" in differ:
+        differ["data"] = "other images"
+    if differ:
+        raise RunMismatchError(f"{show(path)} holds another run ({'; '.join(differ.values())}); {MOVE_ASIDE}")
 
 
 def set_aside(run_dir: Path) -> Path | None:
@@ -186,12 +238,66 @@ def is_complete(run_dir: Path, config: TrainConfig) -> bool:
         return int(clustering["epochs"]) == config.epochs
 
 
+def checkpoint_paths(path: Path) -> list[Path]:
+    """Checkpoints that are there, the newest first: ``checkpoint.pt``, ``checkpoint.1.pt`` of the epoch before, and so on."""
+    older = {int(p.suffixes[-2][1:]): p for p in path.parent.glob(f"{path.stem}.*{path.suffix}") if p.suffixes[-2][1:].isdigit()}
+    return [path] * path.exists() + [older[age] for age in sorted(older)]
+
+
+def save_checkpoint(path: Path, state: dict[str, Any], keep: int = 1) -> None:
+    """Write `state` to `path`, and keep the `keep` - 1 checkpoints before it as ``checkpoint.1.pt``, ``checkpoint.2.pt``, ...
+
+    The new file is whole on the disk before any older one is moved. Killed between two renames, the folder holds the older ones under
+    the next numbers, and `checkpoint_paths` still lists them in their order.
+    """
+    written = path.with_name(f".{path.stem}.new{path.suffix}")
+    with atomic_write(written) as handle:
+        torch.save(state, handle)
+    numbered = [path, *(path.with_name(f"{path.stem}.{age}{path.suffix}") for age in range(1, keep))]
+    for newer, older in list(itertools.pairwise(numbered))[::-1]:
+        if newer.exists():
+            os.replace(newer, older)
+    os.replace(written, path)
+    for old in checkpoint_paths(path)[keep:]:
+        old.unlink()
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read checkpoint.pt, tensors and plain values only; ValueError naming it if it is damaged."""
+    """Read a checkpoint, tensors and plain values only; ValueError naming it if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(f"{show(path)} cannot be read ({type(error).__name__}); delete it to train this run anew") from error
+
+
+def load_newest_checkpoint(path: Path) -> tuple[dict[str, Any] | None, list[Path]]:
+    """The newest checkpoint that can be read, None if there is none; and the damaged files that are newer.
+
+    Raises
+    ------
+    ValueError
+        There are some, and all are damaged; the message names the newest.
+
+    Warns
+    -----
+    RuntimeWarning
+        The newest is damaged and an older one was taken.
+    """
+    first, damaged = None, []
+    for candidate in checkpoint_paths(path):
+        try:
+            state = load_checkpoint(candidate)
+        except ValueError as error:
+            first = first or error
+            damaged.append(candidate)
+            continue
+        if first is not None:
+            reason = str(first).split("; ")[0]
+            warnings.warn(f"{reason}; going on from {candidate.name}, of epoch {len(state['rows'])}", RuntimeWarning, stacklevel=2)
+        return state, damaged
+    if first is not None:
+        raise first
+    return None, []
 
 
 def load_run(run_dir: Path | str) -> Run:
@@ -206,8 +312,8 @@ def load_run(run_dir: Path | str) -> Run:
     missing = [f for f in ("config.json", "metrics.csv", "assignments.npy", "features.npy", "clustering.npz") if not (run_dir / f).exists()]
     if missing:
         raise FileNotFoundError(f"{show(run_dir)} holds no finished run ({', '.join(missing)} missing): run the training notebook first")
-    stored = {"pseudo_labels": "clusters", **load_json(run_dir / "config.json")}
-    config = TrainConfig(**{f.name: stored[f.name] for f in fields(TrainConfig)})
+    stored = load_json(run_dir / "config.json")
+    config = TrainConfig(**{f.name: stored[f.name] for f in fields(TrainConfig) if f.name in stored})
     if not is_complete(run_dir, config):
         raise FileNotFoundError(f"{show(run_dir)} is not finished: run the training notebook again, it goes on where it stopped")
     with np.load(run_dir / "clustering.npz") as clustering:

@@ -455,7 +455,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    from lib.run import dataset_name
+    from lib.run import checked_source, dataset_name
 
     about = "Train and measure every arm and control, then compare them."
     parser = _Parser(prog="python -m lib.study", description=about, allow_abbrev=False)
@@ -476,9 +476,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not path.exists():
         raise UsageError(f"unknown --preset {given.preset!r}; valid: {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
     if given.data != "phantom":
-        given.data = os.path.abspath(Path(os.environ.get("CXR_CALLED_FROM") or Path.cwd()) / Path(given.data).expanduser())
-        if not os.path.isdir(given.data):
-            raise UsageError(f"--data {given.data!r} is not a folder; valid: phantom, or the path of a folder of X-rays")
+        given.data = checked_source(given.data, Path(os.environ.get("CXR_CALLED_FROM") or Path.cwd()))
         if given.orientation != "upright":
             raise UsageError("--orientation any is for phantoms: X-rays hang as they hang")
     if given.jobs < 1:

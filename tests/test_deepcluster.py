@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +18,9 @@ import torch
 
 import lib.deepcluster
 import lib.models
-from lib.deepcluster import RunMismatchError, TrainConfig, fit, load_run, uniform_over_clusters
+from lib.deepcluster import CollapseError, RunMismatchError, TrainConfig, fit, load_run, train_epoch, uniform_over_clusters
 from lib.paths import load_json, save_json
-from lib.runs import TRAINING_CODE, assign, load_model
+from lib.runs import TRAINING_CODE, assign, load_checkpoint, load_model
 
 SECONDS = ["seconds_features", "seconds_cluster", "seconds_train"]
 SMALL = TrainConfig(
@@ -55,6 +57,7 @@ def test_run_folder(unbroken):
         "assignments.npy",
         "features.npy",
         "checkpoint.pt",
+        "checkpoint.1.pt",
         "clustering.npz",
     }
     assert list(unbroken.metrics.columns) == lib.deepcluster.COLUMNS
@@ -174,7 +177,7 @@ KILLED = """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize(("at", "after"), [(1, True), (2, False), (2, True), (3, True), (7, False), (9, False)])
+@pytest.mark.parametrize(("at", "after"), [(1, True), (2, False), (2, True), (3, True), (7, False), (8, False), (12, False)])
 def test_killed_run_ends_like_an_unbroken_one(unbroken, tmp_path, at, after):
     """The process is killed with -9 before or after one of its renames: in the first epoch, between two files, in the last lines."""
     script = textwrap.dedent(KILLED.format(at=at, after=after, path=str(tmp_path), threads=torch.get_num_threads()))
@@ -186,6 +189,24 @@ def test_killed_run_ends_like_an_unbroken_one(unbroken, tmp_path, at, after):
     with pytest.raises(FileNotFoundError):
         load_run(tmp_path)
     assert bytes_of(fit(pictures(), SMALL, tmp_path, progress=False).path) == bytes_of(unbroken.path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL and no fork")
+def test_killed_at_twenty_moments(tmp_path):
+    """kill -9 at moments spread over the whole length of a run: each that goes on ends like the unbroken one."""
+    root = Path(lib.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.workers", "kill", str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    epochs = json.loads((tmp_path / "killed.json").read_text())
+    assert len(epochs) == 20
+    assert len(set(epochs)) > 2, epochs  # in different epochs, and before the first was done
+    unbroken = bytes_of(tmp_path / "unbroken" / "run")
+    for k in range(20):
+        run_dir = tmp_path / f"killed{k}" / "run"
+        assert bytes_of(run_dir) == unbroken, f"killed after {epochs[k]} epochs"
+        assert not [p.name for p in run_dir.iterdir() if p.name.startswith(".")]
 
 
 def test_full_disk_leaves_nothing_half_written(unbroken, tmp_path, monkeypatch):
@@ -200,9 +221,39 @@ def test_full_disk_leaves_nothing_half_written(unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(OSError, match=r"features\.npy: No space left on device"):
         fit(pictures(), SMALL, tmp_path, progress=False)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "metrics.csv", "assignments.npy", "checkpoint.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "metrics.csv", "assignments.npy", "checkpoint.pt", "checkpoint.1.pt"}
     monkeypatch.undo()
     assert bytes_of(fit(pictures(), SMALL, tmp_path, progress=False).path) == bytes_of(unbroken.path)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_full_disk_at_a_checkpoint(unbroken, tmp_path, monkeypatch, room):
+    """The disk is full at the checkpoint of epoch `room` + 1: the ones before are whole, and the run goes on from them."""
+    save, saved = torch.save, []
+
+    def full(state, handle):
+        if len(saved) == room:
+            handle.write(b"half a ch")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(len(state["rows"]))
+        save(state, handle)
+
+    monkeypatch.setattr(torch, "save", full)
+    config = dataclasses.replace(SMALL, epochs=3)
+    with pytest.raises(OSError, match=r"checkpoint\.new\.pt: No space left on device"):
+        fit(pictures(), config, tmp_path, progress=False)
+    assert not list(tmp_path.glob(".*"))
+    assert [len(load_checkpoint(p)["rows"]) for p in lib.runs.checkpoint_paths(tmp_path / "checkpoint.pt")] == saved[::-1]
+    monkeypatch.undo()
+    assert fit(pictures(), config, tmp_path, progress=False).metrics.loss[:2].tolist() == unbroken.metrics.loss.tolist()
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    fit(pictures(), dataclasses.replace(SMALL, epochs=4, keep_checkpoints=3), tmp_path, progress=False)
+    names = {p.name: len(load_checkpoint(p)["rows"]) for p in tmp_path.glob("*.pt")}
+    assert names == {"checkpoint.pt": 4, "checkpoint.1.pt": 3, "checkpoint.2.pt": 2}
+    fit(pictures(), dataclasses.replace(SMALL, epochs=5, keep_checkpoints=1), tmp_path, progress=False)
+    assert {p.name for p in tmp_path.glob("*.pt")} == {"checkpoint.pt"}
 
 
 def test_other_settings_or_images_are_refused_and_can_be_set_aside(tmp_path):
@@ -226,6 +277,134 @@ def test_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read .* delete it"):
         fit(pictures(), SMALL, tmp_path, progress=False)
+
+
+def test_damaged_newest_checkpoint_gives_way_to_the_one_before(unbroken, tmp_path):
+    """Also in a run that was finished: its network would be lost otherwise."""
+    fit(pictures(), SMALL, tmp_path, progress=False)
+    content = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    with pytest.warns(RuntimeWarning, match=r"checkpoint\.pt cannot be read .*going on from checkpoint\.1\.pt, of epoch 1"):
+        again = fit(pictures(), SMALL, tmp_path, progress=False)
+    assert bytes_of(again.path) == bytes_of(unbroken.path)
+    assert len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == 2
+    assert len(load_checkpoint(tmp_path / "checkpoint.1.pt")["rows"]) == 1  # the damaged one has not taken its place
+    assert (tmp_path / "checkpoint.damaged.pt").exists()
+
+
+def test_checkpoint_of_another_configuration_is_refused(tmp_path):
+    """Also where config.json is gone, or is a later one."""
+    fit(pictures(), dataclasses.replace(SMALL, epochs=1), tmp_path, progress=False)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(RunMismatchError, match=r"checkpoint\.pt holds another run \(lr 0\.001, now 0\.01\)"):
+        fit(pictures(), dataclasses.replace(SMALL, lr=0.01), tmp_path, progress=False)
+
+
+def test_checkpoint_that_holds_code_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "harm"),))
+
+    (tmp_path / "run").mkdir()
+    torch.save({"model": Evil()}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        fit(pictures(), SMALL, tmp_path / "run", progress=False)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_run_of_before_a_setting_was_there_goes_on(unbroken, tmp_path):
+    fit(pictures(), dataclasses.replace(SMALL, epochs=1), tmp_path, progress=False)
+    config = load_json(tmp_path / "config.json")
+    del config["rotation_corners"], config["kmeans_engine"]
+    save_json(tmp_path / "config.json", config)
+    with pytest.raises(RunMismatchError, match="rotation_corners black, now reflect"):
+        fit(pictures(), dataclasses.replace(SMALL, rotation_corners="reflect"), tmp_path, progress=False)
+    assert bytes_of(fit(pictures(), SMALL, tmp_path, progress=False).path) == bytes_of(unbroken.path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rotation_corners": "reflect"}, {"rotation_interpolation": "nearest"}, {"kmeans_engine": "torch"}], ids=str
+)
+def test_settings_that_make_another_run(unbroken, tmp_path, change):
+    config = dataclasses.replace(SMALL, **change)
+    other = fit(pictures(), config, tmp_path, progress=False)
+    assert other.config == config
+    assert other.metrics.loss.tolist() != unbroken.metrics.loss.tolist()
+    with pytest.raises(RunMismatchError, match=next(iter(change))):
+        fit(pictures(), SMALL, tmp_path, progress=False)
+
+
+def test_settings_of_how_to_compute_do_not(unbroken, tmp_path):
+    """A run begun with channels last goes on without, to the same numbers but for rounding."""
+    fit(pictures(), dataclasses.replace(SMALL, epochs=1, channels_last=True, amp="off", stop_on_collapse=True), tmp_path, progress=False)
+    run = fit(pictures(), SMALL, tmp_path, progress=False)
+    assert run.metrics.loss[0] == pytest.approx(unbroken.metrics.loss[0], abs=1e-4)
+
+
+def test_compiled_network_has_the_same_checkpoint(unbroken, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or (lambda x: function(x)))
+    run = fit(pictures(), dataclasses.replace(SMALL, compile=True), tmp_path, progress=False)
+    assert len(compiled) == 1
+    assert bytes_of(run.path) == bytes_of(unbroken.path)
+    assert set(load_model(run).state_dict()) == set(load_model(unbroken).state_dict())
+
+
+class Small(torch.nn.Module):
+    """A linear network on a GPU with room for `room` images."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.top_layer = room, torch.nn.Linear(64, 4)
+        self.tried = []
+
+    def features(self, x):
+        self.tried.append(len(x))
+        if len(x) > self.room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return x[:, 0].mean(1)
+
+    def forward(self, x):
+        return self.top_layer(self.features(x))
+
+
+def step(room, n=40):
+    torch.manual_seed(0)
+    model = Small(room)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    loss = train_epoch(model, [optimizer], pictures(n), np.arange(n) % 4, dataclasses.replace(SMALL, batch_size=16), 1)
+    return model, loss
+
+
+def test_batch_that_does_not_fit_is_cut():
+    """Gradients are added over the parts: the step of a network without batch norm is the same."""
+    whole, loss = step(100)
+    with pytest.warns(RuntimeWarning) as said:
+        cut, loss_cut = step(5)
+    assert [re.search(r"batch of 16 images: going on with (\d) parts", str(w.message))[1] for w in said] == ["2", "4"]
+    assert whole.tried == [16, 16, 8]
+    assert cut.tried == [16, 8] + [4] * 8 + [2] * 4  # and stays cut
+    assert loss_cut == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(cut.top_layer.weight, whole.top_layer.weight)
+
+
+def test_no_part_is_one_image():
+    """Batch norm cannot train on it."""
+    with pytest.warns(RuntimeWarning):
+        assert min(step(3, n=37)[0].tried) == 2
+    with pytest.warns(RuntimeWarning), pytest.raises(torch.cuda.OutOfMemoryError):
+        step(1)
+
+
+def test_features_that_do_not_fit_are_cut():
+    model = Small(5).eval()
+    with pytest.warns(RuntimeWarning) as said:
+        rows = lib.deepcluster.extract(model, pictures(), 16)
+    assert [str(w.message).split(": ")[1] for w in said] == ["going on with 8", "going on with 4"]
+    np.testing.assert_allclose(rows, lib.deepcluster.extract(Small(100).eval(), pictures(), 16), rtol=1e-6)
+    assert model.tried == [16, 8] + [4] * 10
+    with pytest.raises(torch.cuda.OutOfMemoryError), pytest.warns(RuntimeWarning):
+        lib.deepcluster.extract(Small(0), pictures(), 16)
 
 
 def test_untrained_network(tmp_path):
@@ -282,6 +461,18 @@ def test_collapse_is_said(tmp_path):
     assert any("the largest holds" in str(w.message) and "collapsing" in str(w.message) for w in said)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_collapse_can_end_the_run(tmp_path):
+    images = np.full((40, 64, 64), 90, np.uint8)
+    images[:6] = pictures(6)
+    config = dataclasses.replace(SMALL, stop_on_collapse=True)
+    for _ in range(2):  # and does not go on by itself
+        with pytest.raises(CollapseError, match=r"epoch 1: .* collapsing; the epochs so far are kept"):
+            fit(images, config, tmp_path, progress=False)
+        assert len(pd.read_csv(tmp_path / "metrics.csv")) == len(load_checkpoint(tmp_path / "checkpoint.pt")["rows"]) == 1
+    assert len(fit(images, dataclasses.replace(config, stop_on_collapse=False), tmp_path, progress=False).metrics) == 2
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -308,6 +499,10 @@ def test_bad_images(tmp_path, images, message):
         ({"lr": float("nan")}, "lr must be above 0"),
         ({"rotation_degrees": 360.0}, "at most 180"),
         ({"device": "tpu"}, "'tpu'"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+        ({"rotation_interpolation": "cubic"}, "rotation_interpolation must be one of bilinear, nearest, got 'cubic'"),
+        ({"rotation_corners": "white"}, "rotation_corners must be one of black, reflect, got 'white'"),
+        ({"amp": "fp16"}, "amp must be one of auto, off"),
     ],
 )
 def test_bad_settings(change, message):

@@ -93,6 +93,7 @@ def test_all_options(project, tmp_path):
     arguments = ["--preset", "smoke", "--data", "NIH Sample", "--seeds", "0,7", "--device", "cpu", "--from", "1", "--restart"]
     options = parse_args(arguments, project, tmp_path)
     assert options == Options("smoke", str(tmp_path / "NIH Sample"), "nih-sample-smoke", (0, 7), "cpu", "01", True)
+    assert parse_args(["--nproc", "4"], project) == Options(nproc=4)
 
 
 def test_what_follows_test_is_pytests(project):
@@ -109,7 +110,8 @@ def test_what_follows_study_is_the_studys(project):
     [
         (
             ["--prest", "quick"],
-            r"unknown option --prest; valid: --preset, --data, --seeds, --device, --from, --restart, --test, --study, --help",
+            r"unknown option --prest; valid: --preset, --data, --seeds, --device, --nproc, --from, --csv, --image-column, --label-column, "
+            r"--fit, --drop-outliers, --restart, --test, --study, --help",
         ),
         (["quick"], "unknown option quick; valid"),
         (["--preset", "big"], "unknown --preset 'big'; valid: paper, quick, smoke"),
@@ -119,6 +121,8 @@ def test_what_follows_study_is_the_studys(project):
         (["--seeds", "0;1"], "--seeds '0;1' is not a list"),
         (["--seeds", "-1"], "--seeds"),
         (["--seeds", "1,1"], "names a seed twice"),
+        (["--nproc", "0"], "--nproc '0' is not a number of processes"),
+        (["--nproc", "two"], "--nproc 'two'"),
         (["--data", "nowhere"], "--data 'nowhere' is not there; valid: phantom, chestmnist, kaggle,"),
         (["--data", ""], "--data '' is not there"),
         (["--data", __file__], "is not a folder"),
