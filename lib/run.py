@@ -30,7 +30,7 @@ usage: ./run_all.sh [options]     (the same, in an environment of your own: pyth
 Runs the notebooks in order and writes every figure and table to figures/<dataset>/.
 A second call skips what is done with the same parameters.
 
-  --preset smoke|quick|study|paper how much to compute; each is a file in notebooks/params/ (default: quick)
+  --preset smoke|quick|study|paper  how much to compute; each is a file in notebooks/params/ (default: quick)
   --data SOURCE               which X-rays (default: phantom):
       phantom                   synthetic ones, drawn on the spot
       chestmnist                NIH's 112,120 X-rays at 64x64, 0.4 GB from Zenodo; chestmnist:FILE.npz if you have the file
