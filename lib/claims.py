@@ -718,6 +718,25 @@ def verdict_table(result: Mapping[str, Any], comparison: Mapping[str, Any] | Non
     return _table(header, rows)
 
 
+def glance(results: Sequence[Mapping[str, Any]]) -> str:
+    """README's claims at a glance, as Markdown: a row a claim, a column a dataset, from several claims.json."""
+    claims, measures = results[0]["claims"], {m["key"]: m for m in results[0]["measures"]}
+    rows = []
+    for index, claim in enumerate(claims):
+        cells = []
+        for result in results:
+            comparison = result["comparisons"][0]
+            decided = comparison["verdicts"][index]
+            entry = next(e for e in comparison["measures"] if e["measure"] == decided["measure"])
+            numbers = f"{_number(entry.get('treatment'))} / {_number(entry.get('reference'))}"
+            cells.append(
+                f"**{verdict_text(decided)}**: {numbers}; {_number(entry.get('mean'))} ({_interval(entry.get('low'), entry.get('high'))})"
+            )
+        rows.append([f"{claim['title']}: {claim['page']}", measures[decided["measure"]]["title"], *cells])
+    heads = [f"{r['dataset_label']}, {len(r['comparisons'][0]['seeds'])} seeds" for r in results]
+    return _table(["the page's finding", "measure, fixed beforehand", *heads], rows)
+
+
 def sentences(result: Mapping[str, Any]) -> list[str]:
     """What the page's comparison says on this data, a sentence a claim, from the numbers."""
     found = []
