@@ -423,6 +423,13 @@ def _sweep(run_dir: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def to_channels_last(model: nn.Module) -> None:
+    """Lay planar filters out with the channels innermost, in place: the maps they make follow. Group convolutions' filters stay."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:  # PyTorch's own ``model.to`` refuses filters of more axes
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
 class _Training:
     """What changes from epoch to epoch: network, optimisers, scheduler, rows of metrics, assignments. Kept in one checkpoint.
 
@@ -435,7 +442,7 @@ class _Training:
         self.assignments = torch.empty((0, n_images), dtype=torch.int32)
         self.model = share_layers(build(config.backbone, config.n_clusters, config.width, seed=config.seed).to(world.device), world)
         if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            to_channels_last(self.model)
         if config.compile:  # in place: the names in a state_dict stay
             self.model.features = torch.compile(self.model.features)
         self.body = torch.optim.Adam(self.model.body_parameters(), config.lr, weight_decay=config.weight_decay)

@@ -231,7 +231,7 @@ def test_help_names_every_option_and_preset(capsys):
     with pytest.raises(UsageError) as error:
         parse_args(["--no-such-option"])
     options = re.findall(r"--[a-z-]+", str(error.value).split("valid:")[1])
-    assert len(options) == 13
+    assert len(options) == 15
     assert all(f"\n  {option} " in text for option in options)
     presets = [path.stem for path in (ROOT / "notebooks" / "params").glob("*.yaml")]
     assert set(re.search(r"--preset (\S+)", text).group(1).split("|")) == set(presets)

@@ -13,7 +13,7 @@ from lib.paths import save_json
 from lib.train import launch, main, read_config
 from tests.test_deepcluster import SMALL, bytes_of, pictures
 
-LONG = TrainConfig("alexnet", 4, 3, 12, 40, width=(8, 16, 16, 16, 16, 64), kmeans_engine="torch", device="cpu")
+LONG = TrainConfig("alexnet", 4, 3, 8, 40, width=(8, 16, 16, 16, 16, 64), kmeans_engine="torch", device="cpu")
 
 
 @pytest.fixture

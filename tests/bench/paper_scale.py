@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lib.deepcluster import TrainConfig, cluster, train_epoch  # noqa: E402
+from lib.deepcluster import TrainConfig, cluster, to_channels_last, train_epoch  # noqa: E402
 from lib.distributed import World, join, share_layers  # noqa: E402
 from lib.features import extract  # noqa: E402
 from lib.gconv import GroupConv  # noqa: E402
@@ -116,7 +116,7 @@ def measure(config: TrainConfig, images: np.ndarray, world: World, epochs: int, 
         torch.cuda.reset_peak_memory_stats(device)
     model = share_layers(build(config.backbone, config.n_clusters, config.width).to(device), world)
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+        to_channels_last(model)
     if config.compile:
         model.features = torch.compile(model.features)
     optimizers = [

@@ -20,6 +20,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from lib.deepcluster import to_channels_last  # noqa: E402
 from lib.models import build  # noqa: E402
 
 VARIANTS = ("none", "channels_last", "compile", "bfloat16", "bfloat16 + channels_last")
@@ -32,7 +33,7 @@ class Variant:
         self.device, self.bf16 = device, "bfloat16" in name
         self.model = build(backbone, 200, width).to(device)
         if "channels_last" in name:
-            self.model.to(memory_format=torch.channels_last)
+            to_channels_last(self.model)
         if name == "compile":
             self.model.features = torch.compile(self.model.features)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)
