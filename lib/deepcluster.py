@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lib import metrics
 from lib.augment import rotate
+from lib.clusterers import Clusterer, make_clusterer
 from lib.distributed import ALONE, TIMEOUT, World, join, resolve_device, share_layers
 from lib.features import PCAWhiten, extract, normalise
 from lib.kmeans import KMeans
@@ -89,18 +90,26 @@ def _autocast(config: TrainConfig, device: torch.device) -> bool:
     return config.amp == "auto" and device.type == "cuda"
 
 
-def cluster(features: np.ndarray | Tensor, config: TrainConfig, epoch: int, world: World = ALONE) -> tuple[np.ndarray, PCAWhiten, KMeans]:
+def cluster(
+    features: np.ndarray | Tensor, config: TrainConfig, epoch: int, world: World = ALONE, earlier: np.ndarray | None = None
+) -> tuple[np.ndarray, PCAWhiten, KMeans | Clusterer]:
     """Features (N, D) -> PCA -> whitening -> L2 -> K-means -> assignments (N,), with the fitted steps.
 
-    In a `world` of several, `features` are this process's share of the rows, and the assignments are those of all.
+    `earlier` are the assignments (N,) of the epoch before, from which a warm start begins. In a `world` of several, `features` are this
+    process's share of the rows, and the assignments are those of all.
     """
     seed = int(_rng(config, epoch, CLUSTERS).integers(2**31))
     n = int(world.sum(torch.tensor(len(features))))
     reduce = world.sum if world.size > 1 else None
     whiten = PCAWhiten(min(config.pca_dim, n, features.shape[1]), l2=True, reduce=reduce)
-    kmeans = KMeans(config.n_clusters, seed=seed, engine=config.kmeans_engine, reduce=reduce, shard=(world.rank, world.size))
-    assignments = torch.as_tensor(kmeans.fit_predict(whiten.fit_transform(features)))
-    return world.all_rows(assignments, n).cpu().numpy(), whiten, kmeans
+    options: dict[str, Any] = {}
+    if config.clusterer == "kmeans":
+        options = {"engine": config.kmeans_engine, "reduce": reduce, "shard": (world.rank, world.size)}
+        if config.warm_start and earlier is not None:
+            options["init"] = earlier[world.share(n)]
+    clusterer = make_clusterer(config.clusterer, config.n_clusters, seed, **options)
+    assignments = torch.as_tensor(clusterer.fit_predict(whiten.fit_transform(features)))
+    return world.all_rows(assignments, n).cpu().numpy(), whiten, clusterer
 
 
 class _Batches:
@@ -264,6 +273,8 @@ def _check_world(config: TrainConfig, world: World) -> None:
         raise ValueError(f"batch_size = {config.batch_size} is less than one image for each of {world.size} processes")
     if config.kmeans_engine == "sklearn" and world.size > 1:
         raise ValueError("kmeans_engine='sklearn' runs in one process; use 'auto' or 'torch' with several")
+    if config.clusterer != "kmeans" and world.size > 1:
+        raise ValueError(f"clusterer={config.clusterer!r} runs in one process; use 'kmeans' with several")
 
 
 def fit(
@@ -359,7 +370,7 @@ def fit(
                 epoch, clock = training.epoch + 1, [_now(device)]
                 features = extract(model, held[mine], config.batch_size, device, on_device=on_device, autocast=autocast)
                 clock.append(_now(device))
-                assignments, _, _ = cluster(features, config, epoch, world)
+                assignments, _, _ = cluster(features, config, epoch, world, training.last_assignments)
                 pseudo_labels = labels_to_train_on(assignments, training.assignments.numpy(), config)
                 clock.append(_now(device))
                 if config.reset_top_layer:
@@ -379,7 +390,7 @@ def fit(
 
         # in float32 on every device: what is published and measured should not depend on where it was trained
         features = extract(model, held[mine], config.batch_size, device, on_device=on_device)
-        assignments, whiten, kmeans = cluster(features, config, config.epochs + 1, world)
+        assignments, whiten, kmeans = cluster(features, config, config.epochs + 1, world, training.last_assignments)
         features = world.collect(torch.as_tensor(features).cpu().numpy(), len(images))
         if world.main:
             if not training.checkpoint.exists():  # no epoch was trained
@@ -456,6 +467,11 @@ class _Training:
     def epoch(self) -> int:
         """Epochs finished."""
         return len(self.rows)
+
+    @property
+    def last_assignments(self) -> np.ndarray | None:
+        """Clusters (N,) of the last finished epoch."""
+        return self.assignments[-1].numpy() if len(self.assignments) else None
 
     @property
     def lr(self) -> float:

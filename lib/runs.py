@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from lib.augment import CORNERS, INTERPOLATIONS
+from lib.clusterers import CLUSTERERS
 from lib.models import BACKBONES, Backbone, build
 from lib.paths import atomic_write, load_json, show
 
@@ -60,6 +61,11 @@ class TrainConfig:
     kmeans_engine : {"auto", "sklearn", "torch"}
         See ``lib.kmeans.KMeans``. The engines draw other starts, so their clusterings differ as two seeds do. ``auto`` takes torch on a
         GPU or on several processes, else scikit-learn.
+    clusterer : {"kmeans", "minibatch", "hierarchical", "graph"}
+        See ``lib.clusterers``; all but the first run in one process.
+    warm_start : bool
+        K-means begins at the clusters of the epoch before instead of k-means++: fewer iterations, but consecutive clusterings agree more
+        because of it, so NMI(t, t-1) says less (``tests/bench/kmeans.py`` prints by how much).
     amp : {"auto", "off"}
         ``auto``: bfloat16 autocast on a GPU, float32 on a CPU. ``off``: float32 everywhere. The last features, those that are kept, are
         extracted in float32 either way.
@@ -97,6 +103,8 @@ class TrainConfig:
     rotation_interpolation: str = "bilinear"
     rotation_corners: str = "black"
     kmeans_engine: str = "auto"
+    clusterer: str = "kmeans"
+    warm_start: bool = False
     amp: str = "auto"
     channels_last: bool = False
     compile: bool = False
@@ -122,12 +130,15 @@ class TrainConfig:
             "rotation_interpolation": INTERPOLATIONS,
             "rotation_corners": tuple(CORNERS),
             "kmeans_engine": ("auto", "sklearn", "torch"),
+            "clusterer": tuple(CLUSTERERS),
             "amp": ("auto", "off"),
             "pseudo_labels": ("clusters", "index", "shuffled"),
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}")
+        if self.warm_start and self.clusterer != "kmeans":
+            raise ValueError(f"warm_start is an option of K-means, not of clusterer {self.clusterer!r}")
 
 
 # settings that may change while a run goes on: it stays the same run, to rounding
@@ -176,7 +187,7 @@ MOVE_ASIDE = "use --restart (restart=True) to move the old run aside, or another
 
 
 TRAINING_CODE = (  # what lib.deepcluster imports, itself included
-    *("augment", "deepcluster", "distributed", "features", "gconv", "gfourier", "gkernel", "groups"),
+    *("augment", "clusterers", "deepcluster", "distributed", "features", "gconv", "gfourier", "gkernel", "groups"),
     *("kmeans", "metrics", "models", "paths", "runs"),
 )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 import lib.deepcluster
 import lib.models
 from lib.deepcluster import CollapseError, RunMismatchError, TrainConfig, fit, load_run, train_epoch, uniform_over_clusters
+from lib.kmeans import KMeans
 from lib.paths import load_json, save_json
 from lib.runs import TRAINING_CODE, assign, load_checkpoint, load_model
 
@@ -539,3 +541,46 @@ def test_training_code_cannot_see_labels():
     """The loop and all it imports know no metadata: lib.data is not among them."""
     script = "import sys, lib.deepcluster; sys.exit('lib.data' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(lib.__file__).parent.parent).returncode == 0
+
+
+def test_a_warm_start_begins_at_the_clusters_of_the_epoch_before(tmp_path, monkeypatch):
+    begun = []
+
+    @functools.wraps(KMeans.__init__)
+    def watched(self, *args, init=None, _begin=KMeans.__init__, **kwargs):
+        begun.append(init)
+        _begin(self, *args, init=init, **kwargs)
+
+    monkeypatch.setattr(KMeans, "__init__", watched)
+    config = dataclasses.replace(SMALL, warm_start=True)
+    run = fit(pictures(), config, tmp_path / "warm", progress=False)
+    assert begun[0] is None
+    assert len(begun) == 3
+    for given, before in zip(begun[1:], run.assignments, strict=True):
+        np.testing.assert_array_equal(given, before)
+    fit(pictures(), dataclasses.replace(config, epochs=1), tmp_path / "resumed", progress=False)
+    begun.clear()
+    fit(pictures(), config, tmp_path / "resumed", progress=False)
+    assert bytes_of(tmp_path / "resumed") == bytes_of(tmp_path / "warm")
+    np.testing.assert_array_equal(begun[0], run.assignments[0])
+
+
+@pytest.mark.parametrize("clusterer", ["minibatch", "hierarchical"])
+def test_other_clusterers_can_take_the_place_of_kmeans(tmp_path, clusterer):
+    run = fit(pictures(), dataclasses.replace(SMALL, clusterer=clusterer), tmp_path / "run", progress=False)
+    assert set(np.unique(run.final_assignments)) <= set(range(4))
+    np.testing.assert_array_equal(assign(run, np.asarray(run.features)), run.final_assignments)
+    with pytest.raises(RunMismatchError, match="clusterer"):
+        fit(pictures(), SMALL, tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clusterer": "spectral"}, "clusterer must be one of kmeans, minibatch, hierarchical, graph, got 'spectral'"),
+        ({"clusterer": "minibatch", "warm_start": True}, "warm_start is an option of K-means, not of clusterer 'minibatch'"),
+    ],
+)
+def test_clusterers_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(SMALL, **changes)
