@@ -205,9 +205,9 @@ def test_the_patterns_find_what_they_should(pattern, text, expected):
 
 
 def test_presets_have_the_same_keys_and_only_those_of_the_notebooks():
-    assert [path.stem for path in PRESETS] == ["paper", "quick", "smoke"]
+    assert [path.stem for path in PRESETS] == ["paper", "quick", "smoke", "study"]
     values = {path.stem: read_preset(path, find_notebooks()) for path in PRESETS}
-    assert set(values["paper"]) == set(values["quick"]) == set(values["smoke"])
+    assert set(values["paper"]) == set(values["quick"]) == set(values["smoke"]) == set(values["study"])
 
 
 @each_notebook

@@ -211,13 +211,13 @@ def test_turned_phantoms_are_the_same_scenes(ran):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "big"], "unknown --preset 'big'; valid: paper, quick, smoke"),
+        (["--preset", "big"], "unknown --preset 'big'; valid: paper, quick, smoke, study"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--seeds", "0,0"], "is not a list of different whole numbers"),
         (["--seeds", "a"], "--seeds 'a' is not a list"),
         (["--arms", "p5"], "arm 'p5' is unknown; choose from alexnet, p4m"),
         (["--dataset", "a/b"], "cannot name a dataset"),
-        (["--data", "nowhere"], "is not a folder"),
+        (["--data", "nowhere"], "--data 'nowhere' is not there; valid: phantom, chestmnist"),
         (["--data", "tests", "--orientation", "any"], "--orientation any is for phantoms"),
         (["--jbos", "2"], "--jbos"),
     ],
