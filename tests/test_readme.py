@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lib import paths, report
+from lib import claims, paths, report
 from lib.run import USAGE, find_notebooks
 
 README = (paths.ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,6 +14,12 @@ PAGES = sorted(p for p in [*paths.ROOT.glob("*.md"), *(paths.ROOT / "data").glob
 def test_result_at_a_glance_is_the_committed_result():
     table = report.glance(paths.load_json(paths.ROOT / "figures" / "phantom" / "results.json"))
     assert f"<!-- glance -->\n{table}\n<!-- /glance -->" in README
+
+
+def test_claims_at_a_glance_are_the_committed_claims():
+    stored = [paths.load_json(paths.ROOT / "figures" / name / "claims.json") for name in ("nih-sample-study", "phantom-study")]
+    assert all(list(claims.validate(result)) == [] for result in stored)
+    assert f"<!-- claims -->\n{claims.glance(stored)}\n<!-- /claims -->" in README
 
 
 def test_committed_tables_are_the_committed_result():
@@ -44,7 +50,17 @@ def test_options_named_are_options():
     assert not {option for option in named if option not in USAGE}
 
 
-@pytest.mark.parametrize("page", ["README.md", "MODEL_CARD.md", "data/README.md", "figures/phantom/summary.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "MODEL_CARD.md",
+        "data/README.md",
+        "data/manifests/README.md",
+        "figures/phantom/summary.md",
+        "figures/nih-sample-study/claims.md",
+    ],
+)
 def test_attribution_and_warning_stand_where_they_must(page):
     text = (paths.ROOT / page).read_text(encoding="utf-8")
     assert re.search("not for clinical use", text, re.IGNORECASE)
