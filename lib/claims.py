@@ -766,14 +766,13 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
 def markdown(result: Mapping[str, Any], command: str = "") -> str:
     """claims.md: verdicts first, then every comparison and measure."""
     made = f" Made by `{command}`." if command else ""
+    known = f"{result['n_patients']:,}" if result["n_patients"] else "unknown"
     blocks = [
         f"# Which of the paper's claims hold: {result['dataset_label']}",
         f"**{result['notice']}** {result['attribution']}",
-        f"{result['n_images']:,} images of {result['n_patients']:,} patients, {result['n_test']:,} of them for testing; K = "
-        f"{result['n_clusters']}, "
-        f"{result['epochs']} epochs.{made} Verdicts are about this data, these network widths and this number of seeds, not about the "
-        f"paper's "
-        "own runs.",
+        f"{result['n_images']:,} images of {known} patients, "
+        f"{result['n_test']:,} of them for testing; K = {result['n_clusters']}, {result['epochs']} epochs.{made} Verdicts are about this "
+        "data, these network widths and this number of seeds, not about the paper's own runs.",
         verdict_table(result),
         "**The rule.** " + result["rule"],
     ]

@@ -44,11 +44,13 @@ __all__ = [
     "EXTRA_COLUMNS",
     "FINDINGS",
     "compare_with_published",
+    "count_patients",
     "fetch",
     "finding_matrix",
     "label_combinations",
     "load",
     "load_images",
+    "patient_groups",
     "preprocess",
     "read_boxes",
     "read_metadata",
@@ -637,6 +639,17 @@ def _written(out_dir: str | os.PathLike, name: str, verify: bool) -> Path:
         if _sha256(path) != paths.load_json(manifest)["files"][name]["sha256"]:
             raise ValueError(f"{paths.show(path)} is not the file that the manifest was written for: run 01_preprocess again")
     return path
+
+
+def patient_groups(metadata: pd.DataFrame) -> np.ndarray:
+    """Which images belong together, (N,) of str: the patient, or, where that is unknown, each image by itself."""
+    patients = metadata["patient_id"].fillna("").astype(str).to_numpy()
+    return np.where(patients == "", [f"image {i}" for i in range(len(patients))], patients)
+
+
+def count_patients(metadata: pd.DataFrame) -> int:
+    """Number of known patients; 0 if the source names none."""
+    return metadata["patient_id"][metadata["patient_id"].fillna("") != ""].nunique()
 
 
 def finding_matrix(findings: Iterable[str]) -> np.ndarray:

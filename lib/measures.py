@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from lib import enrichment, metrics, paths, retrieval
 from lib.augment import rotate
-from lib.data import finding_matrix, label_combinations
+from lib.data import finding_matrix, label_combinations, patient_groups
 from lib.deepcluster import cluster, resolve_device
 from lib.evaluate import SYMMETRIES, pixel_features
 from lib.features import extract, normalise
@@ -293,7 +293,7 @@ def _transfer(
     subject: _Subject, metadata: pd.DataFrame, values: dict[str, Any], details: dict[str, Any], clusters_only: bool
 ) -> dict[str, np.ndarray]:
     """The linear probe three ways, on patients that it was not fitted on."""
-    features, patients = subject.features, metadata["patient_id"].to_numpy()
+    features, patients = subject.features, patient_groups(metadata)
     train, test = (np.flatnonzero(metadata["split"] == part) for part in ("train", "test"))
     if not len(train) or not len(test):
         return {}
@@ -413,7 +413,7 @@ def _laterality(
     A film and its moved copy are both in the data, so 0.5 is chance, exactly so for features that cannot change. A mirrored film looks as
     in situs inversus.
     """
-    patients = metadata["patient_id"].to_numpy()
+    patients = patient_groups(metadata)
     index = np.sort(np.random.default_rng(1).choice(len(images), min(effort.n_moved, len(images)), replace=False))
     test = (metadata["split"] == "test").to_numpy()[index]
     if test.any() and not test.all():
@@ -445,7 +445,7 @@ def _meaning(subject: _Subject, images: np.ndarray, metadata: pd.DataFrame, valu
         values["nmi_findings_chance"] = metrics.chance_nmi(subject.assignments[known], codes[known], seed=subject.seed)
     for name, value in enrichment.drivers(subject.assignments, images, metadata).items():
         values[f"follows_{name}"] = value
-    together = enrichment.patient_together(subject.assignments, metadata["patient_id"].to_numpy(), seed=subject.seed)
+    together = enrichment.patient_together(subject.assignments, patient_groups(metadata), seed=subject.seed)
     values |= {"patient_together": together["share"], "patient_together_chance": together["expected"]}
 
 
@@ -456,7 +456,7 @@ def _retrieval(
     some = np.flatnonzero(metadata["findings"].fillna("") != "")
     if not len(some):
         return
-    targets, patients = finding_matrix(metadata["findings"])[some], metadata["patient_id"].to_numpy()[some]
+    targets, patients = finding_matrix(metadata["findings"])[some], patient_groups(metadata)[some]
     found = retrieval.precision_at_k(subject.describe(images)[some], targets, patients, effort.k)
     lift = found["precision"] - found["chance"]
     values |= {

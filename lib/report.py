@@ -254,7 +254,7 @@ def summary(results: Mapping[str, Any], table: pd.DataFrame, figures: Mapping[st
         f"seeds {', '.join(map(str, results['seeds']))}",
         f"epochs: AlexNet {epochs['alexnet']}, P4M {epochs['p4m']}",
         f"parameters: AlexNet {results['arms']['alexnet']['parameters']:,}, P4M {results['arms']['p4m']['parameters']:,}",
-        f"{results['n_patients']:,} patients",
+        f"{results['n_patients']:,} patients" if results["n_patients"] else "patients unknown",
     ]
     columns = ("alexnet", "p4m", "alexnet-untrained", "p4m-untrained")
     blocks = [

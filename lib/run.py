@@ -508,7 +508,8 @@ def run(options: Options, root: Path = ROOT) -> None:
     overrides |= {} if options.seeds is None else {"seeds": list(options.seeds)}
     overrides |= {} if options.device is None else {"device": options.device}
     for name in ("csv", "image_column", "label_column", "fit", "drop_outliers"):
-        overrides |= {name: getattr(options, name)} if getattr(options, name) else {}
+        # papermill puts every parameter into every notebook, and `fit` is a function in some
+        overrides |= {{"fit": "not_square"}.get(name, name): getattr(options, name)} if getattr(options, name) else {}
     overrides |= {} if options.nproc is None else {"nproc": options.nproc}
     overrides["command"] = _command(options)
     parameters = read_preset(preset, notebooks) | overrides

@@ -942,3 +942,10 @@ def test_real_sample(tmp_path):
     reference = np.asarray(Image.open(large).convert("L"), float).reshape(64, 16, 64, 16).mean(axis=(1, 3))
     row = metadata.index[metadata["image_id"] == large.name][0]
     np.testing.assert_allclose(images[row], reference, atol=0.5)
+
+
+def test_an_image_of_no_known_patient_is_a_patient_of_its_own():
+    table = pd.DataFrame({"patient_id": ["7", "", "7", "", None]})
+    assert data.patient_groups(table).tolist() == ["7", "image 1", "7", "image 3", "image 4"]
+    assert data.count_patients(table) == 1
+    assert data.count_patients(table.iloc[[1, 3]]) == 0

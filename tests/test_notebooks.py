@@ -211,6 +211,21 @@ def test_presets_have_the_same_keys_and_only_those_of_the_notebooks():
 
 
 @each_notebook
+def test_no_parameter_takes_the_place_of_an_import(path):
+    """Papermill puts every parameter of a preset into every notebook, also those that it does not have."""
+    injected = {name for notebook in find_notebooks() for name in read_parameters(notebook)}
+    imported = {
+        alias.asname or alias.name.split(".")[0]
+        for cell in code_cells(path)
+        for node in ast.walk(parse(cell))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported
+    assert not injected & imported
+
+
+@each_notebook
 def test_defaults_are_the_smoke_preset(path):
     """The tests run notebooks as they are saved, without papermill."""
     smoke = yaml.safe_load((ROOT / "notebooks" / "params" / "smoke.yaml").read_text(encoding="utf-8"))
