@@ -42,6 +42,9 @@ QUANTILE = 0.995  # of the run's own images; two measures are held against it, s
 class Novelty:
     """How far images lie from what a run has seen.
 
+    The network is the judge: what it has learnt to overlook, or is too small to see, is not far. Many far images are a warning; few are
+    no proof that images are of the same kind.
+
     Attributes
     ----------
     distance : ndarray, shape (M,), float32
@@ -71,10 +74,10 @@ class Novelty:
     def sentence(self) -> str:
         """What the numbers say."""
         n, m = int(self.far.sum()), len(self.far)
-        seen = f"{n:,} of {m:,} images ({self.share:.1%}) lie farther off than 99.5 % of the run's own images in one of two measures; of those "
-        seen += f"{self.expected:.1%} do."
+        seen = f"{n:,} of {m:,} images ({self.share:.1%}) lie farther off than 99.5 % of the run's own images in one of two measures; "
+        seen += f"of those {self.expected:.1%} do."
         if self.p >= LEVEL:
-            return f"{seen} That is no more than chance may give (p = {self.p:.2g})."
+            return f"{seen} As far as this network sees, that is no more than chance may give (p = {self.p:.2g})."
         if self.share < MANY:
             return f"{seen} That is more than chance gives (p = {self.p:.2g}), as it may be for images that no network was trained on."
         return f"{seen} These images are unlike what the run has seen: their clusters say little."
@@ -384,9 +387,9 @@ def folder_summary(table: pd.DataFrame, novelty: Novelty, model: Model, manifest
     counts = np.bincount(table["cluster"], minlength=len(model.sizes))
     far = np.bincount(table["cluster"], weights=table["far"], minlength=len(model.sizes)).astype(int)
     rows = [
-        [f"{cluster}", f"{counts[cluster]:,}", f"{counts[cluster] / counts.sum():.1%}", f"{far[cluster]:,}"]
-        + [f"{model.sizes[cluster]:,}", f"{model.sizes[cluster] / model.sizes.sum():.1%}"]
+        [str(cluster), f"{n:,}", f"{n / counts.sum():.1%}", f"{far[cluster]:,}", f"{size:,}", f"{size / model.sizes.sum():.1%}"]
         for cluster in np.argsort(-counts, kind="stable")
+        for n, size in [(counts[cluster], model.sizes[cluster])]
     ]
     header = ["cluster", "images", "share", "of these far", "in the run", "share"]
     blocks = [

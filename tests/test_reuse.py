@@ -187,7 +187,7 @@ def test_the_export_is_a_run_for_the_command_line(root, images, capsys):
     [
         (
             ["--reuse", "phantom-tiny/p4m/seed9", "--data", "."],
-            r"'phantom-tiny/p4m/seed9' is no run; finished runs: phantom-tiny/alexnet/seed0",
+            "seed9' is no run; finished runs: phantom-tiny/alexnet/seed0, ",
         ),
         (["--reuse", "phantom-tiny/p4m/seed0", "--data", "nowhere"], "--data 'nowhere' is not there"),
         (["--reuse", "phantom-tiny/p4m/seed0", "--data", "phantom"], "not --data phantom: give its path"),
