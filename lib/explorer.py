@@ -1,7 +1,8 @@
 """A page on which to look around in finished runs: maps, clusters, galleries, epochs and turned images, in one file without a server.
 
-`gather` computes what the page shows, `html` makes the page, `save` writes it. Plots are Bokeh's, with its script inside the file; what is
-done in the browser stands in ``explorer.html`` beside this module. All X-rays shown lie in the page as one picture: it is as private as they.
+`gather` computes what the page shows, `html` makes the page, `save` writes it. Plots are Bokeh's, with its script inside the file; what
+is done in the browser stands in ``explorer.html`` beside this module. All X-rays shown lie in the page as one picture: it is as private
+as they are.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import html as html_module
 import io
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,8 +133,8 @@ def _arm(
     distance = np.stack([_distance(embedding, labels)[rows] for labels in epochs])
     device = resolve_device(run.config.device)
     model = load_model(run, device)
-    turned = []
-    for g in range(P4M.order):
+    turned = [run.final_assignments[rows].tolist()]
+    for g in range(1, P4M.order):
         acted = np.ascontiguousarray(P4M.act_on_grid(torch.from_numpy(np.array(images)), g).numpy())
         turned.append(assign(run, extract(model, acted, device=device)).tolist())
     table = enrichment.enrichment(run.final_assignments, known)
@@ -245,7 +247,7 @@ def html(content: Mapping[str, Any]) -> str:
         "TITLE": html_module.escape(f"Explorer: {content['label']}"),
         "BOKEH": Resources(mode="inline", components=["bokeh"]).render_js(),
         "DATA": _script_json(payload),
-        "PLOTS": _script_json(plots),
+        "PLOTS": _renumbered(_script_json(plots)),
     }
     page = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
     head, *rest = page.split("{{")
@@ -254,6 +256,12 @@ def html(content: Mapping[str, Any]) -> str:
         name, tail = piece.split("}}", 1)
         found += [parts[name.strip()], tail]
     return "".join(found)
+
+
+def _renumbered(plots: str) -> str:
+    """Bokeh counts its models through the life of a process; numbered from 1 the same page has the same bytes."""
+    ids: dict[str, str] = {}
+    return re.sub(r'"p\d+"', lambda found: ids.setdefault(found.group(), f'"p{len(ids) + 1}"'), plots)
 
 
 def _script_json(value: Any) -> str:

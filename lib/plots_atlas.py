@@ -77,7 +77,7 @@ def _page(images: np.ndarray, clusters: Sequence[Cluster], n_images: int, title:
         shown = [cluster.mean, images[cluster.medoid], *(images[i] for i in cluster.nearest)]
         for x, image in zip(starts, shown, strict=False):
             axes = figure.add_axes((x / width, bottom, side / width, side / height))
-            axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
+            axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="none")  # SVG keeps the 64 x 64 pixels
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(visible=x == starts[1], color=PALETTE[1], linewidth=1.4)
         middle = bottom + side / 2 / height

@@ -130,8 +130,11 @@ class Browser:
 
     def click(self, selector):
         """Click in the middle of an element, scrolled into view."""
-        code = "(e => {e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2];})"
-        self.point(*self.evaluate(f"{code}(document.querySelector({json.dumps(selector)}))"), press=True)
+        code = f"""(() => {{ const e = document.querySelector({json.dumps(selector)});
+          e.scrollIntoView({{block: 'center'}});
+          const r = e.getBoundingClientRect();
+          return [r.x + r.width / 2, r.y + r.height / 2]; }})()"""
+        self.point(*self.evaluate(code), press=True)
 
     def choose(self, selector, value):
         """Set a select or a range, as a user does."""

@@ -102,7 +102,7 @@ def test_every_cluster_is_on_one_page(rows, pages):
 
 
 def test_a_page_is_saved_with_the_same_bytes(tmp_path):
-    images, table = make_phantoms(40, 0)
+    images = make_phantoms(40, 0)[0]
     rng = np.random.default_rng(0)
     clusters = atlas.atlas(images, rng.normal(size=(40, 4)), np.arange(40) % 3, {}, n_nearest=3)
     for name in ("a", "b"):
