@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import subprocess
 import time
 
 import numpy as np
@@ -16,6 +17,7 @@ from lib.groups import P4M
 from tests import browser, finished
 
 LABEL = "synthetic phantom, 72 images"
+NAMES = ("phantom", "nih-sample")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,18 @@ def test_the_page_is_one_file_with_notice_and_attribution(content, tmp_path):
     assert str(tmp_path) not in text
 
 
+def test_git_ignores_the_page():
+    """It holds every X-ray that it shows."""
+    command = ["git", "-C", str(paths.ROOT), "check-ignore", "--no-index", "--quiet"]
+    try:
+        status = {name: subprocess.run([*command, f"figures/{name}/explorer.html"], stderr=subprocess.DEVNULL).returncode for name in NAMES}
+    except OSError:
+        pytest.skip("no git")
+    if 128 in status.values():
+        pytest.skip("not in a git checkout")
+    assert status == dict.fromkeys(NAMES, 0)
+
+
 def test_names_in_the_data_cannot_become_markup(content):
     evil = "</script><img src=x onerror=alert(1)><!--"
     page = explorer.html({**content, "ids": [evil, *content["ids"][1:]], "label": evil})
@@ -192,6 +206,24 @@ def place_on_screen(page, x, y):
       const s = v.el.getBoundingClientRect();
       return [s.x + v.frame.x_scale.compute({x}), s.y + v.frame.y_scale.compute({y})]; }})()"""
     return page.evaluate(code)
+
+
+@needs_browser
+def test_images_of_which_nothing_is_known(study, tmp_path):
+    pytest.importorskip("websocket")
+    images, metadata, found = study
+    bare = metadata[["image_id"]].assign(patient_id="", findings="", view_position="")
+    content = explorer.gather(images, bare, {"alexnet": found["alexnet"]}, "own images, 72 images", data.FOLDER_ATTRIBUTION)
+    assert content["arms"][0]["q"] == {}
+    path = explorer.save(content, tmp_path / "explorer.html")
+    with browser.Browser() as opened:
+        opened.open(path.as_uri())
+        opened.wait(READY)
+        for color in ("findings", "view", "patient", "cluster"):
+            opened.choose("#color", color)
+        assert opened.text("#about-findings") == "No findings are known of these images."
+        assert "findings not known" in opened.text("#facts")
+        assert opened.errors == []
 
 
 @needs_browser
@@ -349,9 +381,11 @@ def test_the_keyboard_does_what_the_mouse_does(page, content):
     assert page.evaluate("explorer.state.arm") == 1
     present = sorted(set(content["arms"][1]["epochs"][-1]))
     now = page.evaluate("explorer.state.cluster")
-    page.key("ArrowDown")
+    page.key("c")
     assert page.evaluate("explorer.state.cluster") == present[(present.index(now) + 1) % len(present)]
     assert page.text("#live").startswith("Cluster ")
+    page.key("C")
+    assert page.evaluate("explorer.state.cluster") == now
     names = page.evaluate(
         "[...document.querySelectorAll('button, select, input')].filter((e) => !(e.ariaLabel || e.innerText || e.labels?.length)).length"
     )
