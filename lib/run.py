@@ -50,6 +50,8 @@ A second call skips what is done with the same parameters.
   --restart                   compute anew what is already done, too
   --test [ARG ...]            run the checks, the tests and all notebooks; ARGs go to pytest, which then runs the tests alone
   --study [ARG ...]           train every arm and control with more seeds, and compare them (ARGs: python -m lib.study --help)
+  --reuse RUN                 with --data PATH: assign your X-rays to the clusters of a finished run, such as phantom/p4m/seed0, without
+                              training (more options: python -m lib.reuse --help)
   --help                      show this text
 
 Environment variables:
@@ -89,6 +91,7 @@ class Options:
     fit: str | None = None
     drop_outliers: bool = False
     study: tuple[str, ...] | None = None
+    reuse: tuple[str, ...] | None = None
     nproc: int | None = None
 
 
@@ -149,6 +152,8 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
     argv, test = list(argv), None
     if argv[:1] == ["--study"]:
         return Options(study=tuple(argv[1:]))
+    if "--reuse" in argv and "--test" not in argv:
+        return Options(reuse=tuple(argv))
     if "--test" in argv:
         split = argv.index("--test")
         argv, test = argv[:split], tuple(argv[split + 1 :])
@@ -334,8 +339,8 @@ def fingerprint(notebook: Path, parameters: dict[str, Any], source_state: Any, u
     """
     lib = [
         path.read_text(encoding="utf-8")
-        for path in sorted((ROOT / "lib").glob("*.[pc]*"))
-        if path.suffix in {".py", ".c"} and path.name != "run.py"
+        for path in sorted((ROOT / "lib").glob("*.[pch]*"))
+        if path.suffix in {".py", ".c", ".html"} and path.name != "run.py"
     ]
     own = read_parameters(notebook)
     not_results = {"restart", "nproc"}  # a run is the same run, to rounding, with any number of processes
@@ -690,6 +695,10 @@ def main(argv: Sequence[str] | None = None, check_only: bool = False) -> int:
             from lib import study
 
             return study.main(options.study)
+        if options.reuse is not None:
+            from lib import reuse
+
+            return reuse.main(options.reuse)
         if options.test is not None:
             return 0 if run_tests(options.test) else 1
         run(options)
