@@ -79,3 +79,15 @@ def test_the_layers_of_the_example_do_what_it_says():
     scope["images"] = torch.rot90(images.flip(3), 1, (2, 3))
     moved = scope["group_max_pool"](scope["norm"](scope["conv"](scope["pool"](scope["lift"](scope["images"]))))).mean((2, 3))
     torch.testing.assert_close(moved, scope["features"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_lines_for_a_finished_run_work(tmp_path):
+    np = pytest.importorskip("numpy")
+    from lib.deepcluster import TrainConfig, fit
+
+    images = np.random.default_rng(0).integers(0, 256, (24, 64, 64), dtype=np.uint8)
+    fit(images, TrainConfig("p4m", n_clusters=3, pca_dim=4, epochs=0, width=(2, 2, 4), device="cpu"), tmp_path / "run", progress=False)
+    code = re.search(r"```python\n(from lib import reuse.*?)```", README, re.DOTALL).group(1)
+    scope = {"images": images}
+    exec(code.replace("data/runs/phantom/p4m/seed0", (tmp_path / "run").as_posix()), scope)
+    assert len(scope["assignments"]) == len(scope["embedding"]) == 24
