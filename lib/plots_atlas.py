@@ -12,7 +12,7 @@ from lib.atlas import Cluster
 from lib.plots import COLUMN_INCHES, DARK, GRAY, PALETTE, _finish, style
 
 ROWS = 20  # a page is then about 11 inches high
-ROW_INCHES, HEAD_INCHES, FOOT_INCHES = 0.52, 0.42, 0.36
+ROW_INCHES, HEAD_INCHES, FOOT_INCHES = 0.52, 0.42, 0.42
 MOST_FINDINGS = 3
 
 
