@@ -26,6 +26,7 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 from PIL import Image
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from lib import atlas, enrichment
 from lib.data import FINDINGS, finding_matrix
@@ -127,7 +128,8 @@ def _arm(
     epochs = atlas.follow(np.vstack([run.assignments, run.final_assignments[None]]))
     points = embedding[rows].astype(np.float64)
     perplexity = min(30, (len(rows) - 1) / 3)
-    map_ = TSNE(perplexity=perplexity, init="pca" if points.shape[1] > 1 else "random", random_state=seed).fit_transform(points)
+    with threadpool_limits(1, user_api="openmp"):  # on one thread the same on every machine, and no waiting for a busy core each step
+        map_ = TSNE(perplexity=perplexity, init="pca" if points.shape[1] > 1 else "random", random_state=seed).fit_transform(points)
     map_ -= (map_.max(axis=0) + map_.min(axis=0)) / 2
     map_ /= np.abs(map_).max() or 1.0
     distance = np.stack([_distance(embedding, labels)[rows] for labels in epochs])
