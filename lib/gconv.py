@@ -143,7 +143,8 @@ class GroupConv(nn.Module):
         compiled = gkernel.available()
         if self.lifting:
             return compiled and self.out_channels >= 32
-        return min(self.in_channels, self.out_channels) >= (8 if compiled else 32)
+        # with the kernel, 3 -> 6 fields take 0.9 of the dense step's time and 2 -> 4 take 1.5
+        return self.in_channels * self.out_channels >= 16 if compiled else min(self.in_channels, self.out_channels) >= 32
 
     def extra_repr(self) -> str:
         return (
