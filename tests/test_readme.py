@@ -17,7 +17,7 @@ def test_result_at_a_glance_is_the_committed_result():
 
 
 def test_claims_at_a_glance_are_the_committed_claims():
-    stored = [paths.load_json(paths.ROOT / "figures" / name / "claims.json") for name in ("nih-sample-study", "phantom-study")]
+    stored = [paths.load_json(paths.ROOT / "figures" / name / "claims.json") for name in ("nih-sample-study", "phantom")]
     assert all(list(claims.validate(result)) == [] for result in stored)
     assert f"<!-- claims -->\n{claims.glance(stored)}\n<!-- /claims -->" in README
 
