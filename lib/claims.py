@@ -51,8 +51,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Faster convergence",
         "the P4M network stabilises clustering early in training",
         "NMI(t, t-1) shows that a network agrees with itself, not that it agrees with anything real: a network that learns nothing, or "
-        "fixed "
-        "labels that mean nothing, can be settled from the start. The controls stand in the same figure.",
+        "fixed labels that mean nothing, can be settled from the start. The controls stand in the same figure.",
     ),
     Claim(
         "stability",
@@ -65,8 +64,7 @@ CLAIMS: tuple[Claim, ...] = (
         "More structured representations",
         "clusters are more clearly separated in t-SNE maps",
         "Silhouette and Davies-Bouldin reward round clusters in their own space, whatever they are made of, and look better in a space "
-        "of fewer "
-        "dimensions, which a network with fewer features than PCA components has. A map depends on perplexity and start.",
+        "of fewer dimensions, which a network with fewer features than PCA components has. A map depends on perplexity and start.",
     ),
     Claim(
         "transfer",
@@ -80,8 +78,8 @@ CLAIMS: tuple[Claim, ...] = (
         "No augmentation required",
         "robustness to rotation comes from the architecture instead of augmented images",
         "Under quarter turns and mirrors of the square a P4M code cannot change, by construction, so these do not decide; turns off the "
-        "lattice "
-        "do. A clustering with one cluster keeps every image: read the AMI beside the share. Invariance has a price: see laterality.",
+        "lattice do. A clustering with one cluster keeps every image: read the AMI beside the share. Invariance has a price: see "
+        "laterality.",
     ),
 )
 
@@ -333,14 +331,11 @@ def rule() -> str:
     """The rule in words, as `verdict` applies it."""
     return (
         "For each claim one measure was chosen beforehand, and for it the smallest difference that would matter. Differences between two "
-        "arms "
-        "are taken seed by seed; positive speaks for the claim. Student's t on them gives a 95 % interval and p (for the probe, the "
-        "chance of "
-        f"the test patients is added by a bootstrap over patients); p is corrected over the {len(CLAIMS)} claims (Holm). Supported: "
-        f"corrected p "
-        f"at most {ALPHA:g}, in favour, and the interval reaches the smallest difference that matters. Reversed: the same against. Not "
-        "supported: neither, and the whole interval lies below the smallest difference that matters. Undecided at this n: all else, and "
-        f"whatever has fewer than {LEAST_SEEDS} seeds."
+        "arms are taken seed by seed; positive speaks for the claim. Student's t on them gives a 95 % interval and p (for the probe, the "
+        f"chance of the test patients is added by a bootstrap over patients); p is corrected over the {len(CLAIMS)} claims (Holm). "
+        f"Supported: corrected p at most {ALPHA:g}, in favour, and the interval reaches the smallest difference that matters. Reversed: "
+        "the same against. Not supported: neither, and the whole interval lies below the smallest difference that matters. Undecided at this "
+        f"n: all else, and whatever has fewer than {LEAST_SEEDS} seeds."
     )
 
 

@@ -25,6 +25,7 @@ from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 from scipy import ndimage
 
+from lib import phantom
 from lib.paths import atomic_write
 
 COLUMN_INCHES = {1: 3.4, 2: 7.0}
@@ -33,10 +34,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 ARM_TITLES = {"alexnet": "AlexNet, rotation augmentation", "p4m": "P4M, no augmentation"}
 GRAY, LIGHT, DARK = "#767676", "#D0D0D0", "#333333"
 NO_FINDING = "No Finding"
-FINDINGS = (
-    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia", "Infiltration"),
-    *("Mass", "Nodule", "Pleural_Thickening", "Pneumonia", "Pneumothorax", NO_FINDING),
-)
+FINDINGS = (*phantom.FINDINGS, NO_FINDING)
 
 _RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs on every machine

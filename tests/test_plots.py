@@ -16,6 +16,7 @@ from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
 
 from lib import paths, plots
+from tests.drawing import drawn_texts
 
 LABEL = "synthetic phantom, 2,000 images"
 PUBLISHED_DIR = paths.ROOT / "data" / "published"
@@ -99,22 +100,8 @@ def test_figure_names_its_dataset_and_nothing_is_cut_off_or_overlaps(name, monke
     assert isinstance(figure, Figure)
     assert LABEL in said(figure)
     assert figure.get_figwidth() in plots.COLUMN_INCHES.values()
-    drawn, draw = {}, Text.draw
-
-    def note(text, renderer):
-        if text.get_visible() and text.get_text().strip():  # an axis also keeps labels of ticks beyond its ends, which it does not draw
-            drawn[text] = text.get_window_extent(renderer)
-        draw(text, renderer)
-
-    monkeypatch.setattr(Text, "draw", note)
-    with plots.style():
-        figure.draw_without_rendering()
-    frame, shown = figure.bbox.padded(1), list(drawn.items())
+    shown = list(drawn_texts(figure, monkeypatch).items())
     assert len(shown) > 5
-    for text, box in shown:
-        inside = frame.x0 <= box.x0 <= box.x1 <= frame.x1 and frame.y0 <= box.y0 <= box.y1 <= frame.y1
-        assert inside, f"cut off: {text.get_text()!r}"
-        assert text.get_fontsize() >= 5.5, f"too small: {text.get_text()!r}"
     for (a, box_a), (b, box_b) in itertools.combinations(shown, 2):
         assert not box_a.padded(-0.5).overlaps(box_b.padded(-0.5)), f"overlap: {a.get_text()!r} and {b.get_text()!r}"
 

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.text import Text
 
 from lib import phantom, plots, plots_data, texture
+from tests.drawing import drawn_texts
 
 LABEL = "synthetic phantom, 60 images"
 IMAGES, TABLE = phantom.make_phantoms(60, 0)
@@ -36,22 +37,7 @@ def test_names_its_dataset_and_cuts_nothing_off(name, monkeypatch):
     assert any(LABEL in text for text in texts(figure))
     assert figure.get_figwidth() in plots.COLUMN_INCHES.values()
     assert figure.get_figheight() < 8
-    drawn, draw = {}, Text.draw
-
-    def note(text, renderer):
-        if text.get_visible() and text.get_text().strip():  # an axis also keeps labels of ticks beyond its ends, which it does not draw
-            drawn[text] = text.get_window_extent(renderer)
-        draw(text, renderer)
-
-    monkeypatch.setattr(Text, "draw", note)
-    with plots.style():
-        figure.draw_without_rendering()
-    frame = figure.bbox.padded(1)
-    assert drawn
-    for text, box in drawn.items():
-        inside = frame.x0 <= box.x0 <= box.x1 <= frame.x1 and frame.y0 <= box.y0 <= box.y1 <= frame.y1
-        assert inside, f"cut off: {text.get_text()!r}"
-        assert text.get_fontsize() >= 5.5, f"too small: {text.get_text()!r}"
+    drawn_texts(figure, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["cooccurrence", "brightness"])
