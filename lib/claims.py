@@ -334,8 +334,8 @@ def rule() -> str:
         "arms are taken seed by seed; positive speaks for the claim. Student's t on them gives a 95 % interval and p (for the probe, the "
         f"chance of the test patients is added by a bootstrap over patients); p is corrected over the {len(CLAIMS)} claims (Holm). "
         f"Supported: corrected p at most {ALPHA:g}, in favour, and the interval reaches the smallest difference that matters. Reversed: "
-        "the same against. Not supported: neither, and the whole interval lies below the smallest difference that matters. Undecided at this "
-        f"n: all else, and whatever has fewer than {LEAST_SEEDS} seeds."
+        "the same against. Not supported: neither, and the whole interval lies below the smallest difference that matters. Undecided at "
+        f"this n: all else, and whatever has fewer than {LEAST_SEEDS} seeds."
     )
 
 
