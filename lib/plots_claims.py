@@ -250,7 +250,7 @@ def enrichment_maps(
         axes.plot(columns, rows, linestyle="", marker="o", color=DARK, markersize=2)
         axes.set_title(titles.get(arm, arm))
         axes.set_xticks(range(len(clusters)), [str(size[c]) for c in clusters], rotation=90, fontsize=5.5)
-        axes.set_xlabel(f"{len(clusters)} of {len(size)} clusters, with their numbers of images")
+        axes.set_xlabel(f"{len(clusters)} of {len(size)} clusters (images in each)")
         axes.set_yticks(range(len(properties)), [name.replace("_", " ") for name in properties])
         boundary = sum(kinds[name] == kinds[properties[0]] for name in properties)
         axes.axhline(boundary - 0.5, color=DARK, linewidth=1)
