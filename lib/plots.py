@@ -113,7 +113,9 @@ def show_in_notebooks(dpi: int = 90, colors: int = 64) -> None:
     def png(figure: Figure) -> bytes:
         drawn, small = io.BytesIO(), io.BytesIO()
         figure.savefig(drawn, format="png", dpi=dpi)
-        Image.open(drawn).convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+        # Pillow's default cuts by numbers of pixels and gives the gray of letters the palette; thin coloured lines then lose their colour
+        few = Image.open(drawn).convert("RGB").quantize(colors, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        few.save(small, format="png", optimize=True)
         return small.getvalue()
 
     shell.display_formatter.formatters["image/png"].for_type(Figure, png)

@@ -1,15 +1,19 @@
 """Figures: what they say, that nothing is cut off, and that the same data give the same bytes."""
 
+import builtins
 import hashlib
+import io
 import itertools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -373,3 +377,14 @@ def test_published_numbers_are_the_facts():
     chance, generator = numbers["chance"], np.random.default_rng(0)
     random = generator.integers(chance["n_clusters"], size=(2, chance["n_images"]))
     assert normalized_mutual_info_score(*random) == pytest.approx(chance["nmi_of_two_random_assignments"], abs=0.002)
+
+
+def test_thin_lines_keep_their_colours_in_notebooks(monkeypatch):
+    kept = {}
+    formatters = {"image/png": SimpleNamespace(for_type=lambda kind, png: kept.update({kind: png}))}
+    shell = SimpleNamespace(display_formatter=SimpleNamespace(formatters=formatters))
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    plots.show_in_notebooks()
+    pixels = np.asarray(Image.open(io.BytesIO(kept[Figure](FIGURES["nmi"]()))).convert("RGB")).reshape(-1, 3).astype(int)
+    for color in plots.PALETTE[:2]:
+        assert np.abs(pixels - 255 * np.array(to_rgb(color))).max(axis=1).min() <= 24, color
