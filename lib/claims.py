@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
+from scipy.special import expit
 
-from lib.metrics import multilabel_scores, seed_interval
+from lib.markdown import number, span, table
+from lib.metrics import multilabel_scores, roc_curves, seed_interval
+from lib.schema import FLAG, NUMBER, TEXT, WHOLE, problems
 
 FORMAT = 1  # of claims.json
 ALPHA = 0.05
@@ -399,7 +402,7 @@ def patient_se(
             return weights @ scores[measure.scores] / weights.sum(axis=1)
         log_odds = scores["findings"]
         if probabilities:
-            log_odds = 1 / (1 + np.exp(-np.clip(log_odds, -50, 50)))
+            log_odds = expit(log_odds)
         return multilabel_scores(log_odds, targets[tested], weights, micro=probabilities)[measure.key]
 
     samples = []
@@ -552,14 +555,12 @@ def assemble(
         "missing": list(missing),
         "details": dict(details),
     }
-    problems = list(validate(result))
-    if problems:
-        raise ValueError(f"claims.json would not fit its schema: {'; '.join(problems[:5])}")
+    misfits = list(validate(result))
+    if misfits:
+        raise ValueError(f"claims.json would not fit its schema: {'; '.join(misfits[:5])}")
     return result
 
 
-NUMBER, TEXT, WHOLE, FLAG = "number", "text", "whole number", "true or false"
-# a list stands for a list of such; {"*": x} for any keys with such values; (x, None) for x or null; "?" at the end of a key: may be missing
 _INTERVAL = {"mean": NUMBER, "low": (NUMBER, None), "high": (NUMBER, None)}
 SCHEMA: dict[str, Any] = {
     "format": WHOLE,
@@ -617,62 +618,16 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def validate(value: Any, schema: Any = None, where: str = "claims") -> Iterator[str]:
-    """Problems of claims.json against `SCHEMA`, one line each; none if it fits. NaN counts as null, which JSON makes of it."""
-    schema = SCHEMA if schema is None else schema
-    if schema == "anything":
-        return
-    if isinstance(schema, tuple) and None in schema:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return
-        schema = schema[0]
-    if isinstance(schema, tuple):
-        if value not in schema:
-            yield f"{where} is {value!r}, not one of {', '.join(schema)}"
-    elif isinstance(schema, list):
-        if not isinstance(value, list | tuple):
-            yield f"{where} is {type(value).__name__}, not a list"
-            return
-        for index, item in enumerate(value):
-            yield from validate(item, schema[0], f"{where}[{index}]")
-    elif isinstance(schema, dict):
-        if not isinstance(value, Mapping):
-            yield f"{where} is {type(value).__name__}, not an object"
-        elif "*" in schema:
-            for key, item in value.items():
-                yield from validate(item, schema["*"], f"{where}.{key}")
-        else:
-            names = {key.removesuffix("?"): part for key, part in schema.items()}
-            yield from (f"{where}.{key} is unknown" for key in value if key not in names)
-            yield from (f"{where}.{key} is missing" for key in schema if not key.endswith("?") and key not in value)
-            for key, part in names.items():
-                if key in value:
-                    yield from validate(value[key], part, f"{where}.{key}")
-    else:
-        kinds = {TEXT: str, FLAG: bool, WHOLE: int | np.integer, NUMBER: int | float | np.number}
-        fits = isinstance(value, kinds[schema]) and (schema == FLAG or not isinstance(value, bool))
-        if not fits or (schema == NUMBER and not math.isfinite(value)):
-            yield f"{where} is {value!r}, not a {schema}"
+def validate(result: Any) -> Iterator[str]:
+    """Problems of claims.json against `SCHEMA`, one line each; none if it fits."""
+    return problems(result, SCHEMA, "claims")
 
 
 # --- text -------------------------------------------------------------------------------------------------------------------------
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
 def _p(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "–" if low is None or not math.isfinite(low) else f"{low:.3f} to {high:.3f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def verdict_text(entry: Mapping[str, Any]) -> str:
@@ -694,12 +649,12 @@ def verdict_table(result: Mapping[str, Any], comparison: Mapping[str, Any] | Non
             [
                 claim["title"],
                 measures[decided["measure"]]["title"],
-                _number(entry.get("treatment")),
-                _number(entry.get("reference")),
-                _number(entry.get("mean")),
-                _interval(entry.get("low"), entry.get("high")),
+                number(entry.get("treatment")),
+                number(entry.get("reference")),
+                number(entry.get("mean")),
+                span(entry.get("low"), entry.get("high")),
                 _p(entry.get("p_holm")),
-                _number(entry.get("hedges_g"), 1),
+                number(entry.get("hedges_g"), 1),
                 f"**{verdict_text(decided)}**",
             ]
         )
@@ -710,7 +665,7 @@ def verdict_table(result: Mapping[str, Any], comparison: Mapping[str, Any] | Non
         arms[comparison["reference"]]["title"],
     ]
     header += ["difference, positive speaks for the claim", "95 %", "p, corrected", "g", "verdict"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def glance(results: Sequence[Mapping[str, Any]]) -> str:
@@ -723,13 +678,13 @@ def glance(results: Sequence[Mapping[str, Any]]) -> str:
             comparison = result["comparisons"][0]
             decided = comparison["verdicts"][index]
             entry = next(e for e in comparison["measures"] if e["measure"] == decided["measure"])
-            numbers = f"{_number(entry.get('treatment'))} / {_number(entry.get('reference'))}"
+            numbers = f"{number(entry.get('treatment'))} / {number(entry.get('reference'))}"
             cells.append(
-                f"**{verdict_text(decided)}**: {numbers}; {_number(entry.get('mean'))} ({_interval(entry.get('low'), entry.get('high'))})"
+                f"**{verdict_text(decided)}**: {numbers}; {number(entry.get('mean'))} ({span(entry.get('low'), entry.get('high'))})"
             )
         rows.append([f"{claim['title']}: {claim['page']}", measures[decided["measure"]]["title"], *cells])
     heads = [f"{r['dataset_label']}, {len(r['comparisons'][0]['seeds'])} seeds" for r in results]
-    return _table(["the page's finding", "measure, fixed beforehand", *heads], rows)
+    return table(["the page's finding", "measure, fixed beforehand", *heads], rows)
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
@@ -744,7 +699,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
             if not entry["seeds"]:
                 found.append(f"{claim['title']}: cannot be measured {where}.")
                 continue
-            numbers = f"{_number(entry['treatment'])} ({names[0]}) against {_number(entry['reference'])} ({names[1]})"
+            numbers = f"{number(entry['treatment'])} ({names[0]}) against {number(entry['reference'])} ({names[1]})"
             numbers += f", n = {entry['n']} seed{'s' * (entry['n'] != 1)}"
             ending = {
                 "supported": "the claim holds here",
@@ -787,7 +742,7 @@ def markdown(result: Mapping[str, Any], command: str = "") -> str:
         ]
         for a in result["arms"].values()
     ]
-    blocks.append("## Arms\n\n" + _table(header, rows))
+    blocks.append("## Arms\n\n" + table(header, rows))
     blocks.append(
         "Parameters of the body, without the top layer; FLOPs of one image's features, group convolutions computed densely. Matched: "
         "images, "
@@ -810,19 +765,19 @@ def markdown(result: Mapping[str, Any], command: str = "") -> str:
         rows = [
             [
                 titles[e["measure"]] + (" **(decides)**" if e["primary"] else ""),
-                _number(e.get("treatment")),
-                _number(e.get("reference")),
-                _number(e.get("mean")),
-                _interval(e.get("low"), e.get("high")),
+                number(e.get("treatment")),
+                number(e.get("reference")),
+                number(e.get("mean")),
+                span(e.get("low"), e.get("high")),
                 _p(e.get("p")),
                 _p(e.get("sign_flip_p")),
-                _number(e.get("hedges_g"), 1),
+                number(e.get("hedges_g"), 1),
             ]
             for e in comparison["measures"]
             if e["seeds"]
         ]
         header = ["measure", a, b, "difference", "95 %", "p", "sign-flip p", "g"]
-        blocks.append(f"## {a} against {b}: {comparison['purpose']}\n\n{note} Verdicts: {verdicts}.\n\n{_table(header, rows)}")
+        blocks.append(f"## {a} against {b}: {comparison['purpose']}\n\n{note} Verdicts: {verdicts}.\n\n{table(header, rows)}")
     return "\n\n".join(blocks) + "\n"
 
 
@@ -838,15 +793,42 @@ def measure_table(result: Mapping[str, Any], columns: Mapping[str, str], arms: S
             continue
         cells = []
         for key in columns:
-            number = entry["measures"].get(key)
-            text = "–" if number is None else _number(number["mean"], digits)
-            if number is not None and number["n"] >= LEAST_SEEDS:  # an interval from two seeds covers anything
-                text += f" ({number['low']:.{digits}f} to {number['high']:.{digits}f})"
+            found = entry["measures"].get(key)
+            text = number(found and found["mean"], digits)
+            if found is not None and found["n"] >= LEAST_SEEDS:  # an interval from two seeds covers anything
+                text += f" ({span(found['low'], found['high'], digits)})"
             cells.append(text)
         rows.append([entry["title"], *cells, str(len(entry["seeds"]))])
     if not rows:
         return "No run has these numbers."
-    return _table(["arm", *columns.values(), "seeds"], rows)
+    return table(["arm", *columns.values(), "seeds"], rows)
+
+
+def roc(
+    scores: Mapping[int, Mapping[str, np.ndarray]], targets: np.ndarray, false_positive_rates: np.ndarray
+) -> dict[str, list[float]] | None:
+    """ROC curves of an arm's probe of findings, true positive rates averaged over its seeds.
+
+    Parameters
+    ----------
+    scores : mapping of seed to answers
+        As `lib.measures.scores_of` gives them.
+    targets : (N, 14) bool
+    false_positive_rates : (m,) float
+
+    Returns
+    -------
+    dict or None
+        ``macro``, ``micro``, see `lib.metrics.roc_curves`; None without answers.
+    """
+    found = [
+        roc_curves(expit(answers["findings"]), targets[answers["labelled_test"]], false_positive_rates)
+        for answers in scores.values()
+        if "findings" in answers
+    ]
+    if not found:
+        return None
+    return {name: np.mean([curves[name] for curves in found], axis=0).tolist() for name in ("macro", "micro")}
 
 
 def mean_curves(details: Mapping[str, Mapping[int, Mapping[str, Any]]], part: str) -> dict[str, dict[str, list[float | None]]]:
@@ -860,6 +842,6 @@ def mean_curves(details: Mapping[str, Mapping[int, Mapping[str, Any]]], part: st
         for key in curves[0]:
             stacked = np.array([[math.nan if v is None else v for v in curve[key]] for curve in curves], dtype=float)
             known = ~np.isnan(stacked)
-            sums, number = np.where(known, stacked, 0).sum(axis=0), known.sum(axis=0)
-            found[arm][key] = [float(a / b) if b else None for a, b in zip(sums, number, strict=True)]
+            sums, counts = np.where(known, stacked, 0).sum(axis=0), known.sum(axis=0)
+            found[arm][key] = [float(a / b) if b else None for a, b in zip(sums, counts, strict=True)]
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from lib.data import finding_matrix, label_combinations
 from lib.deepcluster import cluster
 from lib.features import extract, normalise
 from lib.runs import Run, TrainConfig, assign, embed, load_model
+from lib.schema import ANYTHING, FLAG, NUMBER, TEXT, WHOLE, problems
 
 SYMMETRIES = tuple((mirrored, turns) for mirrored in (False, True) for turns in range(4))
 ANGLES = (15.0, 30.0, 45.0, 60.0, 75.0)
@@ -149,3 +151,60 @@ def evaluate_symmetry(run: Run, images: np.ndarray, sample: int = 256, seed: int
         "free": float(free.mean()),
         "n": len(chosen),
     }
+
+
+_MAYBE = (NUMBER, None)
+_PROBE = {
+    **dict.fromkeys(("accuracy", "low", "high", "majority", "chance"), NUMBER),
+    **dict.fromkeys(("n_classes", "n_train", "n_test", "unseen"), WHOLE),
+    "converged": FLAG,
+}
+_AUROC = {
+    **dict.fromkeys(("mean", "low", "high"), _MAYBE),
+    **{key: [_MAYBE] for key in ("per_finding", "per_finding_low", "per_finding_high")},
+    "n_findings": WHOLE,
+    "converged": FLAG,
+}
+_TRAINING = {
+    **{
+        f"{name}?": NUMBER
+        for name in ("nmi_final", "ami_final", "nmi_chance", "nmi_sd", "loss_increase_size", "loss_final", "largest_cluster")
+    },
+    **{f"{name}?": WHOLE for name in ("loss_increases", "clusters_used")},
+    "converged_at?": _MAYBE,
+}
+SCHEMA: dict[str, Any] = {
+    **dict.fromkeys(("dataset", "dataset_label", "attribution"), TEXT),
+    **dict.fromkeys(("n_images", "n_patients", "n_test", "n_clusters"), WHOLE),
+    "seeds": [WHOLE],
+    "arms": {
+        "*": {
+            "parameters": WHOLE,
+            "config": {"*": ANYTHING},  # as lib.runs.TrainConfig
+            "seeds": {
+                "*": {
+                    "features": {
+                        "clusters": (_PROBE, None),
+                        "label_combinations": (_PROBE, None),
+                        "findings": (_AUROC, None),
+                        "labels": (dict.fromkeys(("nmi", "ami", "nmi_permuted"), NUMBER), None),
+                        "structure": dict.fromkeys(("silhouette", "davies_bouldin"), _MAYBE),
+                    },
+                    "training?": _TRAINING,
+                    "symmetry?": {
+                        "symmetries": [NUMBER],
+                        "angles": {"*": NUMBER},
+                        **dict.fromkeys(("lattice", "free"), NUMBER),
+                        "n": WHOLE,
+                    },
+                    "ln_k?": NUMBER,
+                }
+            },
+        }
+    },
+}
+
+
+def validate(results: Any) -> Iterator[str]:
+    """Problems of results.json against `SCHEMA`, one line each; none if it fits."""
+    return problems(results, SCHEMA, "results")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import expit
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
@@ -321,17 +322,13 @@ def _transfer(
     }
     targets = finding_matrix(metadata["findings"])
     log_odds = metrics.finding_scores(features, targets, train, test, **options)
-    averages = {name: value[0] for name, value in metrics.multilabel_scores(_logistic(log_odds), targets[test]).items()}
+    averages = {name: value[0] for name, value in metrics.multilabel_scores(expit(log_odds), targets[test]).items()}
     guess = np.where(np.isnan(log_odds), np.nan, metrics.prevalence_guess(targets, train, test))
     blind = metrics.multilabel_scores(guess, targets[test])
     for name in ("auroc_macro", "auroc_micro", "ap_macro", "ap_micro"):
         values[name], values[f"{name}_prevalence"] = float(averages[name]), float(blind[name][0])
     details["findings"] = {"auroc": averages["auroc"], "ap": averages["ap"], "prevalence": targets[test].mean(axis=0)}
     return scores | {"labelled_test": test, "combinations": right, "findings": log_odds}
-
-
-def _logistic(log_odds: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(log_odds, -50, 50)))
 
 
 def _micro(probabilities: np.ndarray, targets: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import trustworthiness as sklearn_trustworthiness
-from sklearn.metrics import adjusted_mutual_info_score, davies_bouldin_score, normalized_mutual_info_score, silhouette_score
+from sklearn.metrics import adjusted_mutual_info_score, davies_bouldin_score, normalized_mutual_info_score, roc_curve, silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
@@ -498,6 +498,40 @@ def prevalence_guess(targets: np.ndarray, train: ArrayLike, test: ArrayLike) -> 
     """Probabilities (n_test, F) of a guess that looks at no image: each label's share of the training images, the same for all."""
     targets = np.asarray(targets)
     return np.tile(targets[train].mean(axis=0), (len(targets[test]), 1))
+
+
+def roc_curves(probabilities: np.ndarray, targets: np.ndarray, false_positive_rates: np.ndarray) -> dict[str, np.ndarray]:
+    """ROC curves averaged over F labels, macro and micro.
+
+    Macro: the mean over labels of the true positive rate at the same false positive rate (vertical averaging, Fawcett 2006, section 8);
+    its area is the macro AUROC. Micro: the curve of all image-label pairs. What was said of `multilabel_scores` holds for both.
+
+    Parameters
+    ----------
+    probabilities : (n, F) float
+        Comparable between labels; a column with NaN is left out, and one whose targets are all equal, too.
+    targets : (n, F) bool
+    false_positive_rates : (m,) float
+        In [0, 1], ascending: where the curves are read, with straight lines between thresholds.
+
+    Returns
+    -------
+    dict
+        ``macro``, ``micro``: true positive rates (m,); NaN where no label can be told.
+    """
+    targets = np.asarray(targets)
+    both = targets.any(axis=0) & ~targets.all(axis=0)
+    known = np.flatnonzero(both & ~np.isnan(probabilities).any(axis=0))
+    nothing = np.full(len(false_positive_rates), np.nan)
+    if not len(known):
+        return {"macro": nothing, "micro": nothing}
+
+    def curve(some: np.ndarray, positive: np.ndarray) -> np.ndarray:
+        false, true, _ = roc_curve(positive, some)
+        return np.interp(false_positive_rates, false, true)  # where it goes straight up, its upper end
+
+    macro = np.mean([curve(probabilities[:, label], targets[:, label]) for label in known], axis=0)
+    return {"macro": macro, "micro": curve(probabilities[:, known].ravel(), targets[:, known].ravel())}
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from lib import markdown
 from lib.plots import DARK, GRAY, LIGHT, MARKERS, PALETTE, _absent, _figure, _finish, style
 
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
@@ -140,6 +141,54 @@ def control_curves(
             axes.set_ylabel("NMI of consecutive epochs")
     more = "lines: means over seeds, bands: smallest to largest; a control that is missing was not trained"
     return _finish(figure, dataset_label, more)
+
+
+@style()
+def roc(
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
+    areas: Mapping[str, Mapping[str, float]],
+    arms: Mapping[str, Mapping[str, Any]],
+    false_positive_rates: Sequence[float],
+    dataset_label: str,
+    n_test: int,
+    most: int = 6,
+) -> Figure:
+    """ROC curves of the probe of findings, macro- and micro-averaged, beside a guess that looks at no image.
+
+    Parameters
+    ----------
+    curves : mapping of arm to mapping
+        ``macro`` and ``micro``, true positive rates at `false_positive_rates`; the arm ``guess`` is the one that looks at none.
+    areas : mapping of arm to mapping
+        ``macro`` and ``micro``, areas under the curve.
+    arms : mapping of arm to mapping
+        As ``arms`` in claims.json.
+    false_positive_rates : sequence of float
+    dataset_label : str
+    n_test : int
+        Images tested.
+    most : int
+        Curves drawn, in their order.
+    """
+    titles = {arm: entry["title"] for arm, entry in arms.items()} | {"guess": "guess: how frequent each finding is"}
+    figure = _figure(2, 4.3)
+    names = list(curves)[:most]
+    headings = {"macro": "macro: mean of the findings' curves", "micro": "micro: all image-finding pairs together"}
+    for axes, average in zip(figure.subplots(1, 2, sharey=True), headings, strict=True):
+        for arm, color, line in zip(names, PALETTE, (LINES * 2)[: len(PALETTE)], strict=False):
+            axes.plot(false_positive_rates, curves[arm][average], color=color, linestyle=line, label=markdown.number(areas[arm][average]))
+        axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="false positive rate", aspect="equal", title=headings[average])
+        axes.grid()
+        if names:
+            axes.legend(loc="lower right", fontsize=7, title="area", title_fontsize=7)
+        else:
+            _absent(axes, "no findings to test on")
+    lines = figure.axes[0].get_lines()[: len(names)]
+    if names:
+        figure.legend(lines, [titles[arm] for arm in names], loc="outside upper center", ncols=2, fontsize=7)
+    figure.axes[0].set_ylabel("true positive rate")
+    return _finish(figure, dataset_label, f"{n_test:,} test images; means over {_seeds_text(arms, names)}")
 
 
 @style()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lib import markdown
 from lib.metrics import seed_interval
 
 ARMS = {
@@ -110,20 +111,6 @@ def linear_probe_table(results: Mapping[str, Any], published: Mapping[str, Any])
     return pd.DataFrame(rows)
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _span(low: float, high: float, digits: int = 3) -> str:
-    return f"{_number(low, digits)} to {_number(high, digits)}" if math.isfinite(low) else "–"
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def linear_probe_markdown(table: pd.DataFrame, label: str) -> str:
     """Table 1 as Markdown, a block a target."""
     header = ["features", "value", "95 % over seeds", "95 % over patients", "majority", "classes", "seeds", "published"]
@@ -135,17 +122,17 @@ def linear_probe_markdown(table: pd.DataFrame, label: str) -> str:
         rows = [
             [
                 ARMS[r.arm],
-                _number(r.accuracy),
-                _span(r.seeds_low, r.seeds_high),
-                _span(r.patients_low, r.patients_high),
-                _number(r.baseline),
+                markdown.number(r.accuracy),
+                markdown.span(r.seeds_low, r.seeds_high),
+                markdown.span(r.patients_low, r.patients_high),
+                markdown.number(r.baseline),
                 f"{r.n_classes:.0f}",
                 str(r.n_seeds),
-                _number(r.published),
+                markdown.number(r.published),
             ]
             for r in part.itertuples()
         ]
-        blocks.append(f"*{name[0].upper()}{name[1:]}*\n\n" + markdown_table(header, rows))
+        blocks.append(f"*{name[0].upper()}{name[1:]}*\n\n" + markdown.table(header, rows, figures=True))
     blocks.append(
         "Logistic regression, patients split 80/20. Value: accuracy, mean over seeds; for the findings the mean area under the ROC curve, "
         "where 0.5 is chance. Majority: always answering the most frequent class of the training images. Cluster assignments are the "
@@ -172,9 +159,9 @@ def over_seeds(
     if not values:
         return "–"
     mean, below, above = seed_interval(values)
-    spread = f"{_span(max(below, low), min(above, high))}, " if len(values) > 1 else ""
+    spread = f"{markdown.span(max(below, low), min(above, high))}, " if len(values) > 1 else ""
     lacking = f" of {len(seeds)}" if len(values) < len(seeds) else ""
-    return f"{_number(mean)} ({spread}n = {len(values)}{lacking})"
+    return f"{markdown.number(mean)} ({spread}n = {len(values)}{lacking})"
 
 
 SHARE = (0.0, 1.0)  # bounds of a share, an accuracy, an NMI
@@ -269,7 +256,7 @@ def summary(results: Mapping[str, Any], table: pd.DataFrame, figures: Mapping[st
     for number, (title, claim, measures) in enumerate(FINDINGS, 1):
         rows = [[name, *(over_seeds(results, arm, pick, *bounds) for arm in columns)] for name, pick, bounds in measures]
         header = ["measure", *(ARMS[arm] for arm in columns)]
-        blocks.append(f"### {number}. {title}: {claim}\n\n" + markdown_table(header, rows))
+        blocks.append(f"### {number}. {title}: {claim}\n\n" + markdown.table(header, rows, figures=True))
     blocks += ["## Linear probes", linear_probe_markdown(table, label), "## Figures"]
     blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in figures.items()]
     return "\n\n".join(blocks).rstrip() + "\n"
@@ -297,11 +284,11 @@ def glance(results: Mapping[str, Any]) -> str:
     for name, pick, kind, arms, baseline in measures:
         bounds = SHARE
         if isinstance(baseline, float):
-            beside, bounds = _number(baseline), POSITIVE
+            beside, bounds = markdown.number(baseline), POSITIVE
         else:
             beside = " / ".join(over_seeds(results, arm, baseline or pick).split(" (")[0] for arm in arms)
         rows.append([name, *(over_seeds(results, arm, pick, *bounds) for arm in ("alexnet", "p4m")), f"{kind}: {beside}"])
-    return markdown_table([results["dataset_label"], ARMS["alexnet"], ARMS["p4m"], "baseline (AlexNet / P4M)"], rows)
+    return markdown.table([results["dataset_label"], ARMS["alexnet"], ARMS["p4m"], "baseline (AlexNet / P4M)"], rows, figures=True)
 
 
 def _probe(target: str) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from scipy import stats
 
-from lib import __version__, data, paths, report
+from lib import __version__, data, markdown, paths, report
 from lib.features import PCAWhiten, extract
 from lib.models import IMAGE_SIZE, Backbone, build
 from lib.run import UsageError, checked_source, dataset_name
@@ -396,7 +396,7 @@ def folder_summary(table: pd.DataFrame, novelty: Novelty, model: Model, manifest
         f"# {len(table):,} images in the clusters of {model.name}",
         f"No network was trained: each image has the nearest centroid of the finished run.{f' Made by `{command}`.' if command else ''}",
         novelty.sentence,
-        report.markdown_table(header, rows),
+        markdown.table(header, rows, figures=True),
         f"{manifest['attribution']}" if NOTICE in manifest["attribution"] else f"{manifest['attribution']} {NOTICE}",
     ]
     return "\n\n".join(blocks) + "\n"

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import evaluate, report
+from lib import evaluate, paths, report
 from lib.data import FINDINGS
 from lib.deepcluster import TrainConfig, fit
 from tests.test_deepcluster import pictures
@@ -58,6 +58,7 @@ def study(tmp_path_factory):
     images, table = pictures(80), metadata(80)
     folder = tmp_path_factory.mktemp("study")
     results = {
+        "dataset": "pictures",
         "dataset_label": "test pictures, 80 images",
         "attribution": "None.",
         "n_images": 80,
@@ -94,6 +95,18 @@ def test_only_the_equivariant_network_keeps_clusters_under_symmetries(study):
         assert alexnet["lattice"] < 0.9
         assert 0 <= p4m["free"] <= 1
         assert p4m["n"] == 30
+
+
+def test_stored_results_fit_their_schema_and_what_does_not_is_named(study, tmp_path):
+    paths.save_json(tmp_path / "results.json", study)
+    stored = paths.load_json(tmp_path / "results.json")
+    assert list(evaluate.validate(stored)) == []
+    stored["arms"]["p4m"]["seeds"]["0"]["features"]["clusters"]["accuracy"] = None
+    del stored["n_test"]
+    assert list(evaluate.validate(stored)) == [
+        "results.n_test is missing",
+        "results.arms.p4m.seeds.0.features.clusters.accuracy is None, not a number",
+    ]
 
 
 def test_training_numbers(study):

@@ -429,3 +429,24 @@ def test_finding_neighbourhood_finds_what_lies_together():
     assert np.isnan(metrics.finding_neighbourhood(noise, np.zeros((400, 3), bool)))
     with pytest.raises(ValueError, match="n_neighbors"):
         metrics.finding_neighbourhood(noise, targets, 400)
+
+
+def test_areas_of_averaged_roc_curves_are_the_averaged_areas():
+    rng = np.random.default_rng(0)
+    targets = rng.random((400, 4)) < [0.5, 0.3, 0.1, 0.0]  # the last label has no positive: it has no curve
+    probabilities = rng.random((400, 4)) * 0.6 + targets * [0.1, 0.3, 0.2, 0]
+    probabilities[:, 0] = 0.5  # one threshold: the diagonal
+    grid = np.linspace(0, 1, 4001)
+    curves = metrics.roc_curves(probabilities, targets, grid)
+    areas = metrics.multilabel_scores(probabilities[:, :3], targets[:, :3])
+    for name in ("macro", "micro"):
+        assert np.trapezoid(curves[name], grid) == pytest.approx(areas[f"auroc_{name}"][0], abs=1e-3)
+    alone = metrics.roc_curves(probabilities[:, :1], targets[:, :1], grid)["macro"]
+    np.testing.assert_allclose(alone, grid)
+
+
+def test_roc_curves_start_where_the_perfect_answer_starts_and_are_nan_without_labels():
+    targets = np.array([[True], [False], [True]])
+    assert metrics.roc_curves(np.array([[0.9], [0.1], [0.8]]), targets, [0.0, 0.5, 1.0])["micro"].tolist() == [1, 1, 1]
+    nothing = metrics.roc_curves(np.full((3, 1), np.nan), targets, np.array([0.0, 1.0]))
+    assert all(np.isnan(curve).all() for curve in nothing.values())

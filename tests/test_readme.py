@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lib import claims, paths, report
+from lib import claims, evaluate, paths, report
 from lib.run import USAGE, find_notebooks
 
 README = (paths.ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +25,7 @@ def test_claims_at_a_glance_are_the_committed_claims():
 def test_committed_tables_are_the_committed_result():
     folder = paths.ROOT / "figures" / "phantom"
     results = paths.load_json(folder / "results.json")
+    assert list(evaluate.validate(results)) == []
     published = paths.load_json(paths.ROOT / "data" / "published" / "numbers.json")
     text = report.linear_probe_markdown(report.linear_probe_table(results, published), results["dataset_label"])
     assert (folder / "table1_linear_probe.md").read_text(encoding="utf-8") == text
