@@ -33,18 +33,32 @@ from torch import Tensor
 from lib import gkernel
 from lib.groups import element_matrices
 
-BLOCK_ELEMENTS = 1 << 19  # numbers an element of the group in a block of the PyTorch path, so that a block stays in the cache
+BLOCK_ELEMENTS = 1 << 20  # numbers an element of the group in a block of the PyTorch path: little memory, large matrix products
 
 
 # Strassen's and Gauss's algorithms, a row a multiplication: factors of the patches' entries, of the filters' entries, and what the product
-# adds to which entry of the output. 2 x 2 matrices are written (00, 01, 10, 11), complex numbers a + b i (a, b).
+# adds to which entry of the output; last, the filters' entries again from their factors, a row an entry. 2 x 2 matrices are written
+# (00, 01, 10, 11), complex numbers a + b i (a, b).
 STRASSEN = (
     [[0.5, 0, 0, 0.5], [0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 0, 0], [-1, 0, 1, 0], [0, 1, 0, -1]],
     [[2, 0, 0, 2], [1, 0, 0, 0], [0, 1, 0, -1], [-1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1]],
     [[1, 0, 0, 1], [0, 0, 1, -1], [0, 1, 0, 1], [1, 0, 1, 0], [-1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]],
+    [[0, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0, 0], [0, 0, 0, 0, -1, 0, 1], [0, 0, 0, 0, 1, 0, 0]],
 )
-GAUSS = ([[1, 1], [1, 0], [0, -1]], [[1, 0], [-1, 1], [1, 1]], [[1, 1], [0, 1], [1, 0]])
+GAUSS = ([[1, 1], [1, 0], [0, -1]], [[1, 0], [-1, 1], [1, 1]], [[1, 1], [0, 1], [1, 0]], [[1, 0, 0], [1, 1, 0]])
 PRODUCTS = {4: 5, 8: 11}  # E, by the order of the group
+
+
+@functools.cache
+def fourier_matrices(order: int) -> tuple[np.ndarray, np.ndarray]:
+    """The group's Fourier transform, irreps by elements: those of dimension 1, and the entries of the one of dimension 2.
+
+    Entries are (00, 01, 10, 11) for p4m; p4's matrices are rotations, a + b i with (a, b) their first row.
+    """
+    m, r = np.divmod(np.arange(order), 4)
+    rho = element_matrices(order)
+    signs = (-1.0) ** np.stack([0 * m, m, r, m + r] if order == 8 else [0 * r, r])
+    return signs, (rho if order == 8 else rho[:, 0]).reshape(order, -1).T
 
 
 @functools.cache
@@ -53,13 +67,10 @@ def bilinear_algorithm(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     E = 11 for p4m (S = order = 8), 5 for p4 (S = 4).
     """
-    m, r = np.divmod(np.arange(order), 4)
-    signs = (-1.0) ** np.stack([0 * m, m, r, m + r] if order == 8 else [0 * r, r])  # irreps of dimension 1
+    signs, entries = fourier_matrices(order)
     rho = element_matrices(order)
-    # y^ = P^ phi^^T: the filter's matrix is transposed. p4's matrices are rotations, P^ = a + b i with (a, b) their first row.
-    entries = (rho if order == 8 else rho[:, 0]).reshape(order, -1).T
-    moved = (rho.transpose(0, 2, 1) if order == 8 else rho[:, :, 0]).reshape(order, -1).T
-    left, right, out = map(np.array, STRASSEN if order == 8 else GAUSS)
+    moved = (rho.transpose(0, 2, 1) if order == 8 else rho[:, :, 0]).reshape(order, -1).T  # y^ = P^ phi^^T: the filter's is transposed
+    left, right, out, _ = map(np.array, STRASSEN if order == 8 else GAUSS)
     return (
         np.concatenate([signs, left @ entries]),
         np.concatenate([signs, 2 * right @ moved]) / order,  # the inverse transform's factor, dimension / S
@@ -119,17 +130,28 @@ def out_size(x: Tensor, stride: int, padding: int, kernel_size: int) -> tuple[in
 class _Blocks:
     """The layer, block by block, with PyTorch's operations: transformed patches of a block of the output, and the transpose of that map.
 
-    A block is a few rows of an image, or a few whole images: as much as keeps what is made of it in the processor's cache. Its arrays are
-    made once for the layer and used again: fresh memory for each block would cost more than the arithmetic.
+    A library's matrix product is the faster the larger it is, so the 2 x 2 product is one of matrices twice as large each way, without
+    Strassen's seventh: a block has S transformed maps, not E, and needs 4 + 8 products of channel matrices (p4: 2 + 4).
+
+    A block is a few rows of an image, or a few whole images: enough for the products to be fast, little enough for memory and cache. Its
+    arrays are made once for the layer and used again: fresh memory for each block would cost more than the arithmetic.
     """
 
-    def __init__(self, x: Tensor, fields: int, order: int, stride: int, padding: int, kernel_size: int) -> None:
+    def __init__(self, x: Tensor, filters: Tensor, order: int, stride: int, padding: int, kernel_size: int) -> None:
         self.stride, self.padding, self.kernel_size = stride, padding, kernel_size
         self.size = out_size(x, stride, padding, kernel_size)
-        self.input, _, self.output = (torch.from_numpy(matrix).to(x) for matrix in bilinear_algorithm(order))
+        self.transform = torch.from_numpy(np.concatenate(fourier_matrices(order))).to(x)  # (S, S)
+        self.singles = order // 2  # irreps of dimension 1
+        self.recover = torch.tensor((STRASSEN if order == 8 else GAUSS)[3]).to(x)
+        _, rows, fields = filters.shape
+        entries = (self.recover @ filters[self.singles :].flatten(1)).unflatten(1, (rows, fields))
+        self.single = filters[: self.singles]
+        # (2 rows, 2 fields), with y^ = square^T P^ for each row of the matrix P^
+        blocks = entries if order == 8 else torch.stack([entries[0], entries[1], -entries[1], entries[0]])
+        self.square = blocks.unflatten(0, (2, 2)).transpose(1, 2).reshape(2 * rows, 2 * fields)
         corners = filter_transform(order, kernel_size, x.ndim == 4)[0].tolist()  # of the taps A(u) t in the window
-        n, channels, (tall, wide) = len(x), x.shape[1], self.size
-        maps, rows = 1 if x.ndim == 4 else order, channels * len(corners)
+        n, (tall, wide) = len(x), self.size
+        maps = 1 if x.ndim == 4 else order
         # blocks of equal size: a small last one would be multiplied slowly
         most_rows, most_images = (max(1, BLOCK_ELEMENTS // max(1, max(rows, fields) * wide * rest)) for rest in (1, tall))
         images, lines = (ceil_div(total, ceil_div(total, most)) if total else 0 for total, most in ((n, most_images), (tall, most_rows)))
@@ -163,9 +185,9 @@ class _Blocks:
                 for t in range(count)
                 for u in range(order)
             ],
-            entries=x.new_empty(len(self.input), channels * count, pixels),
+            entries=x.new_empty(order, channels * count, pixels),
             outputs=x.new_empty(order, fields, images, lines, wide),
-            products=x.new_empty(len(self.output), fields, pixels),
+            products=x.new_empty(order, fields, pixels),
         )
 
     def _overlap(self, height: int, line: int, high: int) -> tuple[slice, slice]:
@@ -175,7 +197,7 @@ class _Blocks:
         return slice(first, max(first, last)), slice(first - top, max(first, last) - top)
 
     def gather(self, x: Tensor, block: tuple[int, int, int, int]) -> Tensor:
-        """Transformed P[t] of a block at each pixel, shape (E, channels * T, pixels); overwritten by the next call."""
+        """Transformed P[t] of a block at each pixel, shape (S, channels * T, pixels); overwritten by the next call."""
         image, images, line, lines = block
         a, width = self.shapes[images, lines], x.shape[-1]
         maps = (x.unsqueeze(2) if x.ndim == 4 else x)[image : image + images]
@@ -184,14 +206,20 @@ class _Blocks:
         a.window[..., inside.stop :, :] = 0
         a.window[..., inside, self.padding : self.padding + width] = maps[..., rows, :]
         torch._foreach_copy_(a.places, a.parts)
-        return torch.mm(self.input, a.patches.flatten(1), out=a.entries.flatten(1)).view_as(a.entries)
+        return torch.mm(self.transform, a.patches.flatten(1), out=a.entries.flatten(1)).view_as(a.entries)
 
-    def scatter(self, filters: Tensor, products: Tensor, dx: Tensor, block: tuple[int, int, int, int]) -> None:
-        """Transpose of `gather`, of ``filters @ products``, added to the gradient of the images."""
+    def _doubles(self, maps: Tensor) -> Tensor:
+        """Of the S transformed maps (S, rows, pixels), the rows of the 2 x 2 matrix: (2, 2 rows, pixels), for p4 (1, 2 rows, pixels)."""
+        return maps[self.singles :].view(-1, 2 * maps.shape[1], maps.shape[2])
+
+    def scatter(self, products: Tensor, dx: Tensor, block: tuple[int, int, int, int]) -> None:
+        """Transpose of `gather`, of the filters' products with `products`, added to the gradient of the images."""
         image, images, line, lines = block
         a, width = self.shapes[images, lines], dx.shape[-1]
-        torch.bmm(filters, products, out=a.entries)
-        torch.mm(self.input.T, a.entries.flatten(1), out=a.patches.flatten(1))
+        torch.bmm(self.single, products[: self.singles], out=a.entries[: self.singles])
+        for into, of in zip(self._doubles(a.entries), self._doubles(products), strict=True):
+            torch.mm(self.square, of, out=into)
+        torch.mm(self.transform.T, a.entries.flatten(1), out=a.patches.flatten(1))
         a.window.zero_()
         torch._foreach_add_(a.parts, a.places)  # one after the other: the parts overlap
         rows, inside = self._overlap(dx.shape[-2], line, a.window.shape[-2])
@@ -201,18 +229,33 @@ class _Blocks:
         a.window[..., self.padding + width :] = 0
 
     def analyse(self, dy: Tensor, block: tuple[int, int, int, int]) -> Tensor:
-        """Transformed gradient of the output in a block, shape (E, fields, pixels); overwritten by the next call."""
+        """Transformed gradient of the output in a block, shape (S, fields, pixels); overwritten by the next call."""
         image, images, line, lines = block
         a = self.shapes[images, lines]
         a.outputs.copy_(dy[image : image + images, :, :, line : line + lines].permute(2, 1, 0, 3, 4))
-        return torch.mm(self.output, a.outputs.flatten(1), out=a.products.flatten(1)).view_as(a.products)
+        return torch.mm(self.transform, a.outputs.flatten(1), out=a.products.flatten(1)).view_as(a.products)
 
-    def synthesise(self, filters: Tensor, entries: Tensor, y: Tensor, block: tuple[int, int, int, int]) -> None:
-        """Transpose of `analyse`, of ``filters^T @ entries``, written to the block's part of the output."""
+    def correlate(self, entries: Tensor, products: Tensor, dsingle: Tensor, dsquare: Tensor) -> None:
+        """Add a block's part to the gradients of `single` and `square`."""
+        dsingle.baddbmm_(entries[: self.singles], products[: self.singles].mT)
+        for a, b in zip(self._doubles(entries), self._doubles(products), strict=True):
+            dsquare.addmm_(a, b.T)
+
+    def filter_gradient(self, dsingle: Tensor, dsquare: Tensor) -> Tensor:
+        """Gradient of the filters, (E, rows, fields), from those of `single` and `square`."""
+        _, rows, fields = dsingle.shape
+        blocks = dsquare.view(2, rows, 2, fields).transpose(1, 2).flatten(0, 1)
+        entries = blocks if len(self.recover) == 4 else torch.stack([blocks[0] + blocks[3], blocks[1] - blocks[2]])
+        return torch.cat([dsingle, (self.recover.T @ entries.flatten(1)).unflatten(1, (rows, fields))])
+
+    def synthesise(self, entries: Tensor, y: Tensor, block: tuple[int, int, int, int]) -> None:
+        """Transpose of `analyse`, of the filters' products with `entries`, written to the block's part of the output."""
         image, images, line, lines = block
         a = self.shapes[images, lines]
-        torch.bmm(filters.mT, entries, out=a.products)
-        torch.mm(self.output.T, a.products.flatten(1), out=a.outputs.flatten(1))
+        torch.bmm(self.single.mT, entries[: self.singles], out=a.products[: self.singles])
+        for into, of in zip(self._doubles(a.products), self._doubles(entries), strict=True):
+            torch.mm(self.square.T, of, out=into)
+        torch.mm(self.transform.T, a.products.flatten(1), out=a.outputs.flatten(1))
         y[image : image + images, :, :, line : line + lines].permute(2, 1, 0, 3, 4).copy_(a.outputs)
 
 
@@ -249,9 +292,9 @@ def correlate(x: Tensor, filters: Tensor, bias: Tensor | None, order: int, strid
         gkernel.forward(library, x, filters, bias, y, _offsets(x, *geometry), *geometry[1:])
         return y
     with torch.autocast(x.device.type, enabled=False):
-        layer = _Blocks(x, filters.shape[2], *geometry)
+        layer = _Blocks(x, filters, *geometry)
         for block in layer.blocks:
-            layer.synthesise(filters, layer.gather(x, block), y, block)
+            layer.synthesise(layer.gather(x, block), y, block)
     return y if bias is None else y.add_(bias[:, None, None, None])
 
 
@@ -272,15 +315,17 @@ def correlate_backward(
         gkernel.backward(library, x, filters, dy, dx, dfilters, _offsets(x, *geometry), *geometry[1:])
         return dx, dfilters
     with torch.autocast(x.device.type, enabled=False):
-        dfilters.zero_()
         dx.zero_()
-        layer = _Blocks(x, filters.shape[2], *geometry)
+        layer = _Blocks(x, filters, *geometry)
+        gradients = [torch.zeros_like(of) for of in (layer.single, layer.square)] if needs_filters else []
         for block in layer.blocks:
             products = layer.analyse(dy, block)
             if needs_filters:
-                dfilters.baddbmm_(layer.gather(x, block), products.mT)
+                layer.correlate(layer.gather(x, block), products, *gradients)
             if needs_x:
-                layer.scatter(filters, products, dx, block)
+                layer.scatter(products, dx, block)
+        if needs_filters:
+            dfilters.copy_(layer.filter_gradient(*gradients))
     return dx, dfilters
 
 

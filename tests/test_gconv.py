@@ -226,6 +226,8 @@ def test_bilinear_algorithm_is_the_group_correlation(order):
         expected[g, u, group.product(group.inverse(g), u)] = 1
     np.testing.assert_allclose(np.einsum("eg,eu,eh->guh", out, into, filters), expected, atol=1e-15)
     assert len(into) == gfourier.PRODUCTS[order] == {4: 5, 8: 11}[order]
+    *_, right, _, recover = map(np.array, gfourier.STRASSEN if order == 8 else gfourier.GAUSS)
+    np.testing.assert_array_equal(recover @ right, np.eye(order // 2))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
