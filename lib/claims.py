@@ -19,7 +19,7 @@ from scipy import optimize, stats
 from scipy.special import expit
 
 from lib.markdown import number, span, table
-from lib.metrics import multilabel_scores, roc_curves, seed_interval
+from lib.metrics import multilabel_scores, prevalence_guess, roc_curves, seed_interval
 from lib.schema import FLAG, NUMBER, TEXT, WHOLE, problems
 
 FORMAT = 1  # of claims.json
@@ -804,31 +804,49 @@ def measure_table(result: Mapping[str, Any], columns: Mapping[str, str], arms: S
     return table(["arm", *columns.values(), "seeds"], rows)
 
 
-def roc(
-    scores: Mapping[int, Mapping[str, np.ndarray]], targets: np.ndarray, false_positive_rates: np.ndarray
-) -> dict[str, list[float]] | None:
-    """ROC curves of an arm's probe of findings, true positive rates averaged over its seeds.
+def rocs(
+    scores: Mapping[str, Mapping[int, Mapping[str, np.ndarray]]],
+    arms: Sequence[str],
+    targets: np.ndarray,
+    train: np.ndarray,
+    false_positive_rates: np.ndarray,
+) -> dict[str, dict[str, Any]]:
+    """ROC curves and areas of arms' probes of findings, means over seeds, and last those of a guess that looks at no image.
 
     Parameters
     ----------
-    scores : mapping of seed to answers
-        As `lib.measures.scores_of` gives them.
+    scores : mapping of arm to mapping of seed to answers
+        See `lib.measures.scores_of`.
+    arms : sequence of str
+        Those wanted; without answers an arm is left out.
     targets : (N, 14) bool
+    train : (n,) int
+        Images with findings of the training part: what the guess, ``"guess"``, knows. It is asked for the same findings as the probes.
     false_positive_rates : (m,) float
 
     Returns
     -------
-    dict or None
-        ``macro``, ``micro``, see `lib.metrics.roc_curves`; None without answers.
+    dict of arm to dict
+        ``macro``, ``micro``, true positive rates (m,), see `lib.metrics.roc_curves`; ``areas``, of both; ``n_test``.
     """
-    found = [
-        roc_curves(expit(answers["findings"]), targets[answers["labelled_test"]], false_positive_rates)
-        for answers in scores.values()
-        if "findings" in answers
-    ]
-    if not found:
-        return None
-    return {name: np.mean([curves[name] for curves in found], axis=0).tolist() for name in ("macro", "micro")}
+
+    def answer(probabilities: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+        areas = multilabel_scores(probabilities, targets[test])
+        curves = roc_curves(probabilities, targets[test], false_positive_rates)
+        return {**curves, "areas": {name: float(areas[f"auroc_{name}"][0]) for name in curves}, "n_test": len(test)}
+
+    found: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        answers = [given for given in scores.get(arm, {}).values() if "findings" in given]
+        each = [answer(expit(given["findings"]), given["labelled_test"]) for given in answers]
+        if each:
+            found[arm] = {name: np.mean([one[name] for one in each], axis=0) for name in ("macro", "micro")}
+            found[arm] |= {"areas": {name: float(np.mean([one["areas"][name] for one in each])) for name in ("macro", "micro")}}
+            found[arm] |= {"n_test": each[0]["n_test"]}
+            test, unknown = answers[0]["labelled_test"], np.isnan(answers[0]["findings"])
+    if found:
+        found["guess"] = answer(np.where(unknown, np.nan, prevalence_guess(targets, train, test)), test)
+    return found
 
 
 def mean_curves(details: Mapping[str, Mapping[int, Mapping[str, Any]]], part: str) -> dict[str, dict[str, list[float | None]]]:

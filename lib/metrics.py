@@ -509,7 +509,7 @@ def roc_curves(probabilities: np.ndarray, targets: np.ndarray, false_positive_ra
     Parameters
     ----------
     probabilities : (n, F) float
-        Comparable between labels; a column with NaN is left out, and one whose targets are all equal, too.
+        Comparable between labels; a column with NaN is left out, and from the macro average one whose targets are all equal.
     targets : (n, F) bool
     false_positive_rates : (m,) float
         In [0, 1], ascending: where the curves are read, with straight lines between thresholds.
@@ -520,17 +520,16 @@ def roc_curves(probabilities: np.ndarray, targets: np.ndarray, false_positive_ra
         ``macro``, ``micro``: true positive rates (m,); NaN where no label can be told.
     """
     targets = np.asarray(targets)
-    both = targets.any(axis=0) & ~targets.all(axis=0)
-    known = np.flatnonzero(both & ~np.isnan(probabilities).any(axis=0))
-    nothing = np.full(len(false_positive_rates), np.nan)
-    if not len(known):
-        return {"macro": nothing, "micro": nothing}
+    known = np.flatnonzero(~np.isnan(probabilities).any(axis=0))
+    told = [label for label in known if targets[:, label].any() and not targets[:, label].all()]
+    if not told:
+        return dict.fromkeys(("macro", "micro"), np.full(len(false_positive_rates), np.nan))
 
     def curve(some: np.ndarray, positive: np.ndarray) -> np.ndarray:
         false, true, _ = roc_curve(positive, some)
         return np.interp(false_positive_rates, false, true)  # where it goes straight up, its upper end
 
-    macro = np.mean([curve(probabilities[:, label], targets[:, label]) for label in known], axis=0)
+    macro = np.mean([curve(probabilities[:, label], targets[:, label]) for label in told], axis=0)
     return {"macro": macro, "micro": curve(probabilities[:, known].ravel(), targets[:, known].ravel())}
 
 

@@ -145,12 +145,10 @@ def control_curves(
 
 @style()
 def roc(
-    curves: Mapping[str, Mapping[str, Sequence[float]]],
-    areas: Mapping[str, Mapping[str, float]],
+    curves: Mapping[str, Mapping[str, Any]],
     arms: Mapping[str, Mapping[str, Any]],
     false_positive_rates: Sequence[float],
     dataset_label: str,
-    n_test: int,
     most: int = 6,
 ) -> Figure:
     """ROC curves of the probe of findings, macro- and micro-averaged, beside a guess that looks at no image.
@@ -158,15 +156,11 @@ def roc(
     Parameters
     ----------
     curves : mapping of arm to mapping
-        ``macro`` and ``micro``, true positive rates at `false_positive_rates`; the arm ``guess`` is the one that looks at none.
-    areas : mapping of arm to mapping
-        ``macro`` and ``micro``, areas under the curve.
+        See `lib.claims.rocs`.
     arms : mapping of arm to mapping
         As ``arms`` in claims.json.
     false_positive_rates : sequence of float
     dataset_label : str
-    n_test : int
-        Images tested.
     most : int
         Curves drawn, in their order.
     """
@@ -176,7 +170,13 @@ def roc(
     headings = {"macro": "macro: mean of the findings' curves", "micro": "micro: all image-finding pairs together"}
     for axes, average in zip(figure.subplots(1, 2, sharey=True), headings, strict=True):
         for arm, color, line in zip(names, PALETTE, (LINES * 2)[: len(PALETTE)], strict=False):
-            axes.plot(false_positive_rates, curves[arm][average], color=color, linestyle=line, label=markdown.number(areas[arm][average]))
+            axes.plot(
+                false_positive_rates,
+                curves[arm][average],
+                color=color,
+                linestyle=line,
+                label=markdown.number(curves[arm]["areas"][average]),
+            )
         axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)))
         axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="false positive rate", aspect="equal", title=headings[average])
         axes.grid()
@@ -188,6 +188,7 @@ def roc(
     if names:
         figure.legend(lines, [titles[arm] for arm in names], loc="outside upper center", ncols=2, fontsize=7)
     figure.axes[0].set_ylabel("true positive rate")
+    n_test = max((curves[arm]["n_test"] for arm in names), default=0)
     return _finish(figure, dataset_label, f"{n_test:,} test images; means over {_seeds_text(arms, names)}")
 
 

@@ -245,6 +245,30 @@ def test_what_does_not_fit_is_named(result, change, problem):
     assert re.search(problem, found[0])
 
 
+def test_rocs_are_means_over_seeds_beside_a_guess_of_the_same_findings():
+    rng = np.random.default_rng(0)
+    targets = rng.random((500, 3)) < [0.5, 0.2, 0.05]
+    train, test = np.arange(300), np.arange(300, 500)
+
+    def answers(strength):
+        log_odds = rng.normal(size=(200, 3)) + strength * targets[test]
+        log_odds[:, 2] = np.nan  # too rare for the probe: the guess is not asked either
+        return {"labelled_test": test, "findings": log_odds}
+
+    scores = {"p4m": {0: answers(1), 1: answers(3)}, "alexnet": {0: {}}}
+    grid = np.linspace(0, 1, 2001)
+    found = claims.rocs(scores, ("alexnet", "p4m", "p4"), targets, train, grid)
+    assert list(found) == ["p4m", "guess"]
+    for entry in found.values():
+        assert entry["n_test"] == 200
+        assert all(np.trapezoid(entry[name], grid) == pytest.approx(area, abs=2e-3) for name, area in entry["areas"].items())
+    each = [claims.rocs({"p4m": {0: s}}, ("p4m",), targets, train, grid)["p4m"]["areas"]["micro"] for s in scores["p4m"].values()]
+    assert found["p4m"]["areas"]["micro"] == pytest.approx(np.mean(each))
+    assert found["guess"]["areas"]["macro"] == 0.5
+    assert 0.55 < found["guess"]["areas"]["micro"] < found["p4m"]["areas"]["micro"]
+    assert claims.rocs({}, ("p4m",), targets, train, grid) == {}
+
+
 def test_text_says_what_the_numbers_say(result):
     text = claims.markdown(result, "make it")
     assert "**supported**" in claims.verdict_table(result)
