@@ -60,7 +60,7 @@ __all__ = [
 # The darkest of 1,617 radiographs of NIH has a mean of 49, the brightest of 203, and the flattest a deviation of 27.
 DARK, BRIGHT, CONSTANT = 16.0, 239.0, 2.0
 
-_FORMAT = 2  # raise it when the same input would give other files: finished and half-finished work is then redone
+_FORMAT = 3  # raise it when the same input would give other files: finished and half-finished work is then redone
 _CHUNK = 256  # images between two savings of the work
 
 
