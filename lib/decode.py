@@ -35,7 +35,8 @@ _RLE = "1.2.840.10008.1.2.5"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by the colour type of a PNG
 # Left, top and the steps across and down of an interlaced PNG's seven passes (PNG specification, section 8.2)
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-_STEP = 2**21  # bytes inflated at a time
+_STEP = 2**14  # bytes of deflated data at a time: what they give mostly fits into a block
+_STORED = 65535  # bytes that a block of a zlib stream may hold as they are
 _INFLATED = 2**24  # bytes of image data that are kept inflated
 _KEPT_BLOCKS = 8  # of 16 MiB at most; see Pillow's documentation, "Block allocator"
 _BLOCK = 256  # rows turned into float64 at a time: a large image is never held as floats
@@ -203,17 +204,17 @@ def _data_size(width: int, height: int, depth: int, colour: int, _compression: i
     return size
 
 
-def _inflate(data: bytes, size: int) -> tuple[list[bytes | memoryview], int]:
+def _inflate(data: bytes, size: int) -> tuple[list[bytes], int]:
     """Inflate what must be `size` bytes, and give them back as blocks that a zlib stream may hold as they are, with their Adler-32.
 
     No blocks if they are many. ValueError if the stream is damaged, or ends early or late: its own Adler-32 must be right, too.
     """
-    view, blocks, length, checksum, inflater = memoryview(data), [], 0, 1, fast_zlib.decompressobj()
+    blocks, length, checksum, inflater = [], 0, 1, fast_zlib.decompressobj()
     for start in range(0, len(data), _STEP):
-        piece, out = view[start : start + _STEP], b""
-        while (piece or len(out) == _STEP) and not inflater.eof:
+        piece, out = data[start : start + _STEP], b""
+        while (piece or len(out) == _STORED) and not inflater.eof:
             try:
-                out = inflater.decompress(piece, _STEP)
+                out = inflater.decompress(piece, _STORED)
             except fast_zlib.error:
                 raise ValueError("damaged: the image data of the PNG cannot be inflated") from None
             piece, length = inflater.unconsumed_tail, length + len(out)
@@ -221,9 +222,7 @@ def _inflate(data: bytes, size: int) -> tuple[list[bytes | memoryview], int]:
                 raise ValueError("damaged: the PNG holds more data than its image has")
             if size <= _INFLATED:
                 checksum = fast_zlib.adler32(out, checksum)
-                for at in range(0, len(out), 65535):
-                    block = memoryview(out)[at : at + 65535]
-                    blocks += [struct.pack("<BHH", 0, len(block), len(block) ^ 0xFFFF), block]
+                blocks += [struct.pack("<BHH", 0, len(out), len(out) ^ _STORED), out]
     if length < size or not inflater.eof:
         raise ValueError("truncated: the image data of the PNG end early")
     return blocks, checksum
