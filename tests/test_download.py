@@ -1122,6 +1122,30 @@ def test_two_downloads_at_once(kaggle, tmp_path, monkeypatch):
         assert download.obtain("kaggle", tmp_path / "raw" / "kaggle") == note
 
 
+UNPACKER = """
+import pathlib, sys
+from lib import download
+try:
+    print(download.obtain(sys.argv[1], pathlib.Path(sys.argv[2]))["images"])
+except (download.DownloadError, OSError) as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_two_processes_that_unpack_into_one_folder(tmp_path):
+    box = nih_box(tmp_path / "box", 12)
+    command = [sys.executable, "-c", UNPACKER, f"nih:{box}", str(tmp_path / "raw" / "box")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=paths.ROOT) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0].strip() for process in both] == ["24", "24"], "the second waits for what takes a moment"
+    (store,) = (tmp_path / "raw").glob("nih-*")
+    assert len(visible(store)) == 26
+    shutil.rmtree(store)
+    with paths.alone(store):
+        (line,) = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=True, timeout=60).stdout.splitlines()
+        assert line.startswith(f"BusyError: another process is at work in (outside the project)/{store.name}: wait until it is done")
+        assert not visible(store)
+
+
 def test_some_of_nihs_archives(tmp_path):
     box = nih_box(tmp_path / "box", 3)
     with pytest.warns(UserWarning, match="3 of NIH's 12 archives are in"):
