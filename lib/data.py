@@ -107,8 +107,7 @@ def fetch(
     """
     raw_dir = Path(raw_dir)
     if source == "phantom":
-        with paths.alone(raw_dir, raw_dir.with_name(f".{raw_dir.name}.lock")):
-            note = _fetch_phantoms(raw_dir, int(n_phantoms), int(seed), orientation)
+        note = _fetch_phantoms(raw_dir, int(n_phantoms), int(seed), orientation)
         return _shown(note, raw_dir, _METADATA_NAMES[0])
     if download.is_named(source):
         note = download.obtain(str(source), raw_dir)
@@ -134,13 +133,19 @@ def _fetch_phantoms(raw_dir: Path, n: int, seed: int, orientation: str) -> dict[
     generator = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()
     note = {"kind": "phantom", "images": n, "seed": seed, "generator": generator}
     note |= {} if orientation == "upright" else {"orientation": orientation}
-    there = _read_source(raw_dir)
-    if there == note:
-        return note
-    if raw_dir.exists() and (there or {}).get("kind") != "phantom" and {path.name for path in raw_dir.iterdir()} - {"source.json"}:
+    if _read_source(raw_dir) != note:
+        with paths.alone(raw_dir, raw_dir.with_name(f".{raw_dir.name}.lock")):
+            if _read_source(raw_dir) != note:  # somebody else may have drawn them meanwhile
+                _draw_phantoms(raw_dir, note, orientation)
+    return note
+
+
+def _draw_phantoms(raw_dir: Path, note: dict[str, Any], orientation: str) -> None:
+    there = (_read_source(raw_dir) or {}).get("kind")
+    if raw_dir.exists() and there != "phantom" and {path.name for path in raw_dir.iterdir()} - {"source.json"}:
         raise ValueError(f"{paths.show(raw_dir)} holds files which are not phantoms: move them away, or choose another dataset name")
 
-    images, table = phantom.make_phantoms(n, seed, orientation)
+    images, table = phantom.make_phantoms(note["images"], note["seed"], orientation)
     # Built beside its place and moved there when whole; what a killed run left behind goes first.
     building, old = (raw_dir.with_name(f".{raw_dir.name}.{end}") for end in ("partial", "old"))
     with _naming_disk_errors(raw_dir):
@@ -157,7 +162,6 @@ def _fetch_phantoms(raw_dir: Path, n: int, seed: int, orientation: str) -> dict[
             os.replace(raw_dir, old)
         os.replace(building, raw_dir)
         shutil.rmtree(old, ignore_errors=True)
-    return note
 
 
 def _kaggle_table(table: pd.DataFrame, shape: tuple[int, int]) -> pd.DataFrame:

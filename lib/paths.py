@@ -121,9 +121,9 @@ def alone(folder: Path | str, lock: Path | None = None) -> Iterator[None]:
     Parameters
     ----------
     folder : Path
-        Folder to work in; it is made.
+        Folder to work in.
     lock : Path, optional
-        File to lock if it cannot be ``.lock`` in `folder`, say because that is replaced as a whole.
+        File to lock if it cannot be ``.lock`` in `folder`, say because that is replaced as a whole. Its folder is made.
 
     Raises
     ------
