@@ -264,13 +264,26 @@ def tar_folder(path: Path) -> str | None:
     return named[1].lower() if named else None
 
 
-def first_of_tar(path: Path) -> str:
-    """Last name of the first file of a ``.tar.gz``, so that one can see whether it is unpacked already; ArchiveError if it is damaged."""
+def list_tar(path: Path) -> dict[str, int]:
+    """Length of each file in a ``.tar.gz`` by its last name. All of the archive is read for that; ArchiveError if it is damaged."""
+    found = {}
     try:
-        with tarfile.open(path, "r|gz") as tar:
-            return next((PurePosixPath(member.name).name for member in tar if member.isreg()), "")
+        with open(path, "rb") as raw, gzip.open(raw) as opened, tarfile.open(fileobj=opened, mode="r|") as tar:
+            with tqdm(total=path.stat().st_size, desc=f"list {path.name}", unit="B", unit_scale=True, mininterval=0.5) as bar:
+                for member in tar:
+                    if member.isreg():
+                        found[PurePosixPath(member.name).name] = member.size
+                    bar.update(raw.tell() - bar.n)
+            _to_the_end(opened)
     except _DAMAGED_TAR as error:
         raise ArchiveError(_damaged(path, error)) from None
+    return found
+
+
+def _to_the_end(opened: gzip.GzipFile) -> None:
+    """The checksum of gzip stands at its very end."""
+    while opened.read(_BLOCK):
+        pass
 
 
 def unpack_tar(path: Path, target: Path) -> int:
@@ -306,8 +319,7 @@ def unpack_tar(path: Path, target: Path) -> int:
                     if member.isreg():
                         _write(tar.extractfile(member), _place(staging, name), member.size)
                     bar.update(raw.tell() - bar.n)
-                while opened.read(_BLOCK):  # the checksum of gzip stands at its very end
-                    pass
+                _to_the_end(opened)
         if not staging.is_dir():
             raise ArchiveError(f"{path.name} holds no files: download it again")
         with naming_disk_errors(target):

@@ -60,7 +60,7 @@ __all__ = [
 # The darkest of 1,617 radiographs of NIH has a mean of 49, the brightest of 203, and the flattest a deviation of 27.
 DARK, BRIGHT, CONSTANT = 16.0, 239.0, 2.0
 
-_FORMAT = 2  # raise it when the same input would give other files: finished and half-finished work is then redone
+_FORMAT = 3  # raise it when the same input would give other files: finished and half-finished work is then redone
 _CHUNK = 256  # images between two savings of the work
 
 
@@ -133,13 +133,19 @@ def _fetch_phantoms(raw_dir: Path, n: int, seed: int, orientation: str) -> dict[
     generator = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()
     note = {"kind": "phantom", "images": n, "seed": seed, "generator": generator}
     note |= {} if orientation == "upright" else {"orientation": orientation}
-    there = _read_source(raw_dir)
-    if there == note:
-        return note
-    if raw_dir.exists() and (there or {}).get("kind") != "phantom" and {path.name for path in raw_dir.iterdir()} - {"source.json"}:
+    if _read_source(raw_dir) != note:
+        with paths.alone(raw_dir, raw_dir.with_name(f".{raw_dir.name}.lock")):
+            if _read_source(raw_dir) != note:  # somebody else may have drawn them meanwhile
+                _draw_phantoms(raw_dir, note, orientation)
+    return note
+
+
+def _draw_phantoms(raw_dir: Path, note: dict[str, Any], orientation: str) -> None:
+    there = (_read_source(raw_dir) or {}).get("kind")
+    if raw_dir.exists() and there != "phantom" and {path.name for path in raw_dir.iterdir()} - {"source.json"}:
         raise ValueError(f"{paths.show(raw_dir)} holds files which are not phantoms: move them away, or choose another dataset name")
 
-    images, table = phantom.make_phantoms(n, seed, orientation)
+    images, table = phantom.make_phantoms(note["images"], note["seed"], orientation)
     # Built beside its place and moved there when whole; what a killed run left behind goes first.
     building, old = (raw_dir.with_name(f".{raw_dir.name}.{end}") for end in ("partial", "old"))
     with _naming_disk_errors(raw_dir):
@@ -156,7 +162,6 @@ def _fetch_phantoms(raw_dir: Path, n: int, seed: int, orientation: str) -> dict[
             os.replace(raw_dir, old)
         os.replace(building, raw_dir)
         shutil.rmtree(old, ignore_errors=True)
-    return note
 
 
 def _kaggle_table(table: pd.DataFrame, shape: tuple[int, int]) -> pd.DataFrame:
@@ -378,7 +383,7 @@ def preprocess(
     ValueError
         No images, more than `max_broken` of them unreadable or none readable, a table without ``Finding Labels``, a bad option.
     OSError
-        `out_dir` not writable or disk full; no file is left half-written.
+        `out_dir` not writable or disk full; no file is left half-written. `lib.paths.BusyError` if another process is at work in it.
     """
     if size < 1 or not 0 <= test_share < 1 or not 0 <= max_broken <= 1:
         raise ValueError(f"need size >= 1, 0 <= test_share < 1, 0 <= max_broken <= 1, not {size=}, {test_share=}, {max_broken=}")
@@ -387,7 +392,8 @@ def preprocess(
     out_dir, source_dir = Path(out_dir), Path(source_dir)
     note = _read_source(source_dir) or {}
     if note.get("kind") == "chestmnist":
-        return chestmnist.preprocess(Path(note["path"]), out_dir, size, resume)
+        with paths.alone(out_dir):
+            return chestmnist.preprocess(Path(note["path"]), out_dir, size, resume)
     folder = Path(note.get("path", source_dir))
     files = _walk(folder)
     images, repeated = _find_images(folder, files)
@@ -406,68 +412,76 @@ def preprocess(
     if resume and (manifest := _finished(out_dir, fingerprint)):
         return manifest
 
-    metadata, odd = tables.read_table(table, image_column, label_column) if table else (None, {})
-    partial = out_dir / f".partial-{fingerprint[:16]}"
-    if not resume:
-        shutil.rmtree(partial, ignore_errors=True)
-    records = _decode_all(folder, list(images.values()), partial, size, fit, max_broken, workers)
-    read = {image_id: record for image_id, record in zip(images, records, strict=True) if not record["reason"]}
-    outliers = {image_id: reason for image_id, record in read.items() if (reason := _outlier(record["mean"], record["deviation"]))}
-    kept = {image_id: record for image_id, record in read.items() if not (drop_outliers and image_id in outliers)}
-    if not kept:
-        raise ValueError(f"all {len(read)} images of {folder} are too dark, too bright or constant: look at them, or keep outliers")
-    frame, matching = tables.join({image_id: images[image_id] for image_id in kept}, metadata, list(kept.values()))
-    parts, split = tables.split_patients(frame, lists, split_seed, test_share)
-    frame.insert(COLUMNS.index("split"), "split", parts)
-    with paths.atomic_write(partial / "images.npy") as handle:
-        np.lib.format.write_array_header_1_0(handle, {"descr": "|u1", "fortran_order": False, "shape": (len(kept), size, size)})
-        ids = iter(read)
-        for chunk in sorted(partial.glob("[0-9]*.npy")):
-            for image in np.load(chunk, allow_pickle=False):
-                if next(ids) in kept:
-                    handle.write(image.tobytes())
-    with paths.atomic_write(partial / "metadata.csv", "w") as handle:
-        frame.to_csv(handle, index=False, lineterminator="\n")
+    with paths.alone(out_dir):
+        if resume and (manifest := _finished(out_dir, fingerprint)):  # by somebody else, a moment ago
+            return manifest
+        metadata, odd = tables.read_table(table, image_column, label_column) if table else (None, {})
+        partial = out_dir / f".partial-{fingerprint[:16]}"
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        records = _decode_all(folder, list(images.values()), partial, size, fit, max_broken, workers)
+        read = {image_id: record for image_id, record in zip(images, records, strict=True) if not record["reason"]}
+        outliers = {image_id: reason for image_id, record in read.items() if (reason := _outlier(record["mean"], record["deviation"]))}
+        kept = {image_id: record for image_id, record in read.items() if not (drop_outliers and image_id in outliers)}
+        if not kept:
+            raise ValueError(f"all {len(read)} images of {folder} are too dark, too bright or constant: look at them, or keep outliers")
+        frame, matching = tables.join({image_id: images[image_id] for image_id in kept}, metadata, list(kept.values()))
+        parts, split = tables.split_patients(frame, lists, split_seed, test_share)
+        frame.insert(COLUMNS.index("split"), "split", parts)
+        with paths.atomic_write(partial / "images.npy") as handle:
+            np.lib.format.write_array_header_1_0(handle, {"descr": "|u1", "fortran_order": False, "shape": (len(kept), size, size)})
+            ids = iter(read)
+            for chunk in sorted(partial.glob("[0-9]*.npy")):
+                for image in np.load(chunk, allow_pickle=False):
+                    if next(ids) in kept:
+                        handle.write(image.tobytes())
+        with paths.atomic_write(partial / "metadata.csv", "w") as handle:
+            frame.to_csv(handle, index=False, lineterminator="\n")
 
-    dropped = {images[image_id]: record["reason"] for image_id, record in zip(images, records, strict=True) if record["reason"]}
-    dropped |= {images[image_id]: reason for image_id, reason in outliers.items()} if drop_outliers else {}
-    dropped |= dict.fromkeys(repeated, "another image has the same file name")
-    others = Counter(PurePosixPath(file).suffix.lower() or "no extension" for file in set(files) - set(images.values()) - set(repeated))
-    manifest = {
-        "format": _FORMAT,
-        "source": {"kind": kind, "csv": table.name if table else None} | {key: note[key] for key in ("seed", "orientation") if key in note},
-        "images": len(kept),
-        "size": size,
-        "patients": frame["patient_id"].nunique(),
-        "split": split,
-        "findings": dict(Counter("|".join(filter(None, frame["findings"])).split("|")).most_common()) if any(frame["findings"]) else {},
-        "verification": tables.verify_full_set(kind, files, list(read), metadata),
-        "files": {name: {"bytes": _stat(partial / name)[0], "sha256": _sha256(partial / name)} for name in ("images.npy", "metadata.csv")},
-        "dropped": [{"file": tables.printable(file), "reason": reason} for file, reason in dropped.items()],
-        "other_files": {tables.printable(suffix): n for suffix, n in sorted(others.items())},
-        "outliers": {name: sum(reason.startswith(name) for reason in outliers.values()) for name in ("too dark", "too bright", "constant")}
-        | {"dropped": bool(drop_outliers), "images": [{"image_id": name, "reason": reason} for name, reason in outliers.items()]},
-        "image_modes": dict(Counter(record["mode"] for record in kept.values()).most_common()),
-        "fit": fit,
-        "not_square": sum(record["width"] != record["height"] for record in kept.values()),
-        "enlarged": sum(min(record["width"], record["height"]) < size for record in kept.values()),
-        **matching,
-        **odd,
-        "attribution": _attribution(kind),
-        "versions": {"python": platform.python_version(), "lib": __version__}
-        | {package.__name__: package.__version__ for package in (np, pd, PIL)},
-        "fingerprint": fingerprint,
-    }
-    paths.save_json(partial / "manifest.json", manifest)
-    with _naming_disk_errors(out_dir):
-        # The manifest vouches for the other two: an older one goes first, the new one comes last.
-        (out_dir / "manifest.json").unlink(missing_ok=True)
-        for name in ("images.npy", "metadata.csv", "manifest.json"):
-            os.replace(partial / name, out_dir / name)
-    for old in out_dir.glob(".partial-*"):
-        shutil.rmtree(old, ignore_errors=True)
-    _warn(manifest, len(repeated))
-    return paths.load_json(out_dir / "manifest.json")
+        dropped = {images[image_id]: record["reason"] for image_id, record in zip(images, records, strict=True) if record["reason"]}
+        dropped |= {images[image_id]: reason for image_id, reason in outliers.items()} if drop_outliers else {}
+        dropped |= dict.fromkeys(repeated, "another image has the same file name")
+        others = Counter(PurePosixPath(file).suffix.lower() or "no extension" for file in set(files) - set(images.values()) - set(repeated))
+        manifest = {
+            "format": _FORMAT,
+            "source": {"kind": kind, "csv": table.name if table else None}
+            | {key: note[key] for key in ("seed", "orientation") if key in note},
+            "images": len(kept),
+            "size": size,
+            "patients": frame["patient_id"].nunique(),
+            "split": split,
+            "findings": dict(Counter("|".join(filter(None, frame["findings"])).split("|")).most_common()) if any(frame["findings"]) else {},
+            "verification": tables.verify_full_set(kind, files, list(read), metadata),
+            "files": {
+                name: {"bytes": _stat(partial / name)[0], "sha256": _sha256(partial / name)} for name in ("images.npy", "metadata.csv")
+            },
+            "dropped": [{"file": tables.printable(file), "reason": reason} for file, reason in dropped.items()],
+            "other_files": {tables.printable(suffix): n for suffix, n in sorted(others.items())},
+            "outliers": {
+                name: sum(reason.startswith(name) for reason in outliers.values()) for name in ("too dark", "too bright", "constant")
+            }
+            | {"dropped": bool(drop_outliers), "images": [{"image_id": name, "reason": reason} for name, reason in outliers.items()]},
+            "image_modes": dict(Counter(record["mode"] for record in kept.values()).most_common()),
+            "fit": fit,
+            "not_square": sum(record["width"] != record["height"] for record in kept.values()),
+            "enlarged": sum(min(record["width"], record["height"]) < size for record in kept.values()),
+            **matching,
+            **odd,
+            "attribution": _attribution(kind),
+            "versions": {"python": platform.python_version(), "lib": __version__}
+            | {package.__name__: package.__version__ for package in (np, pd, PIL)},
+            "fingerprint": fingerprint,
+        }
+        paths.save_json(partial / "manifest.json", manifest)
+        with _naming_disk_errors(out_dir):
+            # The manifest vouches for the other two: an older one goes first, the new one comes last.
+            (out_dir / "manifest.json").unlink(missing_ok=True)
+            for name in ("images.npy", "metadata.csv", "manifest.json"):
+                os.replace(partial / name, out_dir / name)
+        for old in out_dir.glob(".partial-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        _warn(manifest, len(repeated))
+        return paths.load_json(out_dir / "manifest.json")
 
 
 def _warn(manifest: dict[str, Any], n_repeated: int) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import filelock
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+_PATIENCE = 3.0  # seconds that `alone` waits: somebody who only looks is gone by then
 
 
 def data_root() -> Path:
@@ -102,6 +105,52 @@ def atomic_write(path: Path | str, mode: str = "wb", **kwargs: Any) -> Iterator[
     finally:
         with suppress(OSError):  # it is gone after the rename, and what went wrong before matters more
             temporary.unlink()
+
+
+class BusyError(OSError):
+    """Another process works in the folder; the message is one line that names it and says what to do."""
+
+
+@contextmanager
+def alone(folder: Path | str, lock: Path | None = None) -> Iterator[None]:
+    """Keep every other process, and thread, that asks the same out of a folder while the block runs.
+
+    The lock is the operating system's: it ends with the process that holds it, also with one that was killed; the file that such a one
+    leaves means nothing.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder to work in.
+    lock : Path, optional
+        File to lock if it cannot be ``.lock`` in `folder`, say because that is replaced as a whole. Its folder is made.
+
+    Raises
+    ------
+    BusyError
+        Somebody else is there.
+    OSError
+        The folder cannot be written.
+    """
+    folder = Path(folder)
+    file = folder / ".lock" if lock is None else lock
+    held = filelock.FileLock(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=_PATIENCE)
+    except filelock.Timeout:
+        raise BusyError(f"another process is at work in {show(folder)}: wait until it is done, then give the same command again") from None
+    except NotImplementedError:  # some network file systems have no locks
+        warnings.warn(f"the file system of {show(folder)} has no locks: start nothing else that writes there", stacklevel=3)
+    except OSError as error:
+        hint = "free some space, or choose another folder with CXR_DATA_DIR"
+        raise OSError(error.errno, f"could not write {folder}: {error.strerror or error}; {hint}") from error
+    try:
+        yield
+    finally:
+        if os.name == "posix":  # while it is held: who waits for it sees that it has no name any more, and makes a new one
+            file.unlink(missing_ok=True)
+        held.release()
 
 
 def save_json(path: Path | str, value: Any) -> None:

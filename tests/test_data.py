@@ -949,3 +949,28 @@ def test_an_image_of_no_known_patient_is_a_patient_of_its_own():
     assert data.patient_groups(table).tolist() == ["7", "image 1", "7", "image 3", "image 4"]
     assert data.count_patients(table) == 1
     assert data.count_patients(table.iloc[[1, 3]]) == 0
+
+
+WRITER = """
+import sys
+from lib import data
+try:
+    print(data.preprocess(sys.argv[1], sys.argv[2], workers=1)["files"]["images.npy"]["sha256"])
+except OSError as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_two_processes_that_preprocess_into_one_folder(tmp_path):
+    """One does the work; the other waits for a moment and then ends with one line, or finds the work done."""
+    folder = make_folder(tmp_path / "in", 4)
+    command = [sys.executable, "-c", WRITER, str(folder), str(tmp_path / "out")]
+    with paths.alone(tmp_path / "out"):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=True, timeout=60)
+        lines = done.stdout.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("BusyError: another process is at work in (outside the project)/out: wait until it is done")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]  # nothing was begun
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=paths.ROOT) for _ in range(2)]
+    answers = {process.communicate(timeout=60)[0].strip() for process in both}
+    assert answers == {paths.load_json(tmp_path / "out" / "manifest.json")["files"]["images.npy"]["sha256"]}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lib import data, decode, paths
 from tests.test_data import RAMP, make_folder, write_png
@@ -294,6 +294,112 @@ def test_two_thousand_damaged_files(tmp_path):
         "not a regular",
     ):
         assert words in reasons, words
+
+
+def repack(content, change):
+    """A PNG with right checksums around what `change` makes of its compressed data."""
+    place, first, last, data = 8, 0, 0, b""
+    while place < len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        if kind == b"IDAT":
+            first, last, data = first or place, place + 12 + length, data + content[place + 8 : place + 8 + length]
+        place += 12 + length
+    return content[:first] + chunk(b"IDAT", change(data)) + content[last:]
+
+
+def every_png(folder):
+    """A PNG of each colour type, depth and size of row, interlaced too, with the filters that an encoder chooses."""
+    rng = np.random.default_rng(3)
+    gray = np.clip(np.add.outer(np.arange(70), np.arange(61)) + rng.integers(0, 9, (70, 61)), 0, 255).astype(np.uint8)
+    image = Image.fromarray(gray)
+    rgb = Image.merge("RGB", [image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), image])
+    for name, kind in (("1", image.convert("1")), ("L", image), ("P", rgb.quantize(13)), ("RGB", rgb), ("LA", image.convert("LA"))):
+        kind.save(folder / f"{name}.png", optimize=True)
+    rgb.convert("RGBA").save(folder / "RGBA.png")
+    write_png(folder / "16.png", gray.astype(int) * 257, 16)
+    rows = b"".join(
+        b"\0" + np.ascontiguousarray(gray[top::down, left::across][row]).tobytes()
+        for left, top, across, down in decode._ADAM7
+        for row in range(len(range(top, 70, down)))
+    )
+    head = struct.pack(">IIBBBBB", 61, 70, 8, 0, 0, 0, 1)
+    interlaced = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (folder / "interlaced.png").write_bytes(interlaced)
+    return sorted(folder.glob("*.png"))
+
+
+def test_every_kind_of_png_gives_the_pixels_that_pillow_alone_reads(tmp_path, monkeypatch):
+    files = every_png(tmp_path)
+    assert len(files) == 8
+    for path in files:
+        pixels, record = decode.decode(path)
+        assert record["reason"] == "", path.name
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(pixels, decode.shrink(decode._to_gray(image), 64), err_msg=path.name)
+        monkeypatch.setattr(decode, "_INFLATED", 0)  # as for images so large that the inflated data are not kept
+        np.testing.assert_array_equal(decode.decode(path)[0], pixels, err_msg=path.name)
+        monkeypatch.undo()
+
+
+def test_damaged_data_under_right_checksums_are_no_half_image(tmp_path):
+    """Each file here has the right CRC everywhere; only its compressed data tell."""
+    flipped = 0
+    for path in every_png(tmp_path):
+        content, bad = path.read_bytes(), tmp_path / "bad"
+        rng = np.random.default_rng(len(content))
+
+        def flip(data, rng=rng):
+            changed = bytearray(data)
+            changed[rng.integers(2, len(data))] ^= 1 << rng.integers(8)
+            return bytes(changed)
+
+        faults = {
+            "cannot be inflated": [flip] * 20 + [lambda data: data[:-1] + bytes([data[-1] ^ 1])],
+            "end early": [lambda data: data[:-1], lambda data: data[: len(data) // 2], lambda data: b""],
+            "more data": [lambda data: zlib.compress(zlib.decompress(data) + b"\0"), lambda data: zlib.compress(bytes(10**7))],
+        }
+        faults["end early"].append(lambda data: zlib.compress(zlib.decompress(data)[:-1]))
+        for words, changes in faults.items():
+            for change in changes:
+                bad.write_bytes(repack(content, change))
+                pixels, record = decode.decode(bad)
+                assert pixels is None, (path.name, words)
+                assert words in record["reason"] or change is flip, (path.name, words, record["reason"])
+                flipped += change is flip
+    assert flipped == 160
+
+
+@pytest.mark.skipif(decode.fast_zlib is zlib, reason="the extra 'fast' is not installed")
+def test_isal_and_zlib_give_the_same_answers(tmp_path, monkeypatch):
+    """Whole, damaged and cut streams: the same pixels, or the same reason."""
+    rng, answers = np.random.default_rng(5), {}
+    for number, path in enumerate(every_png(tmp_path) * 40):
+        content = path.read_bytes()
+
+        def change(data, number=number):
+            changed = bytearray(data)
+            if number % 4:
+                changed[rng.integers(len(data))] ^= 1 << rng.integers(8)
+            return bytes(changed[: rng.integers(1, len(data))] if number % 4 == 1 else changed)
+
+        file = tmp_path / f"{number}.bin"
+        file.write_bytes(repack(content, change))
+        answers[file] = decode.decode(file)
+    monkeypatch.setattr(decode, "fast_zlib", zlib)
+    reasons = set()
+    for file, (pixels, record) in answers.items():
+        plain = decode.decode(file)
+        assert plain[1] == record, file.name
+        np.testing.assert_array_equal(plain[0], pixels)
+        reasons.add(record["reason"])
+    assert len(reasons) >= 3
+
+
+def test_pillows_settings_are_as_they_were():
+    before = (Image.core.get_blocks_max(), ImageFile.LOAD_TRUNCATED_IMAGES)
+    with decode.strict():
+        assert Image.core.get_blocks_max() > 0
+    assert (Image.core.get_blocks_max(), ImageFile.LOAD_TRUNCATED_IMAGES) == before
 
 
 def test_a_file_that_may_not_be_read_is_listed(tmp_path):

@@ -683,7 +683,7 @@ def test_what_kaggle_refuses_is_one_line_without_the_credential(status, message,
     assert caught.value.__cause__ is None
     out, error = capfd.readouterr()
     no_secret("".join(traceback.format_exception(caught.value)) + out + error + caplog.text)
-    assert not (tmp_path / "raw").exists()
+    assert not visible(tmp_path / "raw")
 
 
 @pytest.mark.parametrize("where", ["the API", "the storage"])
@@ -727,7 +727,7 @@ def test_kaggle_with_a_full_disk(kaggle, tmp_path, monkeypatch, full_disk):
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 10**6))
         with pytest.raises(DownloadError, match=r"nih-chest-xrays/data \(9 files\) needs 268\.\d MB in .*, and 1\.0 MB are free"):
             download.obtain("kaggle", tmp_path / "raw" / "kaggle")
-    assert not (tmp_path / "raw").exists(), "something was written before"
+    assert not visible(tmp_path / "raw"), "something was written before"
     full_disk(150)  # the table has more
     with pytest.raises(OSError, match=r"could not write .*\.csv: No space left.*same command goes on"):
         download.obtain("kaggle", tmp_path / "raw" / "kaggle")
@@ -809,7 +809,7 @@ def test_without_credentials_in_a_program(home, tmp_path):
     assert done.stdout == ""
     assert_three_steps(done.stderr)
     assert "During handling" not in done.stderr
-    assert not (tmp_path / "raw").exists()
+    assert not visible(tmp_path / "raw")
 
 
 def test_without_credentials_in_a_jupyter_kernel(home, tmp_path, monkeypatch):
@@ -1069,7 +1069,81 @@ def test_nih_files_that_are_unpacked_are_used_where_they_lie(with_archives, tmp_
             path.unlink()
     shown = data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
     assert shown["images"] == 4
-    assert [path.name for path in (tmp_path / "raw").rglob("*")] == ["box", "source.json"]
+    assert [*visible(tmp_path / "raw")] == [], "nothing is copied"
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("fault", ["gone", "short"])
+def test_a_folder_that_was_unpacked_in_part_is_finished_elsewhere(fault, links, tmp_path, monkeypatch):
+    """The first image of an archive says nothing of the last: a tar that was stopped leaves the last one short and the rest away."""
+    box = nih_box(tmp_path / "box", 12)
+    for path in sorted(box.glob("*.tar.gz")):
+        with tarfile.open(path) as tar:
+            tar.extractall(box, filter="data")
+    broken = box / "images" / "00000007_001.png"
+    broken.unlink() if fault == "gone" else broken.write_bytes(broken.read_bytes()[:-1])
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "Cross-device link")))
+    before = visible(box)
+    with pytest.warns(UserWarning, match=r"images_007.tar.gz is unpacked in part only: 1 of its 2 files .*00000007_001.png"):
+        shown = data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
+    assert shown["images"] == 24
+    (store,) = (tmp_path / "raw").glob("nih-*")
+    files = visible(store)
+    assert files["images_007/images/00000007_001.png"] == png(13)
+    assert len([name for name in files if name.endswith(".png")]) == 24
+    shared = (store / "images_001" / "images" / "00000001_000.png").samefile(box / "images" / "00000001_000.png")
+    assert shared is links, "no second copy of what is there, where the disk can"
+    assert visible(box) == before, "the folder is the user's"
+    assert "unpacked before" in shown["verified"]
+
+
+def test_archives_are_listed_once(tmp_path, monkeypatch):
+    box = nih_box(tmp_path / "box", 2)
+    for path in sorted(box.glob("*.tar.gz")):
+        with tarfile.open(path) as tar:
+            tar.extractall(box, filter="data")
+    first = data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
+    assert first["verified"] == "name and length of each file in 2 archives"
+    monkeypatch.setattr(archives, "list_tar", lambda path: pytest.fail(f"{path.name} is read again"))
+    assert data.fetch(f"nih:{box}", tmp_path / "raw" / "box") == first
+
+
+def test_two_downloads_at_once(kaggle, tmp_path, monkeypatch):
+    """While one process fills the folder, another ends with one line; the first is not disturbed, and its folder is then used."""
+    monkeypatch.setattr(paths, "_PATIENCE", 0.1)
+    store = tmp_path / "raw" / "nih-chest-xrays-data"
+    with paths.alone(store):
+        with pytest.raises(paths.BusyError, match=r"at work in .*nih-chest-xrays-data: wait until it is done"):
+            download.obtain("kaggle", tmp_path / "raw" / "kaggle")
+        assert not visible(store)
+    note = download.obtain("kaggle", tmp_path / "raw" / "kaggle")
+    with paths.alone(store):  # who only uses what is finished needs no lock
+        assert download.obtain("kaggle", tmp_path / "raw" / "kaggle") == note
+
+
+UNPACKER = """
+import pathlib, sys
+from lib import download
+try:
+    print(download.obtain(sys.argv[1], pathlib.Path(sys.argv[2]))["images"])
+except (download.DownloadError, OSError) as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_two_processes_that_unpack_into_one_folder(tmp_path):
+    box = nih_box(tmp_path / "box", 12)
+    command = [sys.executable, "-c", UNPACKER, f"nih:{box}", str(tmp_path / "raw" / "box")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=paths.ROOT) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0].strip() for process in both] == ["24", "24"], "the second waits for what takes a moment"
+    (store,) = (tmp_path / "raw").glob("nih-*")
+    assert len(visible(store)) == 26
+    shutil.rmtree(store)
+    with paths.alone(store):
+        (line,) = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=True, timeout=60).stdout.splitlines()
+        assert line.startswith(f"BusyError: another process is at work in (outside the project)/{store.name}: wait until it is done")
+        assert not visible(store)
 
 
 def test_some_of_nihs_archives(tmp_path):
@@ -1130,7 +1204,7 @@ def test_nih_without_its_table_or_images(tmp_path):
         data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
     with pytest.raises(ValueError, match=r"is not a folder: give the one with images_001\.tar\.gz"):
         data.fetch(f"nih:{table}", tmp_path / "raw" / "box")
-    assert not (tmp_path / "raw").exists()
+    assert not visible(tmp_path / "raw")
 
 
 # ------------------------------------------------------------------------------------------------------------ ChestMNIST
@@ -1265,7 +1339,7 @@ def test_files_that_are_no_chestmnist(changed, reason, tmp_path, monkeypatch):
         ValueError, match=rf"x.npz is not ChestMNIST at 64x64 \(.*({reason}).*\); give chestmnist_64.npz from https://zenodo"
     ):
         data.fetch(f"chestmnist:{tmp_path / 'x.npz'}", tmp_path / "raw")
-    assert not (tmp_path / "raw").exists()
+    assert not visible(tmp_path / "raw")
     assert not (tmp_path / "unpickled").exists()
 
 

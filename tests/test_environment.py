@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from lib.paths import ROOT
 
-CONDA_NAMES = {"pytorch": "torch", "python-igraph": "igraph"}
+CONDA_NAMES = {"pytorch": "torch", "python-igraph": "igraph", "python-isal": "isal"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DIRECT = {
     canonicalize_name(r.name): r

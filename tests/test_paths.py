@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -82,3 +84,41 @@ def test_npy_holds_no_pickle(tmp_path):
     with pytest.raises(ValueError, match="pickle"):
         paths.save_npy(tmp_path / "x.npy", np.array([object()]))
     assert not os.listdir(tmp_path)
+
+
+HOLDER = """
+import sys, time
+from lib import paths
+with paths.alone(sys.argv[1]):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_who_is_at_work_and_a_killed_one_blocks_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "_PATIENCE", 0.1)
+    folder = tmp_path / "store"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, cwd=paths.ROOT) as holder:
+        try:
+            assert holder.stdout.readline().strip() == b"in"
+            with pytest.raises(
+                paths.BusyError, match=r"^another process is at work in .*store: wait until it is done, then give"
+            ) as caught:
+                with paths.alone(folder):
+                    pytest.fail("two at once")
+            assert "\n" not in str(caught.value)
+        finally:
+            holder.kill()
+    with paths.alone(folder):
+        with pytest.raises(paths.BusyError):  # another thread, or the same one by mistake
+            with paths.alone(folder):
+                pytest.fail("two at once")
+    with paths.alone(folder):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"could not write .*inner: .*CXR_DATA_DIR"):
+        with paths.alone(tmp_path / "file" / "inner"):
+            pytest.fail("no such folder")
