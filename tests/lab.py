@@ -104,7 +104,10 @@ HELP = """window.lab = {
   kernel: () => { const s = lab.panel() && lab.panel().sessionContext.session; return s && s.kernel ? s.kernel.status : 'none'; },
   counts: () => lab.code().map(cell => cell.model.executionCount),
   outputs: () => lab.code().map(cell => cell.model.outputs.toJSON()),
-  start: (command) => { lab.ran = undefined; jupyterapp.commands.execute(command).then(v => { lab.ran = [v]; }, e => { lab.ran = [String(e)]; }); },
+  start: (command) => {
+    lab.ran = undefined;
+    jupyterapp.commands.execute(command).then(v => { lab.ran = [v]; }, e => { lab.ran = [String(e)]; });
+  },
   wide: () => lab.code().flatMap((cell, i) => [...cell.node.querySelectorAll('.jp-OutputArea-output')]
     .filter(e => e.scrollWidth > e.clientWidth + 2).map(e => [i + 1, e.scrollWidth - e.clientWidth])),
 }"""
@@ -152,6 +155,10 @@ class Notebook:
     def outputs(self):
         """The outputs of each code cell, as they stand in the notebook now."""
         return self.page.evaluate("lab.outputs()")
+
+    def shown(self):
+        """The text of all outputs as the page shows them, where a line that returns to its start has overwritten itself."""
+        return self.page.evaluate("lab.code().map(cell => cell.outputArea.node.innerText).join('\\n')")
 
     def errors(self):
         return [

@@ -8,12 +8,15 @@ first ones only, which is what a browser can break: opening, dialogs, progress, 
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from lib import data, paths
+from lib.deepcluster import TrainConfig, fit
 from lib.paths import ROOT
 from lib.run import find_notebooks
 from tests import browser, lab
@@ -59,8 +62,8 @@ def test_restart_and_run_all(server, page, pictures, name):
     saved = notebook.save()
     assert "widgets" not in saved["metadata"]
     assert "widget-view" not in json.dumps(saved)
-    sources = [[cell["source"] for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]] for file in files(notebook)]
-    assert sources[0] == sources[1], "running and saving changed a cell's source"
+    before = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    assert [cell["source"] for cell in saved["cells"]] == [cell["source"] for cell in before["cells"]]
     cells = [cell for cell in saved["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == counts
     assert cells[-1]["outputs"], "the last cell says what was written"
@@ -69,5 +72,63 @@ def test_restart_and_run_all(server, page, pictures, name):
     notebook.close()
 
 
-def files(notebook):
-    return [notebook.path, ROOT / "notebooks" / notebook.path.name]
+EPOCHS = 6
+DATASET = "phantom-stopped"
+
+
+def stoppable(project):
+    """A copy of 02_train_alexnet that trains for some more epochs on 256 phantoms of its own; its name."""
+    data.fetch("phantom", paths.raw_dir(DATASET), 256, 0)
+    data.preprocess(paths.raw_dir(DATASET), paths.dataset_dir(DATASET))
+    notebook = json.loads((ROOT / "notebooks" / "02_train_alexnet.ipynb").read_text(encoding="utf-8"))
+    (cell,) = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    source, n = re.subn(r"^epochs = 2\b", f"epochs = {EPOCHS}", "".join(cell["source"]), flags=re.MULTILINE)
+    cell["source"], m = re.subn(r'^dataset = "phantom-smoke"', f'dataset = "{DATASET}"', source, flags=re.MULTILINE)
+    assert (n, m) == (1, 1)
+    for cell in notebook["cells"]:
+        cell.get("outputs", []).clear()
+    (project / "notebooks" / "stopped.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    return "stopped"
+
+
+def numbers(run_dir):
+    """Metrics of the epochs that are done, none if there is no file yet."""
+    file = run_dir / "metrics.csv"
+    return pd.read_csv(file) if file.exists() else pd.DataFrame()
+
+
+def test_interrupted_training_goes_on_where_it_stopped(server, page, pictures, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXR_DATA_DIR", str(server.project / "data"))
+    notebook = lab.Notebook(server, page, stoppable(server.project))
+    run_dir = paths.run_dir(DATASET, "alexnet", 0)
+    notebook.command("notebook:restart-run-all", accept=True)
+    seen, end = set(), time.monotonic() + 120
+    while len(numbers(run_dir)) < 3:
+        assert time.monotonic() < end, "training does not get on"
+        seen |= set(re.findall(r"(\d+)%\|", notebook.shown()))
+    assert len(seen) >= 2, f"the progress bar stands still: {seen}"
+    notebook.command("notebook:interrupt-kernel")
+    notebook.finish(60)
+    (error,) = notebook.errors()
+    assert "KeyboardInterrupt" in error
+    stopped = numbers(run_dir)
+    assert 3 <= len(stopped) < EPOCHS
+    notebook.pictures(pictures / "interrupted")
+
+    notebook.command("notebook:run-all-cells")  # in the same kernel, as one does
+    notebook.finish(120)
+    assert notebook.errors() == []
+    final = numbers(run_dir)
+    assert len(final) == EPOCHS
+    pd.testing.assert_frame_equal(final.iloc[: len(stopped)], stopped)  # with their seconds: these epochs were not trained again
+    images, stored = data.load_images(paths.dataset_dir(DATASET)), paths.load_json(run_dir / "config.json")
+    config = TrainConfig(**{name: value for name, value in stored.items() if name in TrainConfig.__dataclass_fields__})
+    unbroken = fit(images, config, tmp_path / "unbroken", progress=False)
+    timed = [name for name in final if name.startswith("seconds")]
+    pd.testing.assert_frame_equal(final.drop(columns=timed), unbroken.metrics.drop(columns=timed), check_exact=True)
+    assert (np.load(run_dir / "assignments.npy") == unbroken.assignments).all()
+    (line,) = [line for line in notebook.shown().splitlines() if "%|" in line]
+    assert "100%|" in line
+    assert f"{EPOCHS}/{EPOCHS}" in line
+    assert "widget" not in json.dumps(notebook.save())
+    notebook.close()
