@@ -173,7 +173,7 @@ class Notebook:
         self.finish(20)
         return json.loads(self.path.read_text(encoding="utf-8"))
 
-    def pictures(self, folder, height=1600, most=12):
+    def pictures(self, folder, most=12):
         """Screenshots of the notebook from its top to its end, in `folder`; their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         box = "lab.panel().content.node.querySelector('.jp-WindowedPanel-outer')"
@@ -183,7 +183,10 @@ class Notebook:
             time.sleep(0.4)  # cells out of sight are drawn when they come in
             paths.append(folder / f"{self.path.stem}_{number + 1:02d}.png")
             self.page.screenshot(paths[-1])
-            if self.page.evaluate(f"{box}.scrollTop + {box}.clientHeight >= {box}.scrollHeight - 2"):
+            # one can scroll on below the last cell
+            if self.page.evaluate(
+                f"lab.panel().content.widgets.at(-1).node.getBoundingClientRect().bottom <= {box}.getBoundingClientRect().bottom"
+            ):
                 break
         return paths
 
