@@ -2,10 +2,10 @@
 
     python tests/bench/notebook_memory.py [--bar 1.0] [--like-run-all] [NOTEBOOK ...]
 
-Each notebook runs in a kernel of its own, in order, in a temporary folder. Every 20 ms the resident memory of the kernel and of all processes
-that it has started is added up (``RSS``). Pages that several of them share are counted once for each, so the sum is an upper bound; on
-Linux their proportional share (``PSS``) is read too, ten times less often. JupyterLab itself needs about 0.1 GB more. Exit status 1
-if a peak of RSS is above the bar, in GB.
+Each notebook runs in a kernel of its own, in order, in a temporary folder. Every 20 ms the resident memory of the kernel and of all
+processes that it has started is added up (``RSS``). Pages that several of them share are counted once for each, so the sum is an upper
+bound; on Linux their proportional share (``PSS``) is read too, ten times less often. JupyterLab itself is not counted. Exit status 1 if a
+peak of RSS is above the bar, in GB.
 """
 
 from __future__ import annotations
