@@ -73,7 +73,6 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "python tests/bench/paper_scale.py": Elsewhere(BENCH),
     "python tests/bench/kmeans.py": Elsewhere(BENCH),
     "python tests/bench/gconv.py": Elsewhere(BENCH),
-    "python tests/bench/notebook_memory.py": Elsewhere("runs every notebook once more, three minutes"),
     "%cd companion/notebooks": CLOUD,
     "%run 00_download.ipynb": CLOUD,
     "%run 01_preprocess.ipynb": CLOUD,

@@ -2,7 +2,7 @@
 
 All cells of all notebooks run in the notebook tests of ``./run_all.sh --test`` already, without a browser. So here the suite opens the
 first ones only, which is what a browser can break: opening, dialogs, progress, drawing, saving. ``CXR_LAB=all`` opens every notebook
-(about three minutes), and ``CXR_LAB_PICTURES=FOLDER`` keeps screenshots of each from top to end.
+(about five minutes on two cores), and ``CXR_LAB_PICTURES=FOLDER`` keeps screenshots of each from top to end.
 """
 
 import json

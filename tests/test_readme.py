@@ -135,6 +135,11 @@ def test_numbers_of_the_faq_are_the_committed_ones():
     bench = (paths.ROOT / "figures" / "bench" / "paper_scale_cpu.md").read_text(encoding="utf-8")
     alexnet, p4m = re.search(r"GFLOP an image.* \| ([\d.]+) and [\d.]+ \| ([\d.]+) and", bench).groups()
     assert f"one image costs {p4m} GFLOP in the dense count, with AlexNet {alexnet}" in text
+    table = (paths.ROOT / "figures" / "bench" / "notebook_memory.md").read_text(encoding="utf-8")
+    peaks = [float(peak) for peak in re.findall(r"^\| \w+ \| (\d\.\d\d) \|", table, re.MULTILINE)]
+    assert len(peaks) == len(list((paths.ROOT / "notebooks").glob("*.ipynb")))
+    assert f"one of them took was {max(peaks):.2f} GB" in text
+    assert max(peaks) < 1
 
 
 def test_every_command_is_run_or_says_why_not():
