@@ -286,7 +286,9 @@ class Gathered:
     missing: list[str]
 
 
-PROCESS_BYTES = 600e6  # of a process that measures, and of the one that started it: most of it is PyTorch and scikit-learn
+# of a process that measures, and of the one that started it: most of the 0.6 GB is PyTorch and scikit-learn, the rest is room for
+# JupyterLab. So Binder, which gives 2 GB and about one core, measures in one process.
+PROCESS_BYTES = 900e6
 
 
 def affordable_jobs(jobs: int, limits: Sequence[str] = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")) -> int:
