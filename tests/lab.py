@@ -125,6 +125,7 @@ class Notebook:
         page.evaluate("void jupyterapp.shell.activateById(lab.panel().id)")
         # a file as it came is not trusted; nothing of what the notebooks keep may need it
         self.ready_without_dialog = not self.dialog()
+        self.wide = set()  # code cells, by number, and how many pixels their output is too wide
 
     def dialog(self):
         return self.page.evaluate("(document.querySelector('.jp-Dialog') || {innerText: ''}).innerText")
@@ -174,7 +175,7 @@ class Notebook:
         return json.loads(self.path.read_text(encoding="utf-8"))
 
     def pictures(self, folder, most=12):
-        """Screenshots of the notebook from its top to its end, in `folder`; their paths."""
+        """Screenshots of the notebook from its top to its end, in `folder`; their paths. `wide` gets what is wider than its place."""
         folder.mkdir(parents=True, exist_ok=True)
         box = "lab.panel().content.node.querySelector('.jp-WindowedPanel-outer')"
         paths = []
@@ -183,6 +184,7 @@ class Notebook:
             time.sleep(0.4)  # cells out of sight are drawn when they come in
             paths.append(folder / f"{self.path.stem}_{number + 1:02d}.png")
             self.page.screenshot(paths[-1])
+            self.wide |= {tuple(found) for found in self.page.evaluate("lab.wide()")}
             # one can scroll on below the last cell
             if self.page.evaluate(
                 f"lab.panel().content.widgets.at(-1).node.getBoundingClientRect().bottom <= {box}.getBoundingClientRect().bottom"

@@ -58,7 +58,8 @@ def test_restart_and_run_all(server, page, pictures, name):
     counts = notebook.counts()
     assert counts == list(range(1, len(counts) + 1))
     assert not notebook.dialog()
-    notebook.pictures(pictures)
+    assert len(notebook.pictures(pictures)) >= 2
+    assert notebook.wide == set(), "a table or figure does not fit its column"
     saved = notebook.save()
     assert "widgets" not in saved["metadata"]
     assert "widget-view" not in json.dumps(saved)
