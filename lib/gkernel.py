@@ -54,11 +54,11 @@ def build() -> Path:
     cpuinfo = Path("/proc/cpuinfo")
     # One library a source, compiler and processor: a home folder may be shared by different machines.
     processor = (
-        {line for line in cpuinfo.read_text().splitlines() if line.startswith(("model name", "flags", "Features"))}
+        {line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith(("model name", "flags", "Features"))}
         if cpuinfo.exists()
         else ""
     )
-    key = "\0".join([SOURCE.read_text(), compiler, *FLAGS, platform.machine(), *sorted(processor)])
+    key = "\0".join([SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, platform.machine(), *sorted(processor)])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "equivariant-cxr-clustering"
     library = folder / f"gfourier-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.exists():

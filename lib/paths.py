@@ -85,7 +85,7 @@ def atomic_write(path: Path | str, mode: str = "wb", **kwargs: Any) -> Iterator[
     Raises
     ------
     OSError
-        Folder not writable or disk full; the message names `path`, the temporary file is removed and an older `path` is intact.
+        Folder not writable, file in use, or disk full; the message names `path`, the temporary file is removed, an older `path` is intact.
     """
     path = Path(path)
     if "b" not in mode:
@@ -101,6 +101,8 @@ def atomic_write(path: Path | str, mode: str = "wb", **kwargs: Any) -> Iterator[
     except OSError as error:
         reason = error.strerror or str(error)
         hint = "free some space, or choose another folder with CXR_DATA_DIR"
+        if isinstance(error, PermissionError):  # Windows replaces no file that is open, a memory map included
+            hint = "its folder is read-only, or a notebook has it open: shut that down, or choose another folder with CXR_DATA_DIR"
         raise OSError(error.errno, f"could not write {path}: {reason}; {hint}") from error
     finally:
         with suppress(OSError):  # it is gone after the rename, and what went wrong before matters more

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pandas as pd
 
 from lib import markdown
 from lib.metrics import seed_interval
+from lib.paths import atomic_write
 
 ARMS = {
     "alexnet": "AlexNet, rotation augmentation",
@@ -260,6 +263,53 @@ def summary(results: Mapping[str, Any], table: pd.DataFrame, figures: Mapping[st
     blocks += ["## Linear probes", linear_probe_markdown(table, label), "## Figures"]
     blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in figures.items()]
     return "\n\n".join(blocks).rstrip() + "\n"
+
+
+SECTION = re.compile(r"<!-- figures of (\S+) -->\n.*?<!-- /figures of \1 -->\n", re.DOTALL)
+
+
+def save_summary(path: Path | str, text: str) -> None:
+    """Write ``summary.md``, and below it the captions that other notebooks have added to the one that is there (`save_captions`)."""
+    path = Path(path)
+    earlier = path.read_text(encoding="utf-8") if path.exists() else ""
+    with atomic_write(path, "w") as handle:
+        handle.write("\n".join([text.rstrip("\n") + "\n", *(section.group() for section in SECTION.finditer(earlier))]))
+
+
+def save_captions(
+    path: Path | str, notebook: str, figures: Mapping[str, str], label: str, seeds: Sequence[int], command: str, attribution: str
+) -> None:
+    """Put the captions of a notebook's figures into ``summary.md``, in a section of their own that takes the place of an earlier one.
+
+    Parameters
+    ----------
+    path : Path
+        ``summary.md``. If 05_figures has not written it, it is made, and holds these captions under a title and `attribution`.
+    notebook : str
+        Name of the notebook, such as ``"06_claims"``.
+    figures : mapping of file name to caption
+    label : str
+        Dataset and number of images, as `dataset_label` gives them.
+    seeds : sequence of int
+        Seeds of the runs that are drawn.
+    command : str
+        The command that makes the figures.
+
+    Raises
+    ------
+    ValueError
+        `notebook` is no single word, so its section could not be found again.
+    """
+    if not re.fullmatch(r"[\w.-]+", notebook):
+        raise ValueError(f"{notebook!r} cannot name a section: give the notebook's name, such as '06_claims'")
+    path = Path(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else f"# Figures: {label}\n\n{attribution}\n"
+    blocks = [f"## Figures of {notebook}", f"Seeds {', '.join(map(str, seeds))}. Made by `{command}`."]
+    blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in figures.items()]
+    section = f"<!-- figures of {notebook} -->\n" + "\n\n".join(blocks) + f"\n<!-- /figures of {notebook} -->\n"
+    sections = {found[1]: found[0] for found in SECTION.finditer(text)} | {notebook: section}
+    with atomic_write(path, "w") as handle:
+        handle.write("\n".join([SECTION.sub("", text).rstrip("\n") + "\n", *(sections[name] for name in sorted(sections))]))
 
 
 def glance(results: Mapping[str, Any]) -> str:

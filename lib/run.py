@@ -428,6 +428,7 @@ def _environment() -> dict[str, str]:
     environment["JUPYTER_PREFER_ENV_PATH"] = "1"  # a kernel python3 in the user's home may be another Python's
     environment["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     environment.setdefault("PYTHONHASHSEED", "0")
+    environment.setdefault("PYTHONUTF8", "1")  # logs are read as UTF-8; on Windows they would be written in the system's own encoding
     environment.pop("MPLBACKEND", None)  # the kernel draws inline
     # glibc gives large arrays back to the system at once and gets them back page by page: with memory kept, a step of the quick preset's
     # P4M network takes 0.7 of the time, on a virtual machine

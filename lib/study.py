@@ -286,6 +286,30 @@ class Gathered:
     missing: list[str]
 
 
+# of a process that measures, and of the one that started it: most of the 0.6 GB is PyTorch and scikit-learn, the rest is room for
+# JupyterLab. So Binder, which gives 2 GB and about one core, measures in one process.
+PROCESS_BYTES = 900e6
+
+
+def affordable_jobs(jobs: int, limits: Sequence[str] = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")) -> int:
+    """As many of `jobs` processes as fit beside this one into the memory that JupyterHub or the container allows, 1 at least.
+
+    JupyterHub, and so Binder, tells its limit in ``MEM_LIMIT``.
+
+    Parameters
+    ----------
+    jobs : int
+    limits : sequence of path
+        Files in which Linux keeps a container's limit in bytes, or ``max``. A missing one limits nothing.
+    """
+    said = [os.environ.get("MEM_LIMIT", "")]
+    for path in map(Path, limits):
+        with contextlib.suppress(OSError):
+            said.append(path.read_text(encoding="ascii").strip())
+    known = [int(text) for text in said if text.isdecimal() and int(text) > 0]
+    return max(1, min(jobs, int(min(known) // PROCESS_BYTES) - 1)) if known else jobs
+
+
 def gather(dataset: str, images: Any, metadata: pd.DataFrame, jobs: int = 1, effort: Any = None) -> Gathered:
     """Collect the finished runs of a dataset, measuring those that were not measured yet.
 
@@ -295,7 +319,7 @@ def gather(dataset: str, images: Any, metadata: pd.DataFrame, jobs: int = 1, eff
     images : ndarray uint8, shape (N, 64, 64)
     metadata : DataFrame, N rows
     jobs : int
-        Processes that measure, each on one thread if more than one.
+        Processes that measure, each on one thread if more than one; fewer where memory is limited (`affordable_jobs`).
     effort : lib.measures.Effort, optional
 
     Raises
@@ -304,6 +328,7 @@ def gather(dataset: str, images: Any, metadata: pd.DataFrame, jobs: int = 1, eff
         As `finished`.
     """
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
 
     from lib import measures
     from lib.models import cost
@@ -323,7 +348,10 @@ def gather(dataset: str, images: Any, metadata: pd.DataFrame, jobs: int = 1, eff
             tasks[arm, seed] = delayed(_measure_baseline)(
                 paths.run_dir(dataset, arm, seed), images, metadata, config, turned, effort, arm == measures.RANDOM
             )
-    found = dict(zip(tasks, Parallel(n_jobs=min(jobs, len(tasks)))(tasks.values()), strict=True))
+    jobs = affordable_jobs(min(jobs, len(tasks)))
+    found = dict(zip(tasks, Parallel(n_jobs=jobs)(tasks.values()), strict=True))
+    if jobs > 1:  # they would sit there for five minutes more, with their memory
+        get_reusable_executor().shutdown(wait=True)
     values: dict[str, dict[int, Any]] = {}
     details: dict[str, dict[int, Any]] = {}
     scores: dict[str, dict[int, Any]] = {}

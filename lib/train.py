@@ -98,14 +98,19 @@ def _environment(nproc: int) -> dict[str, str]:
     # torchrun would give each one thread
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    environment.setdefault("PYTHONUTF8", "1")  # what it says is read as UTF-8, whatever the system's own encoding is
+    if sys.platform == "win32":
+        environment.setdefault("USE_LIBUV", "0")  # PyTorch's builds for Windows may be without
     return environment
 
 
 def _run(command: Sequence[str], environment: dict[str, str], lines: int = 60) -> tuple[int, str]:
     """Run `command` to its end, its output passed on to stderr; its status and what it wrote last. However we leave, it has ended."""
     tail: deque[str] = deque(maxlen=lines)
+    text = {"encoding": "utf-8", "errors": "replace"}
+    group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {}
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **text, **group
     ) as process:
         try:
             for line in process.stdout:
@@ -113,12 +118,17 @@ def _run(command: Sequence[str], environment: dict[str, str], lines: int = 60) -
                 tail.append(line)
             return process.wait(), "".join(tail)
         finally:
-            if process.poll() is None:  # the launcher ends its workers when it is told to end
-                process.send_signal(signal.SIGTERM)
+            if process.poll() is None:
+                process.send_signal(_end_signal())
                 try:
                     process.wait(30)
                 except subprocess.TimeoutExpired:
                     process.kill()
+
+
+def _end_signal() -> int:
+    """What tells the launcher to end, and its workers with it: on Windows, where SIGTERM would end it alone, a break for all of them."""
+    return signal.CTRL_BREAK_EVENT if sys.platform == "win32" else signal.SIGTERM
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

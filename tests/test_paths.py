@@ -122,3 +122,19 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     with pytest.raises(OSError, match=r"could not write .*inner: .*CXR_DATA_DIR"):
         with paths.alone(tmp_path / "file" / "inner"):
             pytest.fail("no such folder")
+
+
+def test_a_file_in_use_is_named_and_stays(tmp_path, monkeypatch):
+    """As Windows does it: no file that is open is replaced."""
+    paths.save_json(tmp_path / "a.json", 1)
+
+    def refuse(*_):
+        raise PermissionError(13, "The process cannot access the file")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(
+        OSError, match=r"could not write .*a\.json: The process cannot .*; its folder is read-only, or a notebook has it open"
+    ):
+        paths.save_json(tmp_path / "a.json", 2)
+    assert paths.load_json(tmp_path / "a.json") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -1,11 +1,14 @@
 """What README and the published pages say is what is there."""
 
+import ast
 import re
 
 import pytest
 
 from lib import claims, evaluate, paths, report
 from lib.run import USAGE, find_notebooks
+from tests import readme_commands
+from tests.test_bootstrap import code
 
 README = (paths.ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted(p for p in [*paths.ROOT.glob("*.md"), *(paths.ROOT / "data").glob("**/README.md")] if "runs" not in p.parts)
@@ -92,3 +95,63 @@ def test_the_lines_for_a_finished_run_work(tmp_path):
     scope = {"images": images}
     exec(code.replace("data/runs/phantom/p4m/seed0", (tmp_path / "run").as_posix()), scope)
     assert len(scope["assignments"]) == len(scope["embedding"]) == 24
+
+
+FAQ = (paths.ROOT / "FAQ.md").read_text(encoding="utf-8")
+
+
+def texts_of_the_code():
+    """Every piece of text in lib and the notebooks' code, without the values that are put in, and run_all.sh as it is."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted((paths.ROOT / "lib").glob("*.py"))]
+    sources += ["\n".join(code(path)) for path in sorted((paths.ROOT / "notebooks").glob("*.ipynb"))]
+    pieces = [node.value for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return [piece for piece in pieces if isinstance(piece, str)] + [(paths.ROOT / "run_all.sh").read_text(encoding="utf-8")]
+
+
+def test_every_error_text_of_the_faq_is_one_that_the_code_has():
+    quoted = re.findall(r"^\| `([^`]+)` \|", FAQ, re.MULTILINE)
+    assert len(quoted) >= 20
+    there = texts_of_the_code()
+    for text in quoted:
+        pieces = [piece.strip() for piece in text.split("...") if len(piece.strip()) > 3]
+        assert any(len(piece) >= 10 for piece in pieces), f"{text!r} is too short to be found by"
+        for piece in pieces:
+            assert any(piece in known for known in there), f"no message holds {piece!r}"
+
+
+def test_numbers_of_the_faq_are_the_committed_ones():
+    arms = paths.load_json(paths.ROOT / "figures" / "nih-sample-study" / "claims.json")["arms"]
+
+    def mean(arm, measure):
+        return f"{arms[arm]['measures'][measure]['mean']:.3f}"
+
+    nmi = {arm: mean(arm, "nmi_final") for arm in ("alexnet", "p4m", "alexnet-index", "p4m-index")}
+    auroc = {arm: mean(arm, "auroc_macro") for arm in ("pixels", "alexnet", "p4m", "alexnet-untrained", "p4m-untrained")}
+    text = " ".join(FAQ.split())
+    assert f"ends at {nmi['alexnet']} for AlexNet and {nmi['p4m']} for P4M" in text
+    assert f"still ends at {nmi['alexnet-index']} and {nmi['p4m-index']}" in text
+    assert f"mean AUROC {auroc['pixels']}, against {auroc['alexnet']} for AlexNet and {auroc['p4m']} for P4M" in text
+    assert f"and {auroc['alexnet-untrained']} and {auroc['p4m-untrained']} for the same networks untrained" in text
+    assert float(auroc["pixels"]) > max(float(auroc["alexnet"]), float(auroc["p4m"])), "the question no longer has its ground"
+    bench = (paths.ROOT / "figures" / "bench" / "paper_scale_cpu.md").read_text(encoding="utf-8")
+    alexnet, p4m = re.search(r"GFLOP an image.* \| ([\d.]+) and [\d.]+ \| ([\d.]+) and", bench).groups()
+    assert f"one image costs {p4m} GFLOP in the dense count, with AlexNet {alexnet}" in text
+    table = (paths.ROOT / "figures" / "bench" / "notebook_memory.md").read_text(encoding="utf-8")
+    peaks = [float(peak) for peak in re.findall(r"^\| \w+ \| (\d\.\d\d) \|", table, re.MULTILINE)]
+    assert len(peaks) == len(list((paths.ROOT / "notebooks").glob("*.ipynb")))
+    assert f"one of them took was {max(peaks):.2f} GB" in text
+    assert max(peaks) < 1
+
+
+def test_every_command_is_run_or_says_why_not():
+    pages = [(paths.ROOT / page).read_text(encoding="utf-8") for page in readme_commands.PAGES]
+    found = [command for page in pages for command in readme_commands.shown(page)]
+    assert len(found) > 20
+    assert set(found) == set(readme_commands.COMMANDS), "tests/readme_commands.py and the pages name different commands"
+    assert sum(isinstance(how, readme_commands.Run) for how in readme_commands.COMMANDS.values()) >= 8
+
+
+def test_commands_are_found_where_a_page_shows_them():
+    text = "Call `./run_all.sh --data X`, not `run`.\n\n    python -m a   # why\n    other thing\n\n"
+    text += "```\npip install b\n```\n\n```python\nimport c\n```\n"
+    assert readme_commands.shown(text) == ["python -m a", "pip install b", "./run_all.sh --data X"]

@@ -772,3 +772,11 @@ def test_options_of_a_folder_reach_the_notebooks(project, tmp_path):
 def test_options_of_a_folder_that_cannot_be_met(arguments, message, project, tmp_path):
     with pytest.raises(UsageError, match=re.escape(message)):
         parse_args(arguments, project, tmp_path)
+
+
+def test_logs_are_written_in_the_encoding_in_which_they_are_read(monkeypatch, tmp_path):
+    monkeypatch.delenv("PYTHONUTF8", raising=False)
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    code = "import sys; assert sys.flags.utf8_mode; print('100%|\u2588| caf\u00e9')"
+    assert run._call([sys.executable, "-c", code], tmp_path / "log", run._environment()) == 0
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "100%|\u2588| caf\u00e9\n"

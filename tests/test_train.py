@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 import time
 
 import numpy as np
 import pytest
 
+from lib import train
 from lib.deepcluster import RunMismatchError, TrainConfig
 from lib.paths import save_json
 from lib.train import launch, main, read_config
@@ -100,3 +103,24 @@ def test_config_survives_json(tmp_path):
     save_json(tmp_path / "config.json", dataclasses.asdict(LONG))
     assert read_config(tmp_path / "config.json") == LONG
     assert json.loads((tmp_path / "config.json").read_text())["width"] == list(LONG.width)
+
+
+@pytest.mark.parametrize(
+    ("system", "libuv", "ending"), [("linux", None, "SIGTERM"), ("darwin", None, "SIGTERM"), ("win32", "0", "CTRL_BREAK_EVENT")]
+)
+def test_on_every_system_the_launcher_is_started_and_ended_its_way(monkeypatch, system, libuv, ending):
+    for name in ("USE_LIBUV", "PYTHONUTF8"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(signal, "CTRL_BREAK_EVENT", "break", raising=False)
+    environment = train._environment(2)
+    assert environment.get("USE_LIBUV") == libuv
+    assert environment["PYTHONUTF8"] == "1"
+    assert train._end_signal() == getattr(signal, ending)
+
+
+def test_what_the_launcher_says_is_read_whatever_its_bytes_are(capsys):
+    code = "import sys; sys.stdout.buffer.write('caf\u00e9 \u2588 '.encode() + b'\\xff\\n'); sys.exit(3)"
+    status, tail = train._run([sys.executable, "-c", code], {**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (status, tail) == (3, "caf\u00e9 \u2588 \ufffd\n")
+    assert tail in capsys.readouterr().err
