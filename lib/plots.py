@@ -59,6 +59,7 @@ _RC = {
     "axes.axisbelow": True,
     "lines.linewidth": 1.5,
     "lines.markersize": 3.5,
+    "text.hinting": "none",  # texts are as wide at a screen's resolution as in print, so none is cut off there
     "figure.dpi": 110,
     "svg.fonttype": "path",  # glyphs as outlines: nothing to install where the figure is read
     "svg.hashsalt": "equivariant-cxr-clustering",  # element ids from the content, not from chance
@@ -112,7 +113,8 @@ def show_in_notebooks(dpi: int = 90, colors: int = 64) -> None:
 
     def png(figure: Figure) -> bytes:
         drawn, small = io.BytesIO(), io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=dpi)
+        with style():
+            figure.savefig(drawn, format="png", dpi=dpi)
         # Pillow's default cuts by numbers of pixels and gives the gray of letters the palette; thin coloured lines then lose their colour
         few = Image.open(drawn).convert("RGB").quantize(colors, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         few.save(small, format="png", optimize=True)
