@@ -178,7 +178,7 @@ def roc(
                 label=markdown.number(curves[arm]["areas"][average]),
             )
         axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="false positive rate", aspect="equal", title=headings[average])
+        axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="false positive rate", title=headings[average])
         axes.grid()
         if names:
             axes.legend(loc="lower right", fontsize=7, title="area", title_fontsize=7)
