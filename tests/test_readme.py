@@ -20,7 +20,7 @@ def test_result_at_a_glance_is_the_committed_result():
 
 
 def test_claims_at_a_glance_are_the_committed_claims():
-    stored = [paths.load_json(paths.ROOT / "figures" / name / "claims.json") for name in ("nih-sample-study", "phantom")]
+    stored = [paths.load_json(paths.ROOT / "figures" / name / "claims.json") for name in ("nih-sample-study", "phantom-study")]
     assert all(list(claims.validate(result)) == [] for result in stored)
     assert f"<!-- claims -->\n{claims.glance(stored)}\n<!-- /claims -->" in README
 
@@ -63,6 +63,7 @@ def test_options_named_are_options():
         "data/manifests/README.md",
         "figures/phantom/summary.md",
         "figures/nih-sample-study/claims.md",
+        "figures/phantom-study/claims.md",
     ],
 )
 def test_attribution_and_warning_stand_where_they_must(page):
