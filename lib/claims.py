@@ -750,6 +750,8 @@ def markdown(result: Mapping[str, Any], command: str = "") -> str:
     )
     for heading, columns in TABLES.values():
         blocks.append(f"## {heading}\n\n{measure_table(result, columns)}")
+    if turned := turned_table(result):
+        blocks.append(f"## Clusters kept, trained on phantoms hung in any orientation\n\n{turned}")
     if result["missing"]:
         blocks.append("## What is missing\n\n" + "\n".join(f"- {line}" for line in result["missing"]))
     titles = {m["key"]: m["title"] for m in result["measures"]}
@@ -804,14 +806,23 @@ def measure_table(result: Mapping[str, Any], columns: Mapping[str, str], arms: S
     return table(["arm", *columns.values(), "seeds"], rows)
 
 
+def turned_table(result: Mapping[str, Any]) -> str:
+    """`measure_table` of clusters kept by networks trained on phantoms hung in any orientation; empty if none was."""
+    turned = result["details"].get("trained_on_turned_images", {})
+    arms = {arm: {**result["arms"][arm], "measures": numbers, "seeds": numbers["kept_free"]["by_seed"]} for arm, numbers in turned.items()}
+    return measure_table({"arms": arms}, TABLES["invariance"][1]) if arms else ""
+
+
 def rocs(
     scores: Mapping[str, Mapping[int, Mapping[str, np.ndarray]]],
     arms: Sequence[str],
     targets: np.ndarray,
     train: np.ndarray,
     false_positive_rates: np.ndarray,
-) -> dict[str, dict[str, Any]]:
-    """ROC curves and areas of arms' probes of findings, means over seeds, and last those of a guess that looks at no image.
+) -> dict[str, dict[str, np.ndarray]]:
+    """ROC curves of arms' probes of findings, means over seeds, and last that of a guess that looks at no image.
+
+    Their areas are the measures ``auroc_macro`` and ``auroc_micro``; the guess has those that end in ``_prevalence``.
 
     Parameters
     ----------
@@ -827,25 +838,18 @@ def rocs(
     Returns
     -------
     dict of arm to dict
-        ``macro``, ``micro``, true positive rates (m,), see `lib.metrics.roc_curves`; ``areas``, of both; ``n_test``.
+        ``macro``, ``micro``, true positive rates (m,), see `lib.metrics.roc_curves`.
     """
-
-    def answer(probabilities: np.ndarray, test: np.ndarray) -> dict[str, Any]:
-        areas = multilabel_scores(probabilities, targets[test])
-        curves = roc_curves(probabilities, targets[test], false_positive_rates)
-        return {**curves, "areas": {name: float(areas[f"auroc_{name}"][0]) for name in curves}, "n_test": len(test)}
-
-    found: dict[str, dict[str, Any]] = {}
-    for arm in arms:
-        answers = [given for given in scores.get(arm, {}).values() if "findings" in given]
-        each = [answer(expit(given["findings"]), given["labelled_test"]) for given in answers]
-        if each:
-            found[arm] = {name: np.mean([one[name] for one in each], axis=0) for name in ("macro", "micro")}
-            found[arm] |= {"areas": {name: float(np.mean([one["areas"][name] for one in each])) for name in ("macro", "micro")}}
-            found[arm] |= {"n_test": each[0]["n_test"]}
-            test, unknown = answers[0]["labelled_test"], np.isnan(answers[0]["findings"])
+    answers = {arm: [given for given in scores.get(arm, {}).values() if "findings" in given] for arm in arms}
+    found = {}
+    for arm in filter(answers.get, arms):
+        each = [roc_curves(expit(given["findings"]), targets[given["labelled_test"]], false_positive_rates) for given in answers[arm]]
+        found[arm] = {name: np.mean([curves[name] for curves in each], axis=0) for name in ("macro", "micro")}
     if found:
-        found["guess"] = answer(np.where(unknown, np.nan, prevalence_guess(targets, train, test)), test)
+        asked = answers[next(iter(found))][0]
+        guess = prevalence_guess(targets, train, asked["labelled_test"])
+        guess[np.isnan(asked["findings"])] = np.nan
+        found["guess"] = roc_curves(guess, targets[asked["labelled_test"]], false_positive_rates)
     return found
 
 

@@ -145,10 +145,11 @@ def control_curves(
 
 @style()
 def roc(
-    curves: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
     arms: Mapping[str, Mapping[str, Any]],
     false_positive_rates: Sequence[float],
     dataset_label: str,
+    n_test: int,
     most: int = 6,
 ) -> Figure:
     """ROC curves of the probe of findings, macro- and micro-averaged, beside a guess that looks at no image.
@@ -158,9 +159,11 @@ def roc(
     curves : mapping of arm to mapping
         See `lib.claims.rocs`.
     arms : mapping of arm to mapping
-        As ``arms`` in claims.json.
+        As ``arms`` in claims.json; areas are among its measures.
     false_positive_rates : sequence of float
     dataset_label : str
+    n_test : int
+        Images tested.
     most : int
         Curves drawn, in their order.
     """
@@ -170,13 +173,9 @@ def roc(
     headings = {"macro": "macro: mean of the findings' curves", "micro": "micro: all image-finding pairs together"}
     for axes, average in zip(figure.subplots(1, 2, sharey=True), headings, strict=True):
         for arm, color, line in zip(names, PALETTE, (LINES * 2)[: len(PALETTE)], strict=False):
-            axes.plot(
-                false_positive_rates,
-                curves[arm][average],
-                color=color,
-                linestyle=line,
-                label=markdown.number(curves[arm]["areas"][average]),
-            )
+            of, key = (names[0], f"auroc_{average}_prevalence") if arm == "guess" else (arm, f"auroc_{average}")
+            area = markdown.number(arms[of]["measures"][key]["mean"])
+            axes.plot(false_positive_rates, curves[arm][average], color=color, linestyle=line, label=area)
         axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)))
         axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="false positive rate", title=headings[average])
         axes.grid()
@@ -188,7 +187,6 @@ def roc(
     if names:
         figure.legend(lines, [titles[arm] for arm in names], loc="outside upper center", ncols=2, fontsize=7)
     figure.axes[0].set_ylabel("true positive rate")
-    n_test = max((curves[arm]["n_test"] for arm in names), default=0)
     return _finish(figure, dataset_label, f"{n_test:,} test images; means over {_seeds_text(arms, names)}")
 
 

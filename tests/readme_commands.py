@@ -47,7 +47,7 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     "git clone https://github.com/OWNER/equivariant-cxr-clustering && cd equivariant-cxr-clustering": Elsewhere(
         "this script starts with a clone of this repository instead"
     ),
-    "./run_all.sh": Run(SMOKE),  # the same notebooks; the quick preset takes eleven minutes
+    "./run_all.sh": Run(SMOKE),  # the same notebooks; the quick preset takes nine minutes
     "./run_all.sh --data PATH": Run(OWN),
     "./run_all.sh --data PATH --reuse phantom/p4m/seed0": Run(f"{OWN} --reuse phantom-smoke/p4m/seed0".replace(" --preset smoke", "")),
     "python -m lib.reuse --reuse RUN --export DIR": Run("PYTHON -m lib.reuse --reuse phantom-smoke/p4m/seed0 --export exported"),

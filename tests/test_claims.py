@@ -8,8 +8,9 @@ import re
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import expit
 
-from lib import claims
+from lib import claims, metrics
 from lib.claims import CLAIMS, MEASURES, compare, detectable, holm, paired, verdict
 from lib.paths import load_json, save_json
 
@@ -259,14 +260,25 @@ def test_rocs_are_means_over_seeds_beside_a_guess_of_the_same_findings():
     grid = np.linspace(0, 1, 2001)
     found = claims.rocs(scores, ("alexnet", "p4m", "p4"), targets, train, grid)
     assert list(found) == ["p4m", "guess"]
-    for entry in found.values():
-        assert entry["n_test"] == 200
-        assert all(np.trapezoid(entry[name], grid) == pytest.approx(area, abs=2e-3) for name, area in entry["areas"].items())
-    each = [claims.rocs({"p4m": {0: s}}, ("p4m",), targets, train, grid)["p4m"]["areas"]["micro"] for s in scores["p4m"].values()]
-    assert found["p4m"]["areas"]["micro"] == pytest.approx(np.mean(each))
-    assert found["guess"]["areas"]["macro"] == 0.5
-    assert 0.55 < found["guess"]["areas"]["micro"] < found["p4m"]["areas"]["micro"]
+
+    def area(log_odds):
+        return metrics.multilabel_scores(log_odds, targets[test])["auroc_micro"][0]
+
+    expected = np.mean([area(expit(given["findings"])) for given in scores["p4m"].values()])
+    assert np.trapezoid(found["p4m"]["micro"], grid) == pytest.approx(expected, abs=2e-3)
+    guess = np.where([False, False, True], np.nan, metrics.prevalence_guess(targets, train, test))
+    assert np.trapezoid(found["guess"]["micro"], grid) == pytest.approx(area(guess), abs=2e-3)
+    np.testing.assert_allclose(found["guess"]["macro"], grid)
     assert claims.rocs({}, ("p4m",), targets, train, grid) == {}
+
+
+def test_networks_trained_on_turned_phantoms_have_a_table_of_their_own(result):
+    assert claims.turned_table(result) == ""
+    assert "hung in any orientation" not in claims.markdown(result)
+    result["details"]["trained_on_turned_images"] = {"p4m": claims.over_seeds({0: {"kept_free": 0.25}, 1: {"kept_free": 0.35}})}
+    row = f"| {result['arms']['p4m']['title']} | – | 0.300 | – | – | – | 2 |"
+    assert row in claims.turned_table(result)
+    assert row in claims.markdown(result)
 
 
 def test_text_says_what_the_numbers_say(result):

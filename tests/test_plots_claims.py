@@ -76,19 +76,21 @@ def test_invariance_closes_the_circle_and_draws_the_price():
     assert "no patients to test on" in texts(plots_claims.invariance(curves, arms, angles, LABEL, 96))
 
 
-def test_roc_names_every_arm_the_guess_and_the_areas(monkeypatch, tmp_path):
+def test_roc_names_every_arm_the_guess_and_the_areas(monkeypatch):
     grid = np.linspace(0, 1, 11)
-    both = {"macro": grid**0.5, "micro": grid**0.2, "n_test": 321}
-    curves = {arm: {**both, "areas": {"macro": 0.61 + 0.1 * n, "micro": 0.9}} for n, arm in enumerate(("p4m", "pixels", "guess"))}
+    curves = {arm: {"macro": grid**0.5, "micro": grid**0.2} for arm in ("p4m", "pixels", "guess")}
     arms = {arm: {**entry(arm), "title": f"title of {arm}", "seeds": [0, 1, 2]} for arm in ("p4m", "pixels")}
-    figure = plots_claims.roc(curves, arms, grid, LABEL)
+    for number, arm in enumerate(arms.values(), 1):
+        areas = {"macro": 0.1 * number, "micro": 0.2 * number, "macro_prevalence": 0.5, "micro_prevalence": 0.9}
+        arm["measures"] = {f"auroc_{name}": {"mean": value} for name, value in areas.items()}
+    figure = plots_claims.roc(curves, arms, grid, LABEL, 321)
     told = texts(figure)
     assert all(text in told for text in ("title of p4m", "title of pixels", "guess: how frequent", "321 test images", "means over 3 seeds"))
     areas_told = [[t.get_text() for t in axes.get_legend().get_texts()] for axes in figure.axes]
-    assert areas_told == [["0.610", "0.710", "0.810"], ["0.900"] * 3]
+    assert areas_told == [["0.100", "0.200", "0.500"], ["0.200", "0.400", "0.900"]]
     assert figure.axes[1].get_lines()[0].get_ydata().tolist() == (grid**0.2).tolist()
     drawn_texts(figure, monkeypatch)
-    assert "no findings to test on" in texts(plots_claims.roc({}, {}, grid, LABEL))
+    assert "no findings to test on" in texts(plots_claims.roc({}, {}, grid, LABEL, 0))
 
 
 def test_enrichment_dots_mark_the_discoveries():
