@@ -28,7 +28,7 @@ def test_claims_at_a_glance_are_the_committed_claims():
 def test_what_is_said_of_steadiness_is_the_committed_result():
     arms = paths.load_json(paths.ROOT / "figures" / "nih-sample-study" / "claims.json")["arms"]
     p4m, alexnet, index = (f"{arms[arm]['measures']['nmi_sd']['mean']:.3f}" for arm in ("p4m", "alexnet", "p4m-index"))
-    said = f"standard deviation that is {p4m} for P4M and {alexnet} for AlexNet on the real X-rays is {index} for P4M trained on the image's"
+    said = f"standard deviation that is {p4m} for P4M and {alexnet} for AlexNet on the real X-rays is {index} for P4M trained on the"
     assert said in " ".join(README.split())
 
 
