@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.colors import TwoSlopeNorm
@@ -267,7 +268,12 @@ def invariance(
 
 @style()
 def enrichment_maps(
-    tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str], dataset_label: str, most: int = 20, level: float = 0.05
+    tables: Mapping[str, pd.DataFrame],
+    titles: Mapping[str, str],
+    dataset_label: str,
+    most: int = 20,
+    level: float = 0.05,
+    least: int = 5,
 ) -> Figure:
     """Which properties are over- and under-represented in which cluster: findings above the line, below it what should not matter.
 
@@ -281,6 +287,8 @@ def enrichment_maps(
         Clusters drawn, the largest first.
     level : float
         A dot marks q at or below it.
+    least : int
+        A property of fewer images is gray: the 1/2 that is added to each count would give its odds ratios nearly alone.
     """
     properties = list(dict.fromkeys(name for table in tables.values() for name in table.sort_values("kind", kind="stable")["property"]))
     kinds = {row.property: row.kind for table in tables.values() for row in table.itertuples()}
@@ -288,12 +296,15 @@ def enrichment_maps(
     panels = figure.subplots(1, max(len(tables), 1), sharey=True, squeeze=False)[0]
     image = None
     norm = TwoSlopeNorm(0, -4, 4)
+    colors = matplotlib.colormaps["RdBu_r"].with_extremes(bad=LIGHT)
     for axes, (arm, table) in zip(panels, tables.items(), strict=False):
         size = table.groupby("cluster")["n"].max().sort_values(ascending=False, kind="stable")
         clusters = list(size.index[:most])
         odds = table.pivot(index="property", columns="cluster", values="log2_odds").reindex(index=properties, columns=clusters)
         q = table.pivot(index="property", columns="cluster", values="q").reindex(index=properties, columns=clusters)
-        image = axes.imshow(odds, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+        seen = (table["share"] * table["n"]).groupby(table["property"]).sum().reindex(properties).to_numpy()
+        odds[seen < least - 0.5] = np.nan
+        image = axes.imshow(odds, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
         rows, columns = np.nonzero(q.to_numpy() <= level)
         axes.plot(columns, rows, linestyle="", marker="o", color=DARK, markersize=2)
         axes.set_title(titles.get(arm, arm))
@@ -309,6 +320,7 @@ def enrichment_maps(
     else:
         figure.colorbar(image, ax=list(panels), label="log2 of the odds ratio", shrink=0.7, extend="both")
     more = f"first seed; dots: false-discovery rate at most {level:g} (Fisher's exact test); below the line: what should not matter"
+    more += f"; gray: fewer than {least} images"
     return _finish(figure, dataset_label, more)
 
 

@@ -93,16 +93,22 @@ def test_roc_names_every_arm_the_guess_and_the_areas(monkeypatch):
     assert "no findings to test on" in texts(plots_claims.roc({}, {}, grid, LABEL, 0))
 
 
-def test_enrichment_dots_mark_the_discoveries():
+def test_enrichment_dots_mark_the_discoveries(monkeypatch):
     rng = np.random.default_rng(0)
     clusters = rng.integers(5, size=300)
     known = np.ones(300, bool)
-    properties = {"Mass": ("finding", clusters == 1, known), "AP view": ("should not matter", rng.random(300) < 0.5, known)}
+    rare = np.arange(300) < 4
+    properties = {"Mass": ("finding", clusters == 1, known), "Hernia": ("finding", rare, known)}
+    properties |= {"AP view": ("should not matter", rng.random(300) < 0.5, known)}
     table = enrichment(clusters, properties)
     figure = plots_claims.enrichment_maps({"p4m": table}, {"p4m": "P4M"}, LABEL)
     dots = figure.axes[0].get_lines()[0]
     assert len(dots.get_xdata()) == (table["q"] <= 0.05).sum() > 0
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["Mass", "AP view"]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["Mass", "Hernia", "AP view"]
+    drawn = figure.axes[0].get_images()[0].get_array()
+    assert drawn.mask.all(axis=1).tolist() == [False, True, False]  # of four images a ratio says nothing
+    assert "gray: fewer than 5 images" in texts(figure)
+    drawn_texts(figure, monkeypatch)
     assert "no clusters" in texts(plots_claims.enrichment_maps({}, {}, LABEL))
 
 
