@@ -73,7 +73,7 @@ def test_restart_and_run_all(server, page, pictures, name):
     notebook.close()
 
 
-EPOCHS = 6
+EPOCHS = 20  # long enough to see it move and to stop it, on a fast machine too
 DATASET = "phantom-stopped"
 
 
@@ -104,10 +104,9 @@ def test_interrupted_training_goes_on_where_it_stopped(server, page, pictures, m
     run_dir = paths.run_dir(DATASET, "alexnet", 0)
     notebook.command("notebook:restart-run-all", accept=True)
     seen, end = set(), time.monotonic() + 120
-    while len(numbers(run_dir)) < 3:
-        assert time.monotonic() < end, "training does not get on"
+    while len(numbers(run_dir)) < 3 or len(seen) < 2:  # the page shows a little later what the file has
+        assert time.monotonic() < end, f"{len(numbers(run_dir))} epochs are done, and the progress bar has shown {seen} %"
         seen |= set(re.findall(r"(\d+)%\|", notebook.shown()))
-    assert len(seen) >= 2, f"the progress bar stands still: {seen}"
     notebook.command("notebook:interrupt-kernel")
     notebook.finish(60)
     (error,) = notebook.errors()
