@@ -21,6 +21,7 @@ from lib.clusterers import Clusterer, make_clusterer
 from lib.distributed import ALONE, TIMEOUT, World, join, resolve_device, share_layers
 from lib.features import PCAWhiten, extract, normalise
 from lib.kmeans import KMeans
+from lib.memory import freed_memory_kept
 from lib.models import IMAGE_SIZE, Backbone, build
 from lib.paths import atomic_write, save_json, save_npy, show
 from lib.runs import (
@@ -339,7 +340,7 @@ def fit(
     """
     run_dir = Path(run_dir)
     _check_images(images, config)
-    with join(config.device, timeout) as world:
+    with join(config.device, timeout) as world, freed_memory_kept():
         _check_world(config, world)
         if restart and world.main:
             set_aside(run_dir)

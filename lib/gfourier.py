@@ -217,8 +217,8 @@ class _Blocks:
         image, images, line, lines = block
         a, width = self.shapes[images, lines], dx.shape[-1]
         torch.bmm(self.single, products[: self.singles], out=a.entries[: self.singles])
-        for into, of in zip(self._doubles(a.entries), self._doubles(products), strict=True):
-            torch.mm(self.square, of, out=into)
+        of, into = self._doubles(products), self._doubles(a.entries)
+        torch.bmm(self.square.expand(len(of), -1, -1), of, out=into)
         torch.mm(self.transform.T, a.entries.flatten(1), out=a.patches.flatten(1))
         a.window.zero_()
         torch._foreach_add_(a.parts, a.places)  # one after the other: the parts overlap
@@ -253,8 +253,8 @@ class _Blocks:
         image, images, line, lines = block
         a = self.shapes[images, lines]
         torch.bmm(self.single.mT, entries[: self.singles], out=a.products[: self.singles])
-        for into, of in zip(self._doubles(a.products), self._doubles(entries), strict=True):
-            torch.mm(self.square.T, of, out=into)
+        of, into = self._doubles(entries), self._doubles(a.products)
+        torch.bmm(self.square.T.expand(len(of), -1, -1), of, out=into)
         torch.mm(self.transform.T, a.products.flatten(1), out=a.outputs.flatten(1))
         y[image : image + images, :, :, line : line + lines].permute(2, 1, 0, 3, 4).copy_(a.outputs)
 

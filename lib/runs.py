@@ -188,7 +188,7 @@ MOVE_ASIDE = "use --restart (restart=True) to move the old run aside, or another
 
 TRAINING_CODE = (  # what lib.deepcluster imports, itself included
     *("augment", "clusterers", "deepcluster", "distributed", "features", "gconv", "gfourier", "gkernel", "groups"),
-    *("kmeans", "metrics", "models", "paths", "runs"),
+    *("kmeans", "memory", "metrics", "models", "paths", "runs"),
 )
 
 

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from lib import paths
+from lib.memory import CGROUP_LIMITS, memory_limit
 from lib.run import RunError, UsageError
 from lib.runs import TrainConfig, is_complete
 
@@ -291,23 +292,10 @@ class Gathered:
 PROCESS_BYTES = 900e6
 
 
-def affordable_jobs(jobs: int, limits: Sequence[str] = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")) -> int:
-    """As many of `jobs` processes as fit beside this one into the memory that JupyterHub or the container allows, 1 at least.
-
-    JupyterHub, and so Binder, tells its limit in ``MEM_LIMIT``.
-
-    Parameters
-    ----------
-    jobs : int
-    limits : sequence of path
-        Files in which Linux keeps a container's limit in bytes, or ``max``. A missing one limits nothing.
-    """
-    said = [os.environ.get("MEM_LIMIT", "")]
-    for path in map(Path, limits):
-        with contextlib.suppress(OSError):
-            said.append(path.read_text(encoding="ascii").strip())
-    known = [int(text) for text in said if text.isdecimal() and int(text) > 0]
-    return max(1, min(jobs, int(min(known) // PROCESS_BYTES) - 1)) if known else jobs
+def affordable_jobs(jobs: int, files: Sequence[str] = CGROUP_LIMITS) -> int:
+    """As many of `jobs` processes as fit beside this one into what `memory_limit`, which takes `files`, allows; 1 at least."""
+    limit = memory_limit(files)
+    return jobs if limit is None else max(1, min(jobs, int(limit // PROCESS_BYTES) - 1))
 
 
 def gather(dataset: str, images: Any, metadata: pd.DataFrame, jobs: int = 1, effort: Any = None) -> Gathered:

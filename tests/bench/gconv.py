@@ -1,13 +1,15 @@
 """How fast the group convolutions are: whole networks, interleaved in one process, as shares of a plain network of the same real channels.
 
     python tests/bench/gconv.py [--device cpu|cuda] [--dtype float32|bfloat16] [--repeats 7] [--threads 2] [--widths 64,128,256 ...]
+                                [--give-back]
 
 Networks: lifting 5x5, then two group convolutions 3x3, each with batch norm, ReLU and pool of stride 2; group max-pool, mean, linear layer.
 Where escnn (Cesa, Lang and Weiler 2022) is installed, the same network of its layers is measured too.
 
 One round runs every variant once; a ratio is the median over the rounds of (variant / plain, same round), with the ratio of the fastest
 rounds beside it. "step" is forward, backward and an SGD update. Peak memory is of training steps, above the start's, each variant in a
-process of its own.
+process of its own. Freed memory is kept for the next array, for every variant, as in this project's training (`lib.memory`); with
+--give-back, glibc gives it back to the system, as in any other program.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from lib import gkernel  # noqa: E402
 from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, GroupMaxPool, P4MConvP4M, P4MConvZ2  # noqa: E402
+from lib.memory import freed_memory_kept  # noqa: E402
 
 VARIANTS = ("plain", "dense", "auto", "auto, no compiler", *(["escnn"] if importlib.util.find_spec("escnn") else []))
 BARS = {  # width -> (step without, step with, forward without, forward with a compiler), shares of plain
@@ -163,8 +166,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--widths", nargs="+", default=["64,128,256", "16,32,64", "8,16,32"])
+    parser.add_argument("--give-back", action="store_true", help="let the C library give freed memory back, as it does by default")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    with nullcontext(False) if options.give_back else freed_memory_kept() as kept:
+        measure(options, kept)
+
+
+def measure(options: argparse.Namespace, kept: bool) -> None:
+    """Print the tables."""
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     all_widths = [tuple(map(int, widths.split(","))) for widths in options.widths]
@@ -174,7 +184,9 @@ def main() -> None:
 
     processor = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {options.threads} threads"
     kernel = "compiled kernel" if gkernel.available() else "no compiler"
-    print(f"PyTorch {torch.__version__}, {processor}, {options.dtype}, batch {options.batch}, {options.repeats} rounds, {kernel}\n")
+    print(f"PyTorch {torch.__version__}, {processor}, {options.dtype}, batch {options.batch}, {options.repeats} rounds, {kernel}")
+    kept = kept or os.environ.get("MALLOC_MMAP_MAX_") == "0"
+    print(f"Freed memory is {'kept for the next array' if kept else 'given back to the system'}\n")
     print("| fields | pass | plain, ms | " + " | ".join(VARIANTS[1:]) + " | bar: auto | bar: no compiler |")
     print("| --- " * (len(VARIANTS) + 4) + "|")
     for widths in all_widths:
