@@ -1,9 +1,10 @@
-"""What the switches of TrainConfig are worth: training steps and features of both arms with each, as ratios to none, interleaved.
+"""What the switches of TrainConfig, and memory that is kept, are worth: training steps and features of both arms, as ratios to none.
 
-    python tests/bench/switches.py [--device cpu|cuda] [--rounds 5] [--batch 128] [--widths quick|paper]
+    python tests/bench/switches.py [--device cpu|cuda] [--rounds 5] [--batch 128] [--widths quick|study|paper]
 
-A ratio is the median over the rounds of (time without / time with, same round): above 1 the switch pays. The time `torch.compile` takes
-at the start is given beside it.
+Interleaved; a ratio is the median over the rounds of (time without / time with, same round): above 1 the switch pays. The time
+`torch.compile` takes at the start is given beside it. "memory kept" is what `fit` does by itself (`lib.memory`): run this without
+MALLOC_MMAP_MAX_ in the environment, and each of its times is the second of two calls.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,16 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lib.deepcluster import to_channels_last  # noqa: E402
+from lib.memory import freed_memory_kept  # noqa: E402
 from lib.models import build  # noqa: E402
 
-VARIANTS = ("none", "channels_last", "compile", "bfloat16", "bfloat16 + channels_last")
+VARIANTS = ("none", "memory kept", "channels_last", "compile", "bfloat16", "bfloat16 + channels_last")
 
 
 class Variant:
     """A network with one set of switches, and its clock."""
 
     def __init__(self, backbone: str, width: list[int], name: str, batch: int, device: str) -> None:
-        self.device, self.bf16 = device, "bfloat16" in name
+        self.device, self.bf16, self.kept = device, "bfloat16" in name, name == "memory kept"
         self.model = build(backbone, 200, width).to(device)
         if "channels_last" in name:
             to_channels_last(self.model)
@@ -54,13 +57,16 @@ class Variant:
         self.model.train()
 
     def clock(self, work: str) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        getattr(self, work)()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        with freed_memory_kept() if self.kept else nullcontext():
+            if self.kept:
+                getattr(self, work)()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            getattr(self, work)()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - begin
 
 
 def main() -> None:
@@ -68,7 +74,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--widths", default="quick", choices=["quick", "paper"])
+    parser.add_argument("--widths", default="quick", choices=["quick", "study", "paper"])
     parser.add_argument("--arms", nargs="+", default=["alexnet", "p4m"])
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     options = parser.parse_args()
