@@ -34,6 +34,11 @@ from lib.groups import P4, P4M, PointGroup
 
 ALGORITHMS = ("auto", "dense", "fourier")
 
+# (a, b) by the group's order and whether the compiled kernel is there: the Fourier algorithm is the faster where
+# a / out_channels + b / (in_channels * k * k) <= 1, for its transforms cost the less the more channels share them.
+# From tests/bench/gconv_auto.py, forward and training step.
+FOURIER_FROM = {(8, True): (4, 8), (4, True): (8, 16), (8, False): (24, 40), (4, False): (64, 48)}
+
 
 class GroupConv(nn.Module):
     """Base of the four layers; use `P4ConvZ2`, `P4ConvP4`, `P4MConvZ2` or `P4MConvP4M`.
@@ -137,14 +142,15 @@ class GroupConv(nn.Module):
         return y.unflatten(1, (self.out_channels, self.group.order))
 
     def _fourier_is_faster(self, x: Tensor) -> bool:
-        """The choice of ``"auto"``, from ``tests/bench/gconv.py``: on a CPU in single precision, unless the layer is very narrow."""
+        """The choice of ``"auto"``: on a CPU in single precision, unless the layer is narrow."""
         if x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.dtype != x.dtype or torch.is_autocast_enabled("cpu"):
             return False
         compiled = gkernel.available()
-        if self.lifting:
-            return compiled and self.out_channels >= 32
-        # with the kernel, 3 -> 6 fields take 0.9 of the dense step's time and 2 -> 4 take 1.5
-        return self.in_channels * self.out_channels >= 16 if compiled else min(self.in_channels, self.out_channels) >= 32
+        if self.lifting:  # the dense gradient of these few filters is the cheaper one
+            trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+            return compiled and self.out_channels >= 16 and not trains
+        a, b = FOURIER_FROM[self.group.order, compiled]
+        return a / self.out_channels + b / (self.in_channels * self.kernel_size**2) <= 1
 
     def extra_repr(self) -> str:
         return (

@@ -1,9 +1,13 @@
 /* Fourier group convolution on a CPU: the fused float32 kernels behind lib/gfourier.py, which explains the method and its symbols.
 
+   Each thread always takes the same run of neighbouring blocks: what it writes is then beside what it wrote, in this call and the last, and
+   not in another core's cache.
+
    A block is a few rows of output pixels. For each block the patches P of a slab of channels are gathered and transformed into a buffer that
    stays in the cache, multiplied by the transformed filters, and the result is transformed back: the patch tensor is never in memory as a
    whole. Arrays are contiguous float32; `mb` is the number of pixels of a block, `ld` the same rounded up to whole vectors. */
 
+#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,6 +23,7 @@
 #endif
 #define ROUND(n) (((n) + LANES - 1) / LANES * LANES)
 #define STEP(n) ((n) | LANES) /* likewise odd: for multiples of LANES */
+#define WHOLE(n) (((n) + 15) / 16 * 16) /* whole lines of the cache */
 #define BLOCK 256            /* pixels of a block, about */
 #define SLAB 8               /* channels of a slab, at most */
 #define SCRATCH (16L << 20)  /* bytes of transformed gradients held at a time, about */
@@ -62,6 +67,14 @@ static void gemm(int m, int n, int k, const float *restrict a, long row, long ne
 }
 
 static float *scratch(long floats) { return aligned_alloc(64, (4 * floats + 63) / 64 * 64); }
+
+/* Takes the next array from what `scratch` gave. The calling thread gets the memory of all threads: that of a thread of its own is given
+   back to the system at the end of each call. */
+static float *take(float **memory, long floats) {
+    float *array = *memory;
+    *memory += WHOLE(floats);
+    return array;
+}
 
 /* The four butterflies of a group, for rows of n pixels: x[u][pixel * stride] holds element u, e[f * step + pixel] entry f of the transform.
    lib/gfourier.py derives them; `D` and `E` stand for the sums of x under the rotations and under the mirrored ones that the irrep of
@@ -238,16 +251,17 @@ static void gather_slab(const Layer *q, const Plan *s, const float *x, int image
 /* y (n, fields, order, out_height, out_width) from x (n, channels, order or none, height, width), w (entries, channels * taps, fields). */
 int forward(const Layer *q, const float *x, const float *w, const float *bias, float *y) {
     const Plan s = plan(q);
-    int slab = slab_width(q, 1), failed = 0;
+    int slab = slab_width(q, 1);
     long step = STEP((long)slab * q->taps * s.ld), ystep = STEP((long)q->fields * s.ld);
-#pragma omp parallel num_threads(q->threads) reduction(| : failed)
+    long psize = s.entries * step, zsize = s.entries * ystep, padded = (long)s.maps * ((s.rows - 1) * q->stride + q->kernel_size) * (q->width + 2 * q->padding);
+    float *memory = scratch(q->threads * (WHOLE(padded) + WHOLE(psize) + WHOLE(zsize)));
+    if (!memory) return 1;
+#pragma omp parallel num_threads(q->threads)
     {
-        float *pad = scratch((long)s.maps * ((s.rows - 1) * q->stride + q->kernel_size) * (q->width + 2 * q->padding));
-        float *p = scratch(s.entries * step), *z = scratch(s.entries * ystep);
-        failed = !pad || !p || !z;
-#pragma omp for schedule(dynamic)
+        float *mine = memory + omp_get_thread_num() * (WHOLE(padded) + WHOLE(psize) + WHOLE(zsize));
+        float *pad = take(&mine, padded), *p = take(&mine, psize), *z = take(&mine, zsize);
+#pragma omp for schedule(static)
         for (int job = 0; job < q->n * s.count; job++) {
-            if (failed) continue;
             int image = job / s.count, row = job % s.count * s.rows, rows = MIN(q->out_height - row, s.rows), mb = rows * q->out_width;
             memset(z, 0, 4 * s.entries * ystep);
             for (int c0 = 0; c0 < q->channels; c0 += slab) {
@@ -265,16 +279,16 @@ int forward(const Layer *q, const float *x, const float *w, const float *bias, f
                 else synthesise_y(4, z + (long)o * s.ld, ystep, out, mb, bias ? bias[o] : 0);
             }
         }
-        free(pad), free(p), free(z);
     }
-    return failed;
+    free(memory);
+    return 0;
 }
 
 /* Gradients from dy, shaped like y: dx like x if not NULL; dw (parts, entries, channels * taps, fields rounded up to LANES) added to if not NULL.
    w as for `forward`. */
 int backward(const Layer *q, const float *x, const float *w, const float *dy, float *dx, float *dw) {
     const Plan s = plan(q);
-    int failed = 0, wide = q->width + 2 * q->padding, fields = ROUND(q->fields);
+    int wide = q->width + 2 * q->padding, fields = ROUND(q->fields);
     int tall = MAX((q->out_height - 1) * q->stride + q->kernel_size, q->height + 2 * q->padding);
     long padded = (long)s.maps * tall * wide, ystep = STEP((long)q->fields * s.ld), zsize = s.entries * ystep, tstep = STEP((long)s.ld * fields), tsize = s.entries * tstep;
     int chunk = MIN(MAX((int)(SCRATCH / (4 * zsize * s.count)), q->threads), q->n);
@@ -282,17 +296,19 @@ int backward(const Layer *q, const float *x, const float *w, const float *dy, fl
     int slab_w = slab_width(q, MAX(q->threads / q->parts, 1)), slabs_w = (q->channels + slab_w - 1) / slab_w;
     long step = STEP((long)slab * q->taps * s.ld), step_w = STEP((long)slab_w * q->taps * s.ld);
     /* The transformed gradient, z (image, block, order, fields, ld), and its transpose, zt (image, block, order, ld, fields). */
-    float *z = dx ? scratch(zsize * chunk * s.count) : NULL, *zt = dw ? scratch(tsize * chunk * s.count) : NULL;
-    int missing = (dx && !z) || (dw && !zt);
-#pragma omp parallel num_threads(q->threads) reduction(| : failed)
+    long zall = dx ? zsize * chunk * s.count : 0, ztall = dw ? tsize * chunk * s.count : 0, psize = s.entries * MAX(step, step_w);
+    long each = WHOLE(zsize) + WHOLE(padded * slab) + WHOLE(psize);
+    float *memory = scratch(q->threads * each + WHOLE(zall) + WHOLE(ztall)), *rest = memory;
+    if (!memory) return 1;
+    float *own = take(&rest, q->threads * each), *z = dx ? take(&rest, zall) : NULL, *zt = dw ? take(&rest, ztall) : NULL;
+#pragma omp parallel num_threads(q->threads)
     {
-        float *local = scratch(zsize), *pad = scratch(padded * slab), *p = scratch(s.entries * MAX(step, step_w));
-        failed = missing || !local || !pad || !p;
+        float *mine = own + omp_get_thread_num() * each;
+        float *local = take(&mine, zsize), *pad = take(&mine, padded * slab), *p = take(&mine, psize);
         for (int first = 0; first < q->n; first += chunk) {
             int images = MIN(q->n - first, chunk);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
             for (int job = 0; job < images * s.count; job++) {
-                if (failed) continue;
                 int image = first + job / s.count, row = job % s.count * s.rows, mb = MIN(q->out_height - row, s.rows) * q->out_width;
                 float *to = z ? z + job * zsize : local;
                 for (int o = 0; o < q->fields; o++) {
@@ -309,9 +325,8 @@ int backward(const Layer *q, const float *x, const float *w, const float *dy, fl
                             for (int pixel = start; pixel < MIN(start + 16, mb); pixel++)
                                 zt[job * tsize + f * tstep + (long)pixel * fields + o] = o < q->fields ? to[f * ystep + (long)o * s.ld + pixel] : 0;
             }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
             for (int job = 0; job < (dx ? images * slabs : 0); job++) {
-                if (failed) continue;
                 int image = first + job / slabs, c0 = job % slabs * slab, width = MIN(q->channels - c0, slab), rows;
                 memset(pad, 0, 4 * padded * width);
                 for (int block = 0, row = 0; row < q->out_height; block++, row += rows) {
@@ -329,9 +344,8 @@ int backward(const Layer *q, const float *x, const float *w, const float *dy, fl
                             memcpy(dx + (((long)image * q->channels + c0 + c) * s.maps + u) * s.plane + (long)r * q->width,
                                    pad + c * padded + ((long)u * tall + r + q->padding) * wide + q->padding, 4 * q->width);
             }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
             for (int job = 0; job < (dw ? q->parts * slabs_w : 0); job++) {
-                if (failed) continue;
                 int part = job / slabs_w, c0 = job % slabs_w * slab_w, width = MIN(q->channels - c0, slab_w);
                 for (int at = part; at < images * s.count; at += q->parts) {
                     int row = at % s.count * s.rows, rows = MIN(q->out_height - row, s.rows);
@@ -342,10 +356,9 @@ int backward(const Layer *q, const float *x, const float *w, const float *dy, fl
                 }
             }
         }
-        free(local), free(pad), free(p);
     }
-    free(z), free(zt);
-    return failed;
+    free(memory);
+    return 0;
 }
 
 int lanes(void) { return LANES; }

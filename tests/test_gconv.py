@@ -256,6 +256,11 @@ def test_auto_takes_what_is_faster_and_possible(monkeypatch):
 
     assert used(conv, x)
     assert not used(P4MConvP4M(2, 2, 3), x[:, :2])
+    assert not used(P4MConvP4M(32, 2, 3), x)  # the input's transforms are shared by few fields
+    lift, image = P4MConvZ2(1, 32, 5), torch.randn(1, 1, 9, 9)
+    assert not used(lift, image)
+    with torch.no_grad():
+        assert used(lift, image) == gkernel.available()
     assert not used(copy.deepcopy(conv).double(), x.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not used(conv, x)

@@ -9,7 +9,7 @@ Where escnn (Cesa, Lang and Weiler 2022) is installed, the same network of its l
 One round runs every variant once; a ratio is the median over the rounds of (variant / plain, same round), with the ratio of the fastest
 rounds beside it. "step" is forward, backward and an SGD update. Peak memory is of training steps, above the start's, each variant in a
 process of its own. Freed memory is kept for the next array, for every variant, as in this project's training (`lib.memory`); with
---give-back, glibc gives it back to the system, as in any other program.
+--give-back, and where memory is measured, glibc gives it back to the system, as in any other program.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def measure(options: argparse.Namespace, kept: bool) -> None:
             continue
         peaks = [
             int(subprocess.run([*command, "--memory-of", variant], check=True, capture_output=True, text=True).stdout)
-            for command in [[sys.executable, __file__, *sys.argv[1:], "--widths", ",".join(map(str, widths))]]
+            for command in [[sys.executable, __file__, *sys.argv[1:], "--give-back", "--widths", ",".join(map(str, widths))]]
             for variant in VARIANTS
         ]
         shares = " | ".join(f"{peak / peaks[0]:.2f}" for peak in peaks[1:])
