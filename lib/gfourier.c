@@ -7,9 +7,10 @@
    stays in the cache, multiplied by the transformed filters, and the result is transformed back: the patch tensor is never in memory as a
    whole. Arrays are contiguous float32; `mb` is the number of pixels of a block, `ld` the same rounded up to whole vectors. */
 
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
+
+int omp_get_thread_num(void); /* of the OpenMP that PyTorch has loaded; its header need not be there */
 
 #if defined(__AVX512F__)
 #define LANES 16
