@@ -7,6 +7,7 @@ that would matter (``smallest``), the comparisons (`COMPARISONS`) and the rule (
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -713,9 +714,22 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def fewer_seeds(result: Mapping[str, Any]) -> list[str]:
+    """A sentence for each set of seeds that some arms have in place of all."""
+    having = Counter(tuple(arm["seeds"]) for arm in result["arms"].values())
+    every = {seed for seeds in having for seed in seeds}
+    return [
+        f"Of the {having.total()} arms and controls {n} {'have' if n > 1 else 'has'} the seed{'s' * (len(seeds) > 1)} "
+        f"{', '.join(map(str, seeds))} alone."
+        for seeds, n in having.most_common()
+        if set(seeds) != every
+    ]
+
+
 def markdown(result: Mapping[str, Any], command: str = "") -> str:
     """claims.md: verdicts first, then every comparison and measure."""
     made = f" Made by `{command}`." if command else ""
+    made += "".join(f" {sentence}" for sentence in fewer_seeds(result))
     known = f"{result['n_patients']:,}" if result["n_patients"] else "unknown"
     blocks = [
         f"# Which of the paper's claims hold: {result['dataset_label']}",

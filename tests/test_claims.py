@@ -281,6 +281,14 @@ def test_networks_trained_on_turned_phantoms_have_a_table_of_their_own(result):
     assert row in claims.markdown(result)
 
 
+def test_arms_with_fewer_seeds_are_counted(result):
+    assert claims.fewer_seeds(result) == []
+    arms = len(result["arms"])
+    result["arms"]["alexnet"]["seeds"] = [1]
+    assert claims.fewer_seeds(result) == [f"Of the {arms} arms and controls 1 has the seed 1 alone."]
+    assert f"Of the {arms} arms and controls 1 has the seed 1 alone." in claims.markdown(result)
+
+
 def test_text_says_what_the_numbers_say(result):
     text = claims.markdown(result, "make it")
     assert "**supported**" in claims.verdict_table(result)
