@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -388,3 +389,16 @@ def test_thin_lines_keep_their_colours_in_notebooks(monkeypatch):
     pixels = np.asarray(Image.open(io.BytesIO(kept[Figure](FIGURES["nmi"]()))).convert("RGB")).reshape(-1, 3).astype(int)
     for color in plots.PALETTE[:2]:
         assert np.abs(pixels - 255 * np.array(to_rgb(color))).max(axis=1).min() <= 24, color
+
+
+def test_the_last_bit_of_a_place_does_not_change_the_file(tmp_path):
+    for name, left in (("a", 0.1), ("b", float(np.nextafter(0.1, 1)))):
+        figure = Figure()
+        for place in ([left, 0.1, 0.3, 0.8], [0.6, 0.1, 0.3, 0.8]):
+            figure.add_axes(place).plot([0, 1])
+        plots.save(figure, tmp_path / name)
+    drawn = (tmp_path / "a.svg").read_bytes()
+    assert drawn == (tmp_path / "b.svg").read_bytes()
+    clips = re.findall(rb'<clipPath id="(\w+)"', drawn)
+    assert len(set(clips)) == len(clips) == 2
+    assert set(clips) == set(re.findall(rb"url\(#(\w+)\)", drawn))

@@ -37,6 +37,7 @@ from lib.deepcluster import TrainConfig, cluster, to_channels_last, train_epoch 
 from lib.distributed import World, join, share_layers  # noqa: E402
 from lib.features import extract  # noqa: E402
 from lib.gconv import GroupConv  # noqa: E402
+from lib.memory import freed_memory_kept  # noqa: E402
 from lib.models import build  # noqa: E402
 from lib.paths import atomic_write, figures_root, save_json, show  # noqa: E402
 from lib.phantom import make_phantoms  # noqa: E402
@@ -253,7 +254,7 @@ def main() -> None:
         parser.error(f"--images must be at least K = {least}")
     images = phantoms(options.images, options.drawn)
 
-    with join(options.device) as world:
+    with join(options.device) as world, freed_memory_kept():  # as in lib.deepcluster.fit
         gpu = world.device.type == "cuda"
         dtype = torch.bfloat16 if gpu and options.amp == "auto" else torch.float32
         rate = matrix_rate(world.device, dtype)
