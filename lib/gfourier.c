@@ -288,6 +288,7 @@ int forward(const Layer *q, const float *x, const float *w, const float *bias, f
 /* Gradients from dy, shaped like y: dx like x if not NULL; dw (parts, entries, channels * taps, fields rounded up to LANES) added to if not NULL.
    w as for `forward`. */
 int backward(const Layer *q, const float *x, const float *w, const float *dy, float *dx, float *dw) {
+    if (!q->n) return 0;
     const Plan s = plan(q);
     int wide = q->width + 2 * q->padding, fields = ROUND(q->fields);
     int tall = MAX((q->out_height - 1) * q->stride + q->kernel_size, q->height + 2 * q->padding);

@@ -243,6 +243,21 @@ def test_every_share_of_the_work_gives_the_same_gradient(layer, channels, thread
         torch.testing.assert_close(*gradients, rtol=0, atol=1e-5 * gradients[0].abs().max().item())
 
 
+@pytest.mark.parametrize("algorithm", ["dense", "fourier"])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("layer", [P4ConvZ2, P4MConvP4M])
+def test_a_batch_may_be_empty(algorithm, compiled, layer, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(gkernel, "kernel", lambda: None)
+    conv = layer(2, 3, 3, algorithm=algorithm)
+    x = torch.randn(0, 2, *[conv.stabilizer_in] * (not conv.lifting), 5, 5, requires_grad=True)
+    y = conv(x)
+    y.sum().backward()
+    assert y.shape == (0, 3, conv.group.order, 3, 3)
+    assert x.grad.shape == x.shape
+    assert not conv.weight.grad.any()
+
+
 def test_auto_takes_what_is_faster_and_possible(monkeypatch):
     conv, x = P4MConvP4M(32, 32, 3), torch.randn(1, 32, 8, 5, 5)
     calls = []
