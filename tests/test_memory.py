@@ -2,6 +2,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -62,6 +63,21 @@ def test_memory_is_given_back_at_the_end_and_after_an_error(library):
     with pytest.raises(KeyError):
         fail()
     assert library.calls == [*memory.KEEP, *memory.GIVE_BACK, "trim"]
+
+
+def test_a_process_that_takes_much_keeps_nothing_any_longer(library, monkeypatch):
+    taken = iter([0.4, 0.4, 0.6])
+    monkeypatch.setattr(memory, "_physical", lambda: 100)
+    monkeypatch.setattr(memory, "_resident", lambda: 100 * next(taken))
+    with memory.freed_memory_kept(NOTHING) as kept:
+        assert kept
+        for _ in range(100):
+            if "trim" in library.calls:
+                break
+            time.sleep(0.1)
+        assert library.calls == [*memory.KEEP, *memory.GIVE_BACK, "trim"]
+        time.sleep(0.3)  # no fourth look, which would be an error in the thread
+    assert next(taken, None) is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("MALLOC_MMAP_MAX_", "65536"), ("MEM_LIMIT", str(2 << 30))])
