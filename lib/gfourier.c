@@ -67,10 +67,10 @@ static void gemm(int m, int n, int k, const float *restrict a, long row, long ne
     GEMM_ROWS(1)
 }
 
-static float *scratch(long floats) { return aligned_alloc(64, (4 * floats + 63) / 64 * 64); }
+/* Scratch memory for all threads, of whole lines, and the next array from it. The calling thread gets it: the memory that another thread
+   gets for itself is given back to the system at the end of each call. */
+static float *scratch(long floats) { return aligned_alloc(64, 4 * floats); }
 
-/* Takes the next array from what `scratch` gave. The calling thread gets the memory of all threads: that of a thread of its own is given
-   back to the system at the end of each call. */
 static float *take(float **memory, long floats) {
     float *array = *memory;
     *memory += WHOLE(floats);

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-ROOM = 4e9  # bytes that must be allowed for memory to be kept: Binder gives 1 to 2 GB
-MOST = 0.5  # of the memory; a process that takes more keeps nothing any longer, for what is kept is in pieces that do not all fit again
 
 # glibc's <malloc.h>: what is set while memory is kept, and afterwards the most that glibc's own adjustment reaches
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
@@ -42,10 +39,10 @@ def freed_memory_kept(files: Sequence[str] = CGROUP_LIMITS) -> Iterator[bool]:
     glibc gives large arrays back to the system at once and gets them again page by page, each zeroed anew. Training on a CPU frees and
     makes the same arrays at every step: ``tests/bench/gconv.py --give-back`` shows what that costs. No result changes.
 
-    A process that comes to take more than half of the memory gives back what is free, and keeps nothing from then on.
-
-    Nothing is done where less than 4 GB are allowed (`memory_limit`, which takes `files`), where the C library is not glibc, and where
-    the environment says what to do (``MALLOC_MMAP_MAX_``, which ``./run_all.sh`` sets).
+    What is kept is in pieces, which do not all fit again, so a large network takes up to twice the memory. As soon as memory is scarce (a
+    quarter of the machine's is left, or the process takes a quarter of what `memory_limit`, which takes `files`, allows) it is given back,
+    and none is kept from then on. Nothing is done where that is so from the start, where the C library is not glibc, and where
+    ``MALLOC_MMAP_MAX_`` in the environment says what to do.
 
     Yields
     ------
@@ -53,48 +50,44 @@ def freed_memory_kept(files: Sequence[str] = CGROUP_LIMITS) -> Iterator[bool]:
         Whether memory is kept because of this context.
     """
     limit, libc = memory_limit(files), _glibc()
-    if libc is None or (limit is not None and limit < ROOM) or "MALLOC_MMAP_MAX_" in os.environ:
+    if libc is None or "MALLOC_MMAP_MAX_" in os.environ or _scarce(limit):
         yield False
         return
     ended = threading.Event()
 
-    def give_back() -> None:
-        _set(libc.mallopt, GIVE_BACK)
-        libc.malloc_trim(0)
+    def choose(options: Sequence[tuple[int, int]]) -> None:
+        for option, value in options:
+            libc.mallopt(option, value)
+        if options is GIVE_BACK:
+            libc.malloc_trim(0)
 
-    def watch(most: float) -> None:
+    def watch() -> None:
         while not ended.wait(0.1):
-            if _resident() > most:
-                give_back()
+            if _scarce(limit):
+                choose(GIVE_BACK)
                 return
 
-    _set(libc.mallopt, KEEP)
-    watcher = threading.Thread(target=watch, args=(MOST * min(limit or math.inf, _physical()),), daemon=True)
+    choose(KEEP)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield True
     finally:
         ended.set()
         watcher.join()
-        give_back()
+        choose(GIVE_BACK)
 
 
-def _set(mallopt: Callable[[int, int], int], options: Sequence[tuple[int, int]]) -> None:
-    for option, value in options:
-        mallopt(option, value)
-
-
-def _resident() -> int:
-    """Bytes of memory that this process takes; 0 where the system does not tell as Linux does."""
+def _scarce(limit: int | None, proc: Path = Path("/proc")) -> bool:
+    """Whether a quarter of this machine's memory at most is left, or this process takes more than a quarter of `limit`."""
     try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
-
-
-def _physical() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
+        pages = int((proc / "self" / "statm").read_text(encoding="ascii").split()[1])
+    except OSError:  # no Linux, so nobody would notice in time
+        return True
+    kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    taken = pages * os.sysconf("SC_PAGE_SIZE")
+    return kilobytes["MemAvailable"] < kilobytes["MemTotal"] / 4 or (limit is not None and taken > limit / 4)
 
 
 def _glibc() -> ctypes.CDLL | None:

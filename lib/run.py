@@ -430,10 +430,6 @@ def _environment() -> dict[str, str]:
     environment.setdefault("PYTHONHASHSEED", "0")
     environment.setdefault("PYTHONUTF8", "1")  # logs are read as UTF-8; on Windows they would be written in the system's own encoding
     environment.pop("MPLBACKEND", None)  # the kernel draws inline
-    # glibc gives large arrays back to the system at once and gets them back page by page: with memory kept, a step of the quick preset's
-    # P4M network takes 0.7 of the time, on a virtual machine
-    environment.setdefault("MALLOC_MMAP_MAX_", "0")
-    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
     # OpenMP knows the processors of the machine, not those a container may use
     usable = joblib.cpu_count()
     if usable < (os.cpu_count() or 1):

@@ -1,4 +1,5 @@
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -46,14 +47,21 @@ class FakeLibrary:
 
 @pytest.fixture
 def library(monkeypatch):
-    for name in ("MALLOC_MMAP_MAX_", "MEM_LIMIT"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
     library = FakeLibrary()
     monkeypatch.setattr(memory, "_glibc", lambda: library)
     return library
 
 
-def test_memory_is_given_back_at_the_end_and_after_an_error(library):
+def be_scarce(monkeypatch, *answers):
+    """Answer `answers` when asked whether memory is scarce, the last one from then on."""
+    coming = itertools.chain(answers, itertools.repeat(answers[-1]))
+    monkeypatch.setattr(memory, "_scarce", lambda limit: next(coming))
+
+
+def test_memory_is_given_back_at_the_end_and_after_an_error(library, monkeypatch):
+    be_scarce(monkeypatch, False)
+
     def fail():
         with memory.freed_memory_kept(NOTHING) as kept:
             assert kept
@@ -65,27 +73,38 @@ def test_memory_is_given_back_at_the_end_and_after_an_error(library):
     assert library.calls == [*memory.KEEP, *memory.GIVE_BACK, "trim"]
 
 
-def test_a_process_that_takes_much_keeps_nothing_any_longer(library, monkeypatch):
-    taken = iter([0.4, 0.4, 0.6])
-    monkeypatch.setattr(memory, "_physical", lambda: 100)
-    monkeypatch.setattr(memory, "_resident", lambda: 100 * next(taken))
+def test_memory_that_gets_scarce_is_given_back_once(library, monkeypatch):
+    be_scarce(monkeypatch, False, False, False, True)
     with memory.freed_memory_kept(NOTHING) as kept:
         assert kept
-        for _ in range(100):
-            if "trim" in library.calls:
-                break
-            time.sleep(0.1)
+        end = time.monotonic() + 10
+        while "trim" not in library.calls and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.3)
         assert library.calls == [*memory.KEEP, *memory.GIVE_BACK, "trim"]
-        time.sleep(0.3)  # no fourth look, which would be an error in the thread
-    assert next(taken, None) is None
 
 
-@pytest.mark.parametrize(("name", "value"), [("MALLOC_MMAP_MAX_", "65536"), ("MEM_LIMIT", str(2 << 30))])
-def test_what_the_environment_says_is_respected(library, monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
+def test_scarce_memory_and_the_environment_leave_it_alone(library, monkeypatch):
+    be_scarce(monkeypatch, True)
+    with memory.freed_memory_kept(NOTHING) as kept:
+        assert not kept
+    be_scarce(monkeypatch, False)
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "65536")
     with memory.freed_memory_kept(NOTHING) as kept:
         assert not kept
     assert library.calls == []
+
+
+@pytest.mark.parametrize(
+    ("available", "pages", "limit", "scarce"),
+    [(5000, 10, None, False), (3999, 10, None, True), (5000, 1000, 5000, False), (5000, 1000, 3999, True), (5000, 10**9, None, False)],
+)
+def test_memory_is_scarce_when_a_quarter_is_left_or_taken(tmp_path, available, pages, limit, scarce):
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text(f"MemTotal:  16000 kB\nMemAvailable:  {available} kB\nHugePages_Total:  0\n", encoding="ascii")
+    (tmp_path / "self" / "statm").write_text(f"9999999 {pages} 3 4 0 5 0\n", encoding="ascii")
+    assert memory._scarce(limit and limit * os.sysconf("SC_PAGE_SIZE"), tmp_path) is scarce
+    assert memory._scarce(None, tmp_path / "nowhere")
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
@@ -98,7 +117,9 @@ def test_another_c_library_is_left_alone(monkeypatch):
 FAULTS = """
 import resource
 import numpy as np
-from lib.memory import freed_memory_kept
+from lib import memory
+
+memory._scarce = lambda limit: False
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -107,7 +128,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 before = faults()
-with freed_memory_kept(["/nowhere"]) as kept:
+with memory.freed_memory_kept(["/nowhere"]) as kept:
     during = faults()
 print(kept, before, during, faults(), open("/proc/self/statm").read().split()[1])
 """
@@ -115,7 +136,7 @@ print(kept, before, during, faults(), open("/proc/self/statm").read().split()[1]
 
 @pytest.mark.skipif(memory._glibc() is None or not os.path.exists("/proc/self/statm"), reason="wants glibc on Linux")
 def test_the_next_array_gets_the_same_pages():
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "MEM_LIMIT"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     # a system with huge pages takes fewer faults for the same array
     environment["NUMPY_MADVISE_HUGEPAGE"] = "0"
     done = subprocess.run([sys.executable, "-c", FAULTS], cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=True)
