@@ -15,6 +15,7 @@ from lib.augment import rotate
 from lib.data import finding_matrix, label_combinations
 from lib.deepcluster import cluster
 from lib.features import extract, normalise
+from lib.memory import freed_memory_kept
 from lib.runs import Run, TrainConfig, assign, embed, load_model
 from lib.schema import ANYTHING, FLAG, NUMBER, TEXT, WHOLE, problems
 
@@ -82,6 +83,7 @@ def evaluate_features(
     return numbers
 
 
+@freed_memory_kept()
 def evaluate_pixels(images: np.ndarray, metadata: pd.DataFrame, config: TrainConfig, n_boot: int = 1000) -> dict[str, Any]:
     """The same measures for raw pixels, clustered with the arms' own PCA size, K and seed. No training."""
     features = pixel_features(images)
@@ -89,6 +91,7 @@ def evaluate_pixels(images: np.ndarray, metadata: pd.DataFrame, config: TrainCon
     return evaluate_features(features, np.asarray(whiten.transform(features)), assignments, metadata, config.seed, n_boot)
 
 
+@freed_memory_kept()
 def evaluate_run(run: Run, metadata: pd.DataFrame, n_boot: int = 1000) -> dict[str, Any]:
     """`evaluate_features` of a finished run's last features and clusters."""
     features = np.asarray(run.features)
@@ -116,6 +119,7 @@ def evaluate_training(run: Run, seed: int = 0) -> dict[str, Any]:
     }
 
 
+@freed_memory_kept()
 def evaluate_symmetry(run: Run, images: np.ndarray, sample: int = 256, seed: int = 0) -> dict[str, Any]:
     """Share of images that keep their cluster when they are turned or mirrored.
 

@@ -28,6 +28,7 @@ from lib.data import finding_matrix, label_combinations, patient_groups
 from lib.deepcluster import cluster, resolve_device
 from lib.evaluate import SYMMETRIES, pixel_features
 from lib.features import extract, normalise
+from lib.memory import freed_memory_kept
 from lib.phantom import make_phantoms
 from lib.runs import Run, TrainConfig, assign, embed, load_model
 
@@ -233,7 +234,8 @@ def _kept(folder: Path, identity: dict[str, Any], measure: Callable, redo: bool)
             there = {}
         if there.get("of") == identity:
             return there
-    numbers, scores = measure()
+    with freed_memory_kept():
+        numbers, scores = measure()
     if scores:
         with paths.atomic_write(folder / SCORES) as handle:
             np.savez(handle, **scores)

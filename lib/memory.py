@@ -1,4 +1,4 @@
-"""How much memory this process may take, and keeping what it frees while it trains."""
+"""How much memory this process may take, and keeping what it frees while it trains or measures."""
 
 from __future__ import annotations
 

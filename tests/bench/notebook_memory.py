@@ -27,7 +27,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lib.report import markdown_table  # noqa: E402
+from lib.markdown import table  # noqa: E402
 from lib.run import _environment, find_notebooks  # noqa: E402
 
 
@@ -103,7 +103,7 @@ def main() -> int:
             pss = f"{watch.peak / 1e9:.2f}" if watch.proportional else "–"
             rows.append([name, pss, f"{watch.rss / 1e9:.2f}", str(watch.processes), f"[{watch.where}]", f"{seconds:.0f}"])
             print(f"{name}: {rows[-1][1]} GB", file=sys.stderr, flush=True)
-    print(markdown_table(["notebook", "peak PSS, GB", "peak RSS, GB", "processes then", "cell", "seconds"], rows))
+    print(table(["notebook", "peak PSS, GB", "peak RSS, GB", "processes then", "cell", "seconds"], rows, figures=True))
     return int(above)
 
 
