@@ -11,19 +11,22 @@ from pathlib import Path
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
-# glibc's <malloc.h>: what is set while memory is kept, and afterwards the most that glibc's own adjustment reaches
+# glibc's <malloc.h>: what is set while memory is kept, and afterwards the most that glibc's own
+# adjustment reaches
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 KEEP = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
 GIVE_BACK = ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20))
 
 
 def memory_limit(files: Sequence[str] = CGROUP_LIMITS) -> int | None:
-    """Bytes of memory that JupyterHub (so Binder, in ``MEM_LIMIT``) or the container allows, or None where neither sets a limit.
+    """Bytes of memory that JupyterHub (so Binder, in ``MEM_LIMIT``) or the container allows, or
+    None where neither sets a limit.
 
     Parameters
     ----------
     files : sequence of path
-        Files in which Linux keeps a container's limit in bytes, or ``max``. A missing one limits nothing.
+        Files in which Linux keeps a container's limit in bytes, or ``max``. A missing one limits
+        nothing.
     """
     said = [os.environ.get("MEM_LIMIT", "")]
     for path in map(Path, files):
@@ -34,15 +37,18 @@ def memory_limit(files: Sequence[str] = CGROUP_LIMITS) -> int | None:
 
 @contextlib.contextmanager
 def freed_memory_kept(files: Sequence[str] = CGROUP_LIMITS) -> Iterator[bool]:
-    """Context in which the C library keeps the memory of freed arrays for the next ones; at its end it gives back what is free.
+    """Context in which the C library keeps the memory of freed arrays for the next ones; at its end
+    it gives back what is free.
 
-    glibc gives large arrays back to the system at once and gets them again page by page, each zeroed anew. Training on a CPU frees and
-    makes the same arrays at every step: ``tests/bench/gconv.py --give-back`` shows what that costs. No result changes.
+    glibc gives large arrays back to the system at once and gets them again page by page, each
+    zeroed anew. Training on a CPU frees and makes the same arrays at every step:
+    ``tests/bench/gconv.py --give-back`` shows what that costs. No result changes.
 
-    What is kept is in pieces, which do not all fit again, so a large network takes up to twice the memory. As soon as memory is scarce (a
-    quarter of the machine's is left, or the process takes a quarter of what `memory_limit`, which takes `files`, allows) it is given back,
-    and none is kept from then on. Nothing is done where that is so from the start, where the C library is not glibc, and where
-    ``MALLOC_MMAP_MAX_`` in the environment says what to do.
+    What is kept is in pieces, which do not all fit again, so a large network takes up to twice the
+    memory. As soon as memory is scarce (a quarter of the machine's is left, or the process takes a
+    quarter of what `memory_limit`, which takes `files`, allows) it is given back, and none is kept
+    from then on. Nothing is done where that is so from the start, where the C library is not glibc,
+    and where ``MALLOC_MMAP_MAX_`` in the environment says what to do.
 
     Yields
     ------
@@ -79,7 +85,9 @@ def freed_memory_kept(files: Sequence[str] = CGROUP_LIMITS) -> Iterator[bool]:
 
 
 def _scarce(limit: int | None, proc: Path = Path("/proc")) -> bool:
-    """Whether a quarter of this machine's memory at most is left, or this process takes more than a quarter of `limit`."""
+    """Whether a quarter of this machine's memory at most is left, or this process takes more than a
+    quarter of `limit`.
+    """
     try:
         lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
         pages = int((proc / "self" / "statm").read_text(encoding="ascii").split()[1])
@@ -87,7 +95,9 @@ def _scarce(limit: int | None, proc: Path = Path("/proc")) -> bool:
         return True
     kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
     taken = pages * os.sysconf("SC_PAGE_SIZE")
-    return kilobytes["MemAvailable"] < kilobytes["MemTotal"] / 4 or (limit is not None and taken > limit / 4)
+    return kilobytes["MemAvailable"] < kilobytes["MemTotal"] / 4 or (
+        limit is not None and taken > limit / 4
+    )
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -1,8 +1,9 @@
-"""The two backbones of the paper, AlexNet behind a fixed Sobel filter and a P4M group-equivariant CNN, and networks to hold them against.
+"""The two backbones of the paper, AlexNet behind a fixed Sobel filter and a P4M group-equivariant
+CNN, and networks to hold them against.
 
-The controls share P4M's layout: `P4CNN` lacks the mirror, `MatchedParametersCNN` and `MatchedFlopsCNN` lack the symmetry altogether. All of
-them take P4M's `width`, so that arms with the same `width` are matched.
-"""
+The controls share P4M's layout: `P4CNN` lacks the mirror, `MatchedParametersCNN` and
+`MatchedFlopsCNN` lack the symmetry altogether. All of them take P4M's `width`, so that arms with
+the same `width` are matched."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, GroupConv, P4ConvP4, P4ConvZ2, P4MConvP4M, P4MConvZ2, group_max_pool
+from lib.gconv import (
+    GroupAvgBlurPool,
+    GroupBatchNorm,
+    GroupConv,
+    P4ConvP4,
+    P4ConvZ2,
+    P4MConvP4M,
+    P4MConvZ2,
+    group_max_pool,
+)
 
 IMAGE_SIZE = 64
 
@@ -21,7 +31,8 @@ IMAGE_SIZE = 64
 class Backbone(nn.Module):
     """What the loop asks of a network: ``features(x)``, a linear ``top_layer`` and ``forward(x)``.
 
-    Sub-classes define ``features`` and, where the top layer reads something else than the features, ``head``.
+    Sub-classes define ``features`` and, where the top layer reads something else than the features,
+    ``head``.
 
     Attributes
     ----------
@@ -40,7 +51,8 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def reset_top_layer(self, generator: torch.Generator | None = None) -> None:
-        """Draw the top layer anew, N(0, 0.01) with zero bias: cluster numbers mean nothing from one epoch to the next.
+        """Draw the top layer anew, N(0, 0.01) with zero bias: cluster numbers mean nothing from one
+        epoch to the next.
 
         `generator` is a CPU generator, so every device starts from the same numbers.
         """
@@ -57,7 +69,9 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def maps(self, x: Tensor) -> Tensor:
-        """Images (N, 1, 64, 64) in [-1, 1] -> the last convolutional maps that still have an extent, (N, C, H, W), not negative."""
+        """Images (N, 1, 64, 64) in [-1, 1] -> the last convolutional maps that still have an
+        extent, (N, C, H, W), not negative.
+        """
         raise NotImplementedError
 
     def head(self, features: Tensor) -> Tensor:
@@ -70,7 +84,9 @@ class Backbone(nn.Module):
 
 
 class Sobel(nn.Module):
-    """Horizontal and vertical Sobel derivative, (N, 1, H, W) -> (N, 2, H, W), not trained, as in front of DeepCluster's AlexNet."""
+    """Horizontal and vertical Sobel derivative, (N, 1, H, W) -> (N, 2, H, W), not trained, as in
+    front of DeepCluster's AlexNet.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,43 +94,63 @@ class Sobel(nn.Module):
         self.register_buffer("weight", torch.stack([horizontal, horizontal.T])[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        # the border is repeated: padding with 0 (mid gray in [-1, 1]) would draw a frame round every image
+        # the border is repeated: padding with 0 (mid gray in [-1, 1]) would draw a frame round
+        # every image
         x = nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
         return nn.functional.conv2d(x, self.weight)
 
 
 class AlexNet(Backbone):
-    """AlexNet (Krizhevsky et al. 2012) as DeepCluster lays it out (Caron et al. 2018), fitted to 64x64.
+    """AlexNet (Krizhevsky et al. 2012) as DeepCluster lays it out (Caron et al. 2018), fitted to
+    64x64.
 
-    Sobel, five convolutions with batch norm and ReLU, three 3x3/2 max pools, two fully connected layers with dropout.
-    At 64x64 the last map is 1x1 (6x6 at 224x224), so the first fully connected layer reads 256 numbers instead of 9,216;
-    all else is as published.
+    Sobel, five convolutions with batch norm and ReLU, three 3x3/2 max pools, two fully connected
+    layers with dropout. At 64x64 the last map is 1x1 (6x6 at 224x224), so the first fully connected
+    layer reads 256 numbers instead of 9,216; all else is as published.
 
     Parameters
     ----------
     n_clusters : int
     width : six ints
-        Channels of the five convolutions and of the fully connected layers; the paper's are (96, 256, 384, 384, 256, 4096).
+        Channels of the five convolutions and of the fully connected layers; the paper's are (96,
+        256, 384, 384, 256, 4096).
 
     Notes
     -----
-    ``features`` is the second fully connected layer before its ReLU; the ReLU stands in ``head``. DeepCluster does the same.
-    """
+    ``features`` is the second fully connected layer before its ReLU; the ReLU stands in ``head``.
+    DeepCluster does the same."""
 
     WIDTH = (96, 256, 384, 384, 256, 4096)
 
     def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH) -> None:
         *conv, hidden = width
         super().__init__(hidden, n_clusters)
-        layout = [(11, 4, 2, True), (5, 1, 2, True), (3, 1, 1, False), (3, 1, 1, False), (3, 1, 1, True)]
+        layout = [
+            (11, 4, 2, True),
+            (5, 1, 2, True),
+            (3, 1, 1, False),
+            (3, 1, 1, False),
+            (3, 1, 1, True),
+        ]
         layers: list[nn.Module] = [Sobel()]
-        for c_in, c_out, (kernel_size, stride, padding, pool) in zip([2, *conv[:-1]], conv, layout, strict=True):
-            layers += [nn.Conv2d(c_in, c_out, kernel_size, stride, padding), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        for c_in, c_out, (kernel_size, stride, padding, pool) in zip(
+            [2, *conv[:-1]], conv, layout, strict=True
+        ):
+            layers += [
+                nn.Conv2d(c_in, c_out, kernel_size, stride, padding),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(inplace=True),
+            ]
             if pool:
                 layers.append(nn.MaxPool2d(3, 2))
         self.convolutions = nn.Sequential(*layers)  # (N, 1, 64, 64) -> (N, 256, 1, 1)
         self.classifier = nn.Sequential(
-            nn.Flatten(), nn.Dropout(0.5), nn.Linear(conv[-1], hidden), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(hidden, hidden)
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(conv[-1], hidden),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.5),
+            nn.Linear(hidden, hidden),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.top_layer:
@@ -125,17 +161,20 @@ class AlexNet(Backbone):
         return self.classifier(self.convolutions(x))
 
     def maps(self, x: Tensor) -> Tensor:
-        return self.convolutions[:-1](x)  # (N, 256, 3, 3): before the last pool, which leaves one pixel
+        return self.convolutions[:-1](
+            x
+        )  # (N, 256, 3, 3): before the last pool, which leaves one pixel
 
     def head(self, features: Tensor) -> Tensor:
         return torch.relu(features)
 
 
 class P4MCNN(Backbone):
-    """Three p4m blocks, a maximum over the group and a mean over space: features that no quarter turn and no mirror can change.
+    """Three p4m blocks, a maximum over the group and a mean over space: features that no quarter
+    turn and no mirror can change.
 
-    A block is group convolution (kernels 5, 3, 3), batch norm over the group, ReLU, antialiased average pool of stride 2
-    (Cohen and Welling 2016; sizes from Zhuang and Islam 2025).
+    A block is group convolution (kernels 5, 3, 3), batch norm over the group, ReLU, antialiased
+    average pool of stride 2 (Cohen and Welling 2016; sizes from Zhuang and Islam 2025).
 
     Parameters
     ----------
@@ -181,7 +220,8 @@ class P4CNN(P4MCNN):
 
 
 class PlainCNN(Backbone):
-    """P4M's layout with planar convolutions: the same kernels, norms and pools, no symmetry built in.
+    """P4M's layout with planar convolutions: the same kernels, norms and pools, no symmetry built
+    in.
 
     Sub-classes say how many real channels stand against the fields of a P4M network.
 
@@ -189,7 +229,8 @@ class PlainCNN(Backbone):
     ----------
     n_clusters : int
     width : three ints
-        Regular fields of the *P4M network that it is matched to*, not its own channels, which are ``channels(width)``.
+        Regular fields of the *P4M network that it is matched to*, not its own channels, which are
+        ``channels(width)``.
     """
 
     WIDTH = P4MCNN.WIDTH
@@ -201,7 +242,11 @@ class PlainCNN(Backbone):
         for c_in, c_out, kernel_size in zip((1, *channels), channels, (5, 3, 3), strict=False):
             conv = nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False)
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            blocks.append(nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True), GroupAvgBlurPool()))
+            blocks.append(
+                nn.Sequential(
+                    conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True), GroupAvgBlurPool()
+                )
+            )
         self.blocks = nn.Sequential(*blocks)
 
     @staticmethod
@@ -217,10 +262,11 @@ class PlainCNN(Backbone):
 
 
 class MatchedFlopsCNN(PlainCNN):
-    """`PlainCNN` that costs as much as the P4M network of this `width`, computed densely: 8 real channels for each field.
+    """`PlainCNN` that costs as much as the P4M network of this `width`, computed densely: 8 real
+    channels for each field.
 
-    Its filters are not shared between the eight orientations, so it has about 8 times the parameters.
-    """
+    Its filters are not shared between the eight orientations, so it has about 8 times the
+    parameters."""
 
     @staticmethod
     def channels(width: Sequence[int]) -> tuple[int, int, int]:
@@ -229,11 +275,11 @@ class MatchedFlopsCNN(PlainCNN):
 
 
 class MatchedParametersCNN(PlainCNN):
-    """`PlainCNN` with as many parameters as the P4M network of this `width`, top layer left out: about sqrt(8) channels for each field.
+    """`PlainCNN` with as many parameters as the P4M network of this `width`, top layer left out:
+    about sqrt(8) channels for each field.
 
-    A group filter between fields holds 8 planar ones. The first two blocks get the nearest whole number, the last one what comes closest
-    to the total.
-    """
+    A group filter between fields holds 8 planar ones. The first two blocks get the nearest whole
+    number, the last one what comes closest to the total."""
 
     @staticmethod
     def channels(width: Sequence[int]) -> tuple[int, int, int]:
@@ -253,7 +299,9 @@ BACKBONES: dict[str, type[Backbone]] = {
 }
 
 
-def build(backbone: str, n_clusters: int, width: Sequence[int] | None = None, seed: int = 0) -> Backbone:
+def build(
+    backbone: str, n_clusters: int, width: Sequence[int] | None = None, seed: int = 0
+) -> Backbone:
     """Make a network with weights drawn from `seed`; the global random state is left as it was.
 
     Parameters
@@ -262,8 +310,9 @@ def build(backbone: str, n_clusters: int, width: Sequence[int] | None = None, se
     n_clusters : int
         K >= 1.
     width : sequence of int, optional
-        Channels (alexnet: five convolutions and the fully connected layers) or regular fields (p4m, p4: three blocks; cnn_params and
-        cnn_flops: those of the P4M network to match); the paper's when not given.
+        Channels (alexnet: five convolutions and the fully connected layers) or regular fields (p4m,
+        p4: three blocks; cnn_params and cnn_flops: those of the P4M network to match); the paper's
+        when not given.
     seed : int
 
     Raises
@@ -276,7 +325,9 @@ def build(backbone: str, n_clusters: int, width: Sequence[int] | None = None, se
     kind = BACKBONES[backbone]
     width = tuple(int(w) for w in (width or kind.WIDTH))
     if len(width) != len(kind.WIDTH) or min(width) < 1:
-        raise ValueError(f"{backbone} needs {len(kind.WIDTH)} widths of at least 1, like {kind.WIDTH}; got {width}")
+        raise ValueError(
+            f"{backbone} needs {len(kind.WIDTH)} widths of at least 1, like {kind.WIDTH}; got {width}"
+        )
     if n_clusters < 1:
         raise ValueError(f"n_clusters must be at least 1, got {n_clusters}")
     with torch.random.fork_rng(devices=[]):
@@ -295,10 +346,11 @@ def cost(backbone: str, n_clusters: int, width: Sequence[int] | None = None) -> 
     Returns
     -------
     dict
-        ``parameters`` of the body, which live through training; ``top_layer`` parameters, which are drawn anew each epoch;
-        ``feature_dim`` D; ``flops`` of one image's features, forward, two for each multiplication and addition, as PyTorch's
-        ``FlopCounterMode`` counts matrix products and convolutions. Group convolutions are counted by the dense algorithm, so that the
-        number does not depend on the device; the Fourier one needs fewer.
+        ``parameters`` of the body, which live through training; ``top_layer`` parameters, which are
+        drawn anew each epoch; ``feature_dim`` D; ``flops`` of one image's features, forward, two
+        for each multiplication and addition, as PyTorch's ``FlopCounterMode`` counts matrix
+        products and convolutions. Group convolutions are counted by the dense algorithm, so that
+        the number does not depend on the device; the Fourier one needs fewer.
 
     Raises
     ------

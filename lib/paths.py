@@ -31,7 +31,9 @@ def figures_root() -> Path:
 def check_name(name: str) -> str:
     """Return `name` if it can be a folder name on every system, else raise ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise ValueError(f"{name!r} cannot name a dataset or run: use letters, digits, '.', '_' and '-'")
+        raise ValueError(
+            f"{name!r} cannot name a dataset or run: use letters, digits, '.', '_' and '-'"
+        )
     return name
 
 
@@ -61,7 +63,9 @@ def figures_dir(dataset: str) -> Path:
 
 
 def show(path: Path | str) -> str:
-    """Path as it may stand in a notebook: relative to the project or its data, never a machine's own path."""
+    """Path as it may stand in a notebook: relative to the project or its data, never a machine's
+    own path.
+    """
     path = Path(path).absolute()
     for base, name in ((data_root(), "data"), (figures_root(), "figures"), (ROOT, "")):
         try:
@@ -73,7 +77,8 @@ def show(path: Path | str) -> str:
 
 @contextmanager
 def atomic_write(path: Path | str, mode: str = "wb", **kwargs: Any) -> Iterator[IO]:
-    """Open a temporary file beside `path`, and rename it to `path` only when all of it is on the disk.
+    """Open a temporary file beside `path`, and rename it to `path` only when all of it is on the
+    disk.
 
     Parameters
     ----------
@@ -85,7 +90,8 @@ def atomic_write(path: Path | str, mode: str = "wb", **kwargs: Any) -> Iterator[
     Raises
     ------
     OSError
-        Folder not writable, file in use, or disk full; the message names `path`, the temporary file is removed, an older `path` is intact.
+        Folder not writable, file in use, or disk full; the message names `path`, the temporary file
+        is removed, an older `path` is intact.
     """
     path = Path(path)
     if "b" not in mode:
@@ -101,31 +107,39 @@ def atomic_write(path: Path | str, mode: str = "wb", **kwargs: Any) -> Iterator[
     except OSError as error:
         reason = error.strerror or str(error)
         hint = "free some space, or choose another folder with CXR_DATA_DIR"
-        if isinstance(error, PermissionError):  # Windows replaces no file that is open, a memory map included
+        if isinstance(
+            error, PermissionError
+        ):  # Windows replaces no file that is open, a memory map included
             hint = "its folder is read-only, or a notebook has it open: shut that down, or choose another folder with CXR_DATA_DIR"
         raise OSError(error.errno, f"could not write {path}: {reason}; {hint}") from error
     finally:
-        with suppress(OSError):  # it is gone after the rename, and what went wrong before matters more
+        with suppress(
+            OSError
+        ):  # it is gone after the rename, and what went wrong before matters more
             temporary.unlink()
 
 
 class BusyError(OSError):
-    """Another process works in the folder; the message is one line that names it and says what to do."""
+    """Another process works in the folder; the message is one line that names it and says what to
+    do.
+    """
 
 
 @contextmanager
 def alone(folder: Path | str, lock: Path | None = None) -> Iterator[None]:
-    """Keep every other process, and thread, that asks the same out of a folder while the block runs.
+    """Keep every other process, and thread, that asks the same out of a folder while the block
+    runs.
 
-    The lock is the operating system's: it ends with the process that holds it, also with one that was killed; the file that such a one
-    leaves means nothing.
+    The lock is the operating system's: it ends with the process that holds it, also with one that
+    was killed; the file that such a one leaves means nothing.
 
     Parameters
     ----------
     folder : Path
         Folder to work in.
     lock : Path, optional
-        File to lock if it cannot be ``.lock`` in `folder`, say because that is replaced as a whole. Its folder is made.
+        File to lock if it cannot be ``.lock`` in `folder`, say because that is replaced as a whole.
+        Its folder is made.
 
     Raises
     ------
@@ -141,16 +155,25 @@ def alone(folder: Path | str, lock: Path | None = None) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=_PATIENCE)
     except filelock.Timeout:
-        raise BusyError(f"another process is at work in {show(folder)}: wait until it is done, then give the same command again") from None
+        raise BusyError(
+            f"another process is at work in {show(folder)}: wait until it is done, then give the same command again"
+        ) from None
     except NotImplementedError:  # some network file systems have no locks
-        warnings.warn(f"the file system of {show(folder)} has no locks: start nothing else that writes there", stacklevel=3)
+        warnings.warn(
+            f"the file system of {show(folder)} has no locks: start nothing else that writes there",
+            stacklevel=3,
+        )
     except OSError as error:
         hint = "free some space, or choose another folder with CXR_DATA_DIR"
-        raise OSError(error.errno, f"could not write {folder}: {error.strerror or error}; {hint}") from error
+        raise OSError(
+            error.errno, f"could not write {folder}: {error.strerror or error}; {hint}"
+        ) from error
     try:
         yield
     finally:
-        if os.name == "posix":  # while it is held: who waits for it sees that it has no name any more, and makes a new one
+        if (
+            os.name == "posix"
+        ):  # while it is held: who waits for it sees that it has no name any more, and makes a new one
             file.unlink(missing_ok=True)
         held.release()
 
@@ -182,7 +205,9 @@ def load_json(path: Path | str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{show(path)} is not a JSON file ({error}); delete it and run the step that writes it again") from error
+        raise ValueError(
+            f"{show(path)} is not a JSON file ({error}); delete it and run the step that writes it again"
+        ) from error
 
 
 def save_npy(path: Path | str, array: np.ndarray) -> None:

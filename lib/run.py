@@ -1,7 +1,8 @@
-"""Run the notebooks in order, or all tests: ``python -m lib.run``, to which ``run_all.sh`` hands over once it has an environment.
+"""Run the notebooks in order, or all tests: ``python -m lib.run``, to which ``run_all.sh`` hands
+over once it has an environment.
 
-At the top only the standard library is imported: ``run_all.sh`` checks the arguments with this module before there is an environment.
-"""
+At the top only the standard library is imported: ``run_all.sh`` checks the arguments with this
+module before there is an environment."""
 
 from __future__ import annotations
 
@@ -49,9 +50,9 @@ A second call skips what is done with the same parameters.
   --from NN                   run again from notebook NN on; the earlier ones must be done
   --restart                   compute anew what is already done, too
   --test [ARG ...]            run the checks, the tests and all notebooks; ARGs go to pytest, which then runs the tests alone
-  --study [ARG ...]           train every arm and control with more seeds, and compare them (ARGs: python -m lib.study --help)
+  --study [ARG ...]           train every arm and control with more seeds, and compare them (ARGs: python -m lib.study.arms --help)
   --reuse RUN                 with --data PATH: assign your X-rays to the clusters of a finished run, such as phantom/p4m/seed0, without
-                              training (more options: python -m lib.reuse --help)
+                              training (more options: python -m lib.explore.reuse --help)
   --help                      show this text
 
 Environment variables:
@@ -61,7 +62,12 @@ Environment variables:
 """
 
 
-SOURCES = ("phantom", "chestmnist", "kaggle", "kaggle-sample")  # words that --data knows; anything else holds a path
+SOURCES = (
+    "phantom",
+    "chestmnist",
+    "kaggle",
+    "kaggle-sample",
+)  # words that --data knows; anything else holds a path
 
 
 class UsageError(Exception):
@@ -112,21 +118,25 @@ def _path_of(source: str) -> str:
 
 
 def dataset_name(source: str, preset: str) -> str:
-    """Name under which the data, runs and figures of `source` are kept: ``phantom``, ``phantom-smoke``, ``nih-sample``, ...
+    """Name under which the data, runs and figures of `source` are kept: ``phantom``,
+    ``phantom-smoke``, ``nih-sample``, ...
 
     Parameters
     ----------
     source : str
-        A word of `SOURCES`, or an absolute path, perhaps after ``nih:`` or ``chestmnist:``, whose last part gives the name.
+        A word of `SOURCES`, or an absolute path, perhaps after ``nih:`` or ``chestmnist:``, whose
+        last part gives the name.
     preset : str
-        ``"quick"`` adds nothing; any other preset is a suffix, so that it leaves the default's results alone.
+        ``"quick"`` adds nothing; any other preset is a suffix, so that it leaves the default's
+        results alone.
     """
     name = source
     if source not in SOURCES:
         path = Path(_path_of(source))
         name = path.stem if source.startswith("chestmnist:") else path.name
         name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:48] or "images"
-        # raw, runs and published are folders of data/ with another meaning; phantoms are not the user's images
+        # raw, runs and published are folders of data/ with another meaning; phantoms are not the
+        # user's images
         if name in {"raw", "runs", "published", *SOURCES} or name.startswith("phantom"):
             name = f"my-{name}"
     return name if preset == "quick" else f"{name}-{preset}"
@@ -147,7 +157,8 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
     Raises
     ------
     UsageError
-        Unknown option, preset, device or notebook number, malformed seeds, or a folder that does not exist.
+        Unknown option, preset, device or notebook number, malformed seeds, or a folder that does
+        not exist.
     """
     argv, test = list(argv), None
     if argv[:1] == ["--study"]:
@@ -157,7 +168,18 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
     if "--test" in argv:
         split = argv.index("--test")
         argv, test = argv[:split], tuple(argv[split + 1 :])
-    names = ["--preset", "--data", "--seeds", "--device", "--nproc", "--from", "--csv", "--image-column", "--label-column", "--fit"]
+    names = [
+        "--preset",
+        "--data",
+        "--seeds",
+        "--device",
+        "--nproc",
+        "--from",
+        "--csv",
+        "--image-column",
+        "--label-column",
+        "--fit",
+    ]
     switches = ["--drop-outliers", "--restart", "--help"]
     parser = _Parser(add_help=False, allow_abbrev=False)
     for name in names:
@@ -166,17 +188,23 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
         parser.add_argument(name, action="store_true")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UsageError(f"unknown option {unknown[0]}; valid: {', '.join([*names, *switches[:-1], '--test', '--study', '--help'])}")
+        raise UsageError(
+            f"unknown option {unknown[0]}; valid: {', '.join([*names, *switches[:-1], '--test', '--study', '--help'])}"
+        )
     if given.help:
         return Options(help=True)
     if test is not None:
         if argv:
-            raise UsageError(f"--test takes no other option before it ({' '.join(argv)}); what follows it goes to pytest")
+            raise UsageError(
+                f"--test takes no other option before it ({' '.join(argv)}); what follows it goes to pytest"
+            )
         return Options(test=test)
 
     def one_of(option: str, value: str, valid: Sequence[str]) -> str:
         if value not in valid:
-            raise UsageError(f"unknown {option} {value!r}; valid: {', '.join(valid) or 'none is there'}")
+            raise UsageError(
+                f"unknown {option} {value!r}; valid: {', '.join(valid) or 'none is there'}"
+            )
         return value
 
     presets = sorted(path.stem for path in (root / "notebooks" / "params").glob("*.yaml"))
@@ -185,11 +213,17 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
         one_of("--device", given.device, ["auto", "cpu", "cuda"])
     start = getattr(given, "from")
     if start is not None:
-        start = one_of("--from", start.zfill(2) if start.isdigit() else start, [path.name[:2] for path in find_notebooks(root)])
+        start = one_of(
+            "--from",
+            start.zfill(2) if start.isdigit() else start,
+            [path.name[:2] for path in find_notebooks(root)],
+        )
     seeds = given.seeds
     if seeds is not None:
         if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", seeds):
-            raise UsageError(f"--seeds {seeds!r} is not a list of whole numbers, such as 0 or 0,1,2")
+            raise UsageError(
+                f"--seeds {seeds!r} is not a list of whole numbers, such as 0 or 0,1,2"
+            )
         seeds = tuple(int(seed) for seed in seeds.split(","))
         if len(set(seeds)) < len(seeds):
             raise UsageError(f"--seeds {given.seeds} names a seed twice")
@@ -203,16 +237,33 @@ def parse_args(argv: Sequence[str], root: Path = ROOT, folder: Path | None = Non
         one_of("--fit", given.fit, ["pad", "crop", "stretch"])
     for name in ("csv", "image_column", "label_column"):
         if getattr(given, name) is not None and not os.path.isabs(source):
-            raise UsageError(f"--{name.replace('_', '-')} describes a folder of X-rays: name it with --data PATH")
+            raise UsageError(
+                f"--{name.replace('_', '-')} describes a folder of X-rays: name it with --data PATH"
+            )
     csv = given.csv
     if csv is not None:
-        places = [os.path.abspath(place / Path(csv).expanduser()) for place in (folder or Path.cwd(), Path(source))]
+        places = [
+            os.path.abspath(place / Path(csv).expanduser())
+            for place in (folder or Path.cwd(), Path(source))
+        ]
         csv = next(filter(os.path.isfile, places), None)
         if csv is None or not given.csv:
-            raise UsageError(f"--csv {given.csv!r} is no file here, nor in the folder of --data; give the path of a CSV")
+            raise UsageError(
+                f"--csv {given.csv!r} is no file here, nor in the folder of --data; give the path of a CSV"
+            )
     columns = {"csv": csv, "image_column": given.image_column, "label_column": given.label_column}
     reading = {**columns, "fit": given.fit, "drop_outliers": given.drop_outliers}
-    return Options(preset, source, dataset_name(source, preset), seeds, given.device, start, given.restart, nproc=nproc, **reading)
+    return Options(
+        preset,
+        source,
+        dataset_name(source, preset),
+        seeds,
+        given.device,
+        start,
+        given.restart,
+        nproc=nproc,
+        **reading,
+    )
 
 
 def checked_source(given: str, folder: Path) -> str:
@@ -224,14 +275,22 @@ def checked_source(given: str, folder: Path) -> str:
         kind, place = ("chestmnist" if given.lower().endswith(".npz") else ""), given
     path = os.path.abspath(folder / Path(place).expanduser())
     if not place or not (os.path.isfile(path) if kind == "chestmnist" else os.path.isdir(path)):
-        reason = "not there" if not place or not os.path.exists(path) else "not a file" if kind == "chestmnist" else "not a folder"
+        reason = (
+            "not there"
+            if not place or not os.path.exists(path)
+            else "not a file"
+            if kind == "chestmnist"
+            else "not a folder"
+        )
         valid = f"{', '.join(SOURCES)}, chestmnist:FILE.npz, nih:PATH, or the path of a folder of X-rays"
         raise UsageError(f"--data {given!r} is {reason}; valid: {valid}")
     return f"{kind}:{path}" if kind else path
 
 
 def missing_packages(test: bool = False, root: Path = ROOT) -> list[str]:
-    """Return the requirements of pyproject.toml that this Python does not meet, with those of the tests if `test`."""
+    """Return the requirements of pyproject.toml that this Python does not meet, with those of the
+    tests if `test`.
+    """
     import tomllib
     from importlib.metadata import PackageNotFoundError, version
 
@@ -252,7 +311,7 @@ def missing_packages(test: bool = False, root: Path = ROOT) -> list[str]:
     return missing
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------------------
+# --- parameters -----------------------------------------------------------------------------------
 
 
 def _cells(notebook: Path) -> list[dict]:
@@ -263,8 +322,14 @@ def _cells(notebook: Path) -> list[dict]:
 
 
 def read_parameters(notebook: Path) -> dict[str, Any]:
-    """Return names and default values of a notebook's parameters: the literals of its one cell tagged ``parameters``."""
-    cells = [cell for cell in _cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    """Return names and default values of a notebook's parameters: the literals of its one cell
+    tagged ``parameters``.
+    """
+    cells = [
+        cell
+        for cell in _cells(notebook)
+        if "parameters" in cell.get("metadata", {}).get("tags", [])
+    ]
     if len(cells) != 1:
         raise RunError(f"{notebook.name} has {len(cells)} cells tagged 'parameters', not one")
     values = {}
@@ -273,7 +338,9 @@ def read_parameters(notebook: Path) -> dict[str, Any]:
             (target,) = node.targets if isinstance(node, ast.Assign) else (node.target,)
             values[target.id] = ast.literal_eval(node.value)
         except (AttributeError, TypeError, ValueError) as error:
-            raise RunError(f"{notebook.name}, parameters, line {node.lineno}: only `name = literal` may stand there") from error
+            raise RunError(
+                f"{notebook.name}, parameters, line {node.lineno}: only `name = literal` may stand there"
+            ) from error
     return values
 
 
@@ -287,12 +354,14 @@ def _kind(value: Any) -> str:
 
 
 def read_preset(path: Path, notebooks: Sequence[Path]) -> dict[str, Any]:
-    """Read a preset, and hold it against the parameters of the notebooks: papermill only warns of an unknown name.
+    """Read a preset, and hold it against the parameters of the notebooks: papermill only warns of
+    an unknown name.
 
     Raises
     ------
     UsageError
-        Not a flat mapping, a name that no notebook has, or a value of another kind than the notebook's own.
+        Not a flat mapping, a name that no notebook has, or a value of another kind than the
+        notebook's own.
     """
     import yaml
 
@@ -303,19 +372,29 @@ def read_preset(path: Path, notebooks: Sequence[Path]) -> dict[str, Any]:
         raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{where} is not a list of `name: value` lines")
-    valid = {name: value for notebook in notebooks for name, value in read_parameters(notebook).items()}
+    valid = {
+        name: value for notebook in notebooks for name, value in read_parameters(notebook).items()
+    }
     for name, value in values.items():
         if name not in valid:
             close = get_close_matches(str(name), valid, 1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UsageError(f"{where}: unknown parameter {name!r}{hint}; valid: {', '.join(sorted(valid))}")
+            raise UsageError(
+                f"{where}: unknown parameter {name!r}{hint}; valid: {', '.join(sorted(valid))}"
+            )
         if valid[name] is not None and _kind(value) != _kind(valid[name]):
-            hint = "; YAML takes 1e-3 for text, write 1.0e-3" if isinstance(value, str) and re.fullmatch(r"[\d.]+e[-+]?\d+", value) else ""
-            raise UsageError(f"{where}: {name} is {value!r}, which is no {_kind(valid[name])} like {valid[name]!r}{hint}")
+            hint = (
+                "; YAML takes 1e-3 for text, write 1.0e-3"
+                if isinstance(value, str) and re.fullmatch(r"[\d.]+e[-+]?\d+", value)
+                else ""
+            )
+            raise UsageError(
+                f"{where}: {name} is {value!r}, which is no {_kind(valid[name])} like {valid[name]!r}{hint}"
+            )
     return values
 
 
-# --- what is done -----------------------------------------------------------------------------------------------------------------
+# --- what is done ---------------------------------------------------------------------------------
 
 
 def _digest(value: Any) -> str:
@@ -323,44 +402,72 @@ def _digest(value: Any) -> str:
 
 
 def _source_state(source: str, csv: str | None = None) -> list[int] | None:
-    """Number, size and newest change of the files of a folder and of its table: images that were added are noticed without reading any."""
+    """Number, size and newest change of the files of a folder and of its table: images that were
+    added are noticed without reading any.
+    """
     path = _path_of(source)
     if not path:
         return None  # drawn, or published once and for all
-    files = [path] if os.path.isfile(path) else [os.path.join(base, name) for base, _, names in os.walk(path) for name in names]
+    files = (
+        [path]
+        if os.path.isfile(path)
+        else [os.path.join(base, name) for base, _, names in os.walk(path) for name in names]
+    )
     states = [os.lstat(file) for file in files] + ([os.stat(csv)] if csv else [])
-    return [len(states), sum(state.st_size for state in states), max((state.st_mtime_ns for state in states), default=0)]
+    return [
+        len(states),
+        sum(state.st_size for state in states),
+        max((state.st_mtime_ns for state in states), default=0),
+    ]
 
 
-def fingerprint(notebook: Path, parameters: dict[str, Any], source_state: Any, upstream: Any) -> dict[str, Any]:
-    """All that a notebook's results depend on: its code, its parameters, ``lib``, the source's files, and the notebook before it.
+def fingerprint(
+    notebook: Path, parameters: dict[str, Any], source_state: Any, upstream: Any
+) -> dict[str, Any]:
+    """All that a notebook's results depend on: its code, its parameters, ``lib``, the source's
+    files, and the notebook before it.
 
-    Prose and saved outputs do not count, so that a notebook stepped through in JupyterLab is not run again.
-    """
+    Prose and saved outputs do not count, so that a notebook stepped through in JupyterLab is not
+    run again."""
     lib = [
         path.read_text(encoding="utf-8")
-        for path in sorted((ROOT / "lib").glob("*.[pch]*"))
+        for path in sorted((ROOT / "lib").rglob("*.[pch]*"))
         if path.suffix in {".py", ".c", ".html"} and path.name != "run.py"
     ]
     own = read_parameters(notebook)
-    not_results = {"restart", "nproc"}  # a run is the same run, to rounding, with any number of processes
+    not_results = {
+        "restart",
+        "nproc",
+    }  # a run is the same run, to rounding, with any number of processes
     return {
-        "code": _digest(["".join(cell["source"]) for cell in _cells(notebook) if cell["cell_type"] == "code"]),
+        "code": _digest(
+            ["".join(cell["source"]) for cell in _cells(notebook) if cell["cell_type"] == "code"]
+        ),
         "lib": _digest(lib),
-        "parameters": {name: parameters.get(name, default) for name, default in own.items() if name not in not_results},
+        "parameters": {
+            name: parameters.get(name, default)
+            for name, default in own.items()
+            if name not in not_results
+        },
         "source_state": source_state,
         "upstream": _digest(upstream),
     }
 
 
 def _products(dataset: str) -> dict[str, int]:
-    """Time of change of every file the notebooks wrote, but for checkpoints: those may be deleted when training is done."""
+    """Time of change of every file the notebooks wrote, but for checkpoints: those may be deleted
+    when training is done.
+    """
     from lib import paths
 
     found = {}
     for base in (paths.dataset_dir(dataset), paths.runs_dir(dataset), paths.figures_dir(dataset)):
         for folder, folders, names in os.walk(base):
-            folders[:] = [name for name in folders if Path(folder, name) != paths.runs_dir(dataset) / "notebooks"]
+            folders[:] = [
+                name
+                for name in folders
+                if Path(folder, name) != paths.runs_dir(dataset) / "notebooks"
+            ]
             for name in names:
                 path = Path(folder, name)
                 if not name.startswith(".") and path.suffix not in {".pt", ".tmp"}:
@@ -375,7 +482,7 @@ def _read_stamp(path: Path) -> dict[str, Any]:
         return {}
 
 
-# --- running ----------------------------------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 def check_kernel() -> None:
@@ -385,13 +492,17 @@ def check_kernel() -> None:
         import ipykernel  # noqa: F401
         from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
     except ImportError as error:
-        raise RunError(f"the Jupyter kernel python3 is not installed ({error}); {repair}") from error
+        raise RunError(
+            f"the Jupyter kernel python3 is not installed ({error}); {repair}"
+        ) from error
     try:
         program = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel as error:
         raise RunError(f"the Jupyter kernel python3 is not installed; {repair}") from error
     # a bare `python` means the Python that asks; a full path may be another's, or gone
-    if os.path.isabs(program) and os.path.normcase(Path(program).parent) != os.path.normcase(Path(sys.executable).parent):
+    if os.path.isabs(program) and os.path.normcase(Path(program).parent) != os.path.normcase(
+        Path(sys.executable).parent
+    ):
         raise RunError(f"the Jupyter kernel python3 starts {program}, not this Python; {repair}")
 
 
@@ -416,19 +527,29 @@ def _check_writable(folders: Sequence[Path]) -> None:
                 pass
         except OSError as error:
             reason = error.strerror or error
-            raise RunError(f"cannot write to {folder}: {reason}; choose other folders with CXR_DATA_DIR and CXR_FIGURES_DIR") from error
+            raise RunError(
+                f"cannot write to {folder}: {reason}; choose other folders with CXR_DATA_DIR and CXR_FIGURES_DIR"
+            ) from error
 
 
 def _environment() -> dict[str, str]:
-    """Environment of notebooks and tests: this project's ``lib``, this Python's kernel, no more threads than there are processors."""
+    """Environment of notebooks and tests: this project's ``lib``, this Python's kernel, no more
+    threads than there are processors.
+    """
     import joblib
 
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment["JUPYTER_PREFER_ENV_PATH"] = "1"  # a kernel python3 in the user's home may be another Python's
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    environment["JUPYTER_PREFER_ENV_PATH"] = (
+        "1"  # a kernel python3 in the user's home may be another Python's
+    )
     environment["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     environment.setdefault("PYTHONHASHSEED", "0")
-    environment.setdefault("PYTHONUTF8", "1")  # logs are read as UTF-8; on Windows they would be written in the system's own encoding
+    environment.setdefault(
+        "PYTHONUTF8", "1"
+    )  # logs are read as UTF-8; on Windows they would be written in the system's own encoding
     environment.pop("MPLBACKEND", None)  # the kernel draws inline
     # OpenMP knows the processors of the machine, not those a container may use
     usable = joblib.cpu_count()
@@ -438,12 +559,16 @@ def _environment() -> dict[str, str]:
 
 
 def _obey() -> None:
-    """Let the child heed SIGINT, which a background job ignores, and on Linux get it when we are gone, even by kill -9."""
+    """Let the child heed SIGINT, which a background job ignores, and on Linux get it when we are
+    gone, even by kill -9.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(1, signal.SIGINT)  # 1 is PR_SET_PDEATHSIG; otherwise training would go on unseen
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGINT
+        )  # 1 is PR_SET_PDEATHSIG; otherwise training would go on unseen
 
 
 def _call(command: Sequence[str], log: Path, environment: dict[str, str]) -> int:
@@ -454,7 +579,13 @@ def _call(command: Sequence[str], log: Path, environment: dict[str, str]) -> int
         options = {"start_new_session": True, "preexec_fn": _obey}
     with open(log, "w", encoding="utf-8") as handle:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=handle, stderr=subprocess.STDOUT, **options
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            **options,
         )
         try:
             return process.wait()
@@ -469,7 +600,9 @@ def _call(command: Sequence[str], log: Path, environment: dict[str, str]) -> int
 
 
 def last_error(copy: Path, log: Path, lines: int = 3) -> str:
-    """Return what went wrong, in a few lines: the error in an executed copy, else the end of papermill's log."""
+    """Return what went wrong, in a few lines: the error in an executed copy, else the end of
+    papermill's log.
+    """
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     if "DeadKernelError" in text:
         return "the kernel died; most often it was out of memory: try a smaller preset"
@@ -477,21 +610,35 @@ def last_error(copy: Path, log: Path, lines: int = 3) -> str:
         for cell in _cells(copy):
             for output in cell.get("outputs", []):
                 if output["output_type"] == "error":
-                    message = re.sub(r"\x1b\[[0-9;]*m", "", f"{output['ename']}: {output['evalue']}").strip()
-                    return f"In [{cell['execution_count']}]: " + "\n  ".join(message.splitlines()[:lines])
+                    message = re.sub(
+                        r"\x1b\[[0-9;]*m", "", f"{output['ename']}: {output['evalue']}"
+                    ).strip()
+                    return f"In [{cell['execution_count']}]: " + "\n  ".join(
+                        message.splitlines()[:lines]
+                    )
     except (OSError, RunError):
         pass
-    return "\n  ".join([line for line in text.splitlines() if line.strip()][-lines:]) or "it said nothing"
+    return (
+        "\n  ".join([line for line in text.splitlines() if line.strip()][-lines:])
+        or "it said nothing"
+    )
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {seconds} s"
+        if minutes
+        else f"{seconds} s"
+    )
 
 
 def run(options: Options, root: Path = ROOT) -> None:
-    """Run the notebooks of `root` that are not done, each through papermill in a process of its own, and print one line for each.
+    """Run the notebooks of `root` that are not done, each through papermill in a process of its
+    own, and print one line for each.
 
     Parameters
     ----------
@@ -503,19 +650,31 @@ def run(options: Options, root: Path = ROOT) -> None:
     Raises
     ------
     UsageError
-        A parameter that no notebook has, results of another folder under the same name, or ``--from`` before its time.
+        A parameter that no notebook has, results of another folder under the same name, or
+        ``--from`` before its time.
     RunError
         No kernel, a folder that cannot be written, or a notebook that failed.
     """
     from lib import paths
 
-    notebooks, preset = find_notebooks(root), root / "notebooks" / "params" / f"{options.preset}.yaml"
-    overrides: dict[str, Any] = {"dataset": options.dataset, "source": options.source, "restart": options.restart}
+    notebooks, preset = (
+        find_notebooks(root),
+        root / "notebooks" / "params" / f"{options.preset}.yaml",
+    )
+    overrides: dict[str, Any] = {
+        "dataset": options.dataset,
+        "source": options.source,
+        "restart": options.restart,
+    }
     overrides |= {} if options.seeds is None else {"seeds": list(options.seeds)}
     overrides |= {} if options.device is None else {"device": options.device}
     for name in ("csv", "image_column", "label_column", "fit", "drop_outliers"):
         # papermill puts every parameter into every notebook, and `fit` is a function in some
-        overrides |= {{"fit": "not_square"}.get(name, name): getattr(options, name)} if getattr(options, name) else {}
+        overrides |= (
+            {{"fit": "not_square"}.get(name, name): getattr(options, name)}
+            if getattr(options, name)
+            else {}
+        )
     overrides |= {} if options.nproc is None else {"nproc": options.nproc}
     overrides["command"] = _command(options)
     parameters = read_preset(preset, notebooks) | overrides
@@ -532,7 +691,10 @@ def run(options: Options, root: Path = ROOT) -> None:
             )
     environment, state = _environment(), _source_state(options.source, options.csv)
     _obtain(options)
-    print(f"{options.dataset}, preset {options.preset}: {len(notebooks)} notebooks, logs in {_shown(out)}", flush=True)
+    print(
+        f"{options.dataset}, preset {options.preset}: {len(notebooks)} notebooks, logs in {_shown(out)}",
+        flush=True,
+    )
     upstream: Any = None
     running = False
     for number, notebook in enumerate(notebooks, 1):
@@ -541,14 +703,20 @@ def run(options: Options, root: Path = ROOT) -> None:
         current = fingerprint(notebook, parameters, state, upstream)
         before = options.start is not None and notebook.name[:2] < options.start
         # --from trusts what came before, whatever its code was, if it had these parameters
-        same = all(stamp.get(key) == current[key] for key in (("parameters",) if before else current))
+        same = all(
+            stamp.get(key) == current[key] for key in (("parameters",) if before else current)
+        )
         same = same and all(os.path.exists(path) for path in stamp.get("products", []))
         if before and not same:
             print("not done")
             raise UsageError(
                 f"--from {options.start}: {notebook.stem} is not done for {options.dataset} with these parameters; leave --from out"
             )
-        again = running or options.restart or (options.start is not None and notebook.name[:2] >= options.start)
+        again = (
+            running
+            or options.restart
+            or (options.start is not None and notebook.name[:2] >= options.start)
+        )
         if same and (before or not again):
             upstream = {key: stamp[key] for key in current}
             print("already done", flush=True)
@@ -558,24 +726,47 @@ def run(options: Options, root: Path = ROOT) -> None:
         copy.unlink(missing_ok=True)
         stamp_path.unlink(missing_ok=True)
         earlier, begin = _products(options.dataset), time.monotonic()
-        command = [sys.executable, "-m", "papermill", str(notebook), str(copy), "-k", "python3", "--cwd", str(root / "notebooks")]
-        command += ["-f", str(preset), "-y", json.dumps(overrides, ensure_ascii=False), "--log-output"]
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            str(notebook),
+            str(copy),
+            "-k",
+            "python3",
+            "--cwd",
+            str(root / "notebooks"),
+        ]
+        command += [
+            "-f",
+            str(preset),
+            "-y",
+            json.dumps(overrides, ensure_ascii=False),
+            "--log-output",
+        ]
         status = _call(command, log, environment)
         seconds = time.monotonic() - begin
         if status:
             print(f"failed after {_duration(seconds)}", flush=True)
             raise RunError(f"{notebook.stem}: {last_error(copy, log)}\n  log: {_shown(log)}")
-        products = sorted(path for path, changed in _products(options.dataset).items() if earlier.get(path) != changed)
+        products = sorted(
+            path
+            for path, changed in _products(options.dataset).items()
+            if earlier.get(path) != changed
+        )
         paths.save_json(stamp_path, current | {"products": products, "seconds": round(seconds, 1)})
         print(f"done in {_duration(seconds)}", flush=True)
     _print_results(paths.figures_dir(options.dataset))
 
 
 def _obtain(options: Options) -> None:
-    """Bring X-rays here before the first notebook does: in a terminal one sees how far it is, and Ctrl-C leaves what has arrived."""
+    """Bring X-rays here before the first notebook does: in a terminal one sees how far it is, and
+    Ctrl-C leaves what has arrived.
+    """
     if options.source == "phantom" or _path_of(options.source) == options.source:
         return
-    from lib import download, paths
+    from lib import paths
+    from lib.data import sources as download
 
     try:
         download.obtain(options.source, paths.raw_dir(options.dataset))
@@ -584,14 +775,25 @@ def _obtain(options: Options) -> None:
 
 
 def _command(options: Options) -> str:
-    """The command for the reader of the results: a folder goes by its name, for its path is nobody else's business."""
+    """The command for the reader of the results: a folder goes by its name, for its path is nobody
+    else's business.
+    """
     words = ["./run_all.sh", "--preset", options.preset, "--data"]
     path = _path_of(options.source)
-    words.append(f"{options.source.removesuffix(path)}PATH/{Path(path).name}" if path else options.source)
+    words.append(
+        f"{options.source.removesuffix(path)}PATH/{Path(path).name}" if path else options.source
+    )
     words += [] if options.csv is None else ["--csv", Path(options.csv).name]
     for name in ("image_column", "label_column", "fit"):
         value = getattr(options, name)
-        words += [] if value is None else [f"--{name.replace('_', '-')}", value if re.fullmatch(r"[\w.-]+", value) else repr(value)]
+        words += (
+            []
+            if value is None
+            else [
+                f"--{name.replace('_', '-')}",
+                value if re.fullmatch(r"[\w.-]+", value) else repr(value),
+            ]
+        )
     words += ["--drop-outliers"] if options.drop_outliers else []
     words += [] if options.seeds is None else ["--seeds", ",".join(map(str, options.seeds))]
     words += [] if options.device is None else ["--device", options.device]
@@ -622,14 +824,19 @@ def _print_results(figures: Path) -> None:
         if path.is_file() and not path.name.startswith("."):
             kinds.setdefault(path.stem, []).append(path.suffix.lstrip("."))
     for name, suffixes in kinds.items():
-        print(f"  {name}.{suffixes[0]}" if len(suffixes) == 1 else f"  {name}.{{{','.join(suffixes)}}}")
+        print(
+            f"  {name}.{suffixes[0]}"
+            if len(suffixes) == 1
+            else f"  {name}.{{{','.join(suffixes)}}}"
+        )
 
 
-# --- tests ------------------------------------------------------------------------------------------------------------------------
+# --- tests ----------------------------------------------------------------------------------------
 
 
 def run_tests(arguments: Sequence[str] = (), root: Path = ROOT) -> bool:
-    """Run ruff, pytest and, unless `arguments` for pytest choose a part, every notebook from scratch; print one line with the total.
+    """Run ruff, pytest and, unless `arguments` for pytest choose a part, every notebook from
+    scratch; print one line with the total.
 
     Returns
     -------
@@ -641,11 +848,26 @@ def run_tests(arguments: Sequence[str] = (), root: Path = ROOT) -> bool:
     begin, failed, counts = time.monotonic(), [], {"tests": 0, "cells": 0, "skipped": 0}
     with tempfile.TemporaryDirectory(prefix="cxr-test-", ignore_cleanup_errors=True) as folder:
         environment = _environment()
-        fresh = {"CXR_DATA_DIR": str(Path(folder, "data")), "CXR_FIGURES_DIR": str(Path(folder, "figures"))}
+        fresh = {
+            "CXR_DATA_DIR": str(Path(folder, "data")),
+            "CXR_FIGURES_DIR": str(Path(folder, "figures")),
+        }
         pytest = [sys.executable, "-m", "pytest", f"--junitxml={Path(folder, 'report.xml')}"]
-        # by number, as a reader goes; the rest of them after that. The kernel's warnings are the notebook's affair, not pytest's
-        notebooks = sorted((root / "notebooks").glob("*.ipynb"), key=lambda path: (not path.name[:2].isdigit(), path.name))
-        nbval = ["-p", "no:cacheprovider", "-W", "default", "--nbval-lax", "--nbval-current-env", *map(str, notebooks)]
+        # by number, as a reader goes; the rest of them after that. The kernel's warnings are the
+        # notebook's affair, not pytest's
+        notebooks = sorted(
+            (root / "notebooks").glob("*.ipynb"),
+            key=lambda path: (not path.name[:2].isdigit(), path.name),
+        )
+        nbval = [
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "default",
+            "--nbval-lax",
+            "--nbval-current-env",
+            *map(str, notebooks),
+        ]
         steps = [
             ("ruff check", [sys.executable, "-m", "ruff", "check", "."], {}),
             ("ruff format", [sys.executable, "-m", "ruff", "format", "--check", "."], {}),
@@ -656,7 +878,9 @@ def run_tests(arguments: Sequence[str] = (), root: Path = ROOT) -> bool:
             print(f"== {'notebooks' if name == 'cells' else name}", flush=True)
             report, bad = Path(folder, "report.xml"), 0
             report.unlink(missing_ok=True)
-            status = subprocess.call(command, cwd=root, env=environment | extra, stdin=subprocess.DEVNULL)
+            status = subprocess.call(
+                command, cwd=root, env=environment | extra, stdin=subprocess.DEVNULL
+            )
             if report.exists():
                 suite = next(ElementTree.parse(report).iter("testsuite"))
                 counts[name] += int(suite.get("tests", 0)) - int(suite.get("skipped", 0))
@@ -664,14 +888,21 @@ def run_tests(arguments: Sequence[str] = (), root: Path = ROOT) -> bool:
                 bad = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
             if status:
                 failed.append(f"{bad} {name}" if bad else f"{name} (status {status})")
-    total = f"{counts['tests']} tests, " + ("notebooks left out" if arguments else f"{counts['cells']} notebook cells")
+    total = f"{counts['tests']} tests, " + (
+        "notebooks left out" if arguments else f"{counts['cells']} notebook cells"
+    )
     verdict = f"FAILED: {', '.join(failed)}; of" if failed else "All passed:"
-    print(f"{verdict} {total}, {counts['skipped']} skipped, in {_duration(time.monotonic() - begin)}", flush=True)
+    print(
+        f"{verdict} {total}, {counts['skipped']} skipped, in {_duration(time.monotonic() - begin)}",
+        flush=True,
+    )
     return not failed
 
 
 def main(argv: Sequence[str] | None = None, check_only: bool = False) -> int:
-    """Run the command line and return its exit status; with `check_only` the arguments are only looked at."""
+    """Run the command line and return its exit status; with `check_only` the arguments are only
+    looked at.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console that lacks a character shows another one
     try:
@@ -684,20 +915,24 @@ def main(argv: Sequence[str] | None = None, check_only: bool = False) -> int:
         missing = missing_packages(test=options.test is not None)
         if missing:
             repair = f"{sys.executable} -m pip install -r requirements.lock && {sys.executable} -m pip install -e . --no-deps"
-            raise RunError(f"{sys.executable} lacks {', '.join(missing)}; use ./run_all.sh, or: {repair}")
+            raise RunError(
+                f"{sys.executable} lacks {', '.join(missing)}; use ./run_all.sh, or: {repair}"
+            )
         for name in ("CXR_DATA_DIR", "CXR_FIGURES_DIR"):
             if os.environ.get(name):  # notebooks run in another folder than ours
                 os.environ[name] = os.path.abspath(_caller() / Path(os.environ[name]).expanduser())
         os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # unless under nohup
+        if (
+            hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        ):  # unless under nohup
             signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         if options.study is not None:
-            from lib import study
+            from lib.study import arms as study
 
             return study.main(options.study)
         if options.reuse is not None:
-            from lib import reuse
+            from lib.explore import reuse
 
             return reuse.main(options.reuse)
         if options.test is not None:

@@ -1,4 +1,5 @@
-"""Chromium without a window, driven over its DevTools protocol with websocket-client, which comes with JupyterLab: no package more.
+"""Chromium without a window, driven over its DevTools protocol with websocket-client, which comes
+with JupyterLab: no package more.
 
 ``Browser.find()`` names the program, or why tests that need one are skipped.
 """
@@ -13,10 +14,29 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+NAMES = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "msedge",
+)
 FLAGS = (
-    *("--headless=new", "--no-first-run", "--no-default-browser-check", "--disable-gpu", "--hide-scrollbars", "--mute-audio"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--remote-debugging-port=0"),
+    *(
+        "--headless=new",
+        "--no-first-run",
+        "--no-default-browser-check",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--mute-audio",
+    ),
+    *(
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-dev-shm-usage",
+        "--remote-debugging-port=0",
+    ),
 )
 
 
@@ -26,21 +46,36 @@ def find():
 
 
 class Browser:
-    """One page. `errors` collects what its console calls an error, `requests` the addresses that it asked for."""
+    """One page. `errors` collects what its console calls an error, `requests` the addresses that it
+    asked for.
+    """
 
     def __init__(self, width=1360, height=900):
         import websocket
 
         self.errors, self.requests, self._number = [], [], 0
         self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
-        sandbox = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # as root, in a container, there is none
-        command = [find(), *FLAGS, *sandbox, f"--user-data-dir={self._profile.name}", f"--window-size={width},{height}", "about:blank"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        sandbox = (
+            ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        )  # as root, in a container, there is none
+        command = [
+            find(),
+            *FLAGS,
+            *sandbox,
+            f"--user-data-dir={self._profile.name}",
+            f"--window-size={width},{height}",
+            "about:blank",
+        ]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             port = self._wait_for_port()
             with urlopen(f"http://127.0.0.1:{port}/json/list", timeout=10) as answer:
                 page = next(target for target in json.load(answer) if target["type"] == "page")
-            self._socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=60, suppress_origin=True)
+            self._socket = websocket.create_connection(
+                page["webSocketDebuggerUrl"], timeout=60, suppress_origin=True
+            )
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self.send(f"{domain}.enable")
             size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -93,8 +128,14 @@ class Browser:
         if method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             self.errors.append(details.get("exception", {}).get("description") or details["text"])
-        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-            self.errors.append(" ".join(str(a.get("value", a.get("description"))) for a in params["args"]))
+        elif method == "Runtime.consoleAPICalled" and params["type"] in (
+            "error",
+            "warning",
+            "assert",
+        ):
+            self.errors.append(
+                " ".join(str(a.get("value", a.get("description"))) for a in params["args"])
+            )
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.errors.append(params["entry"]["text"])
         elif method == "Network.requestWillBeSent":
@@ -105,9 +146,13 @@ class Browser:
 
     def evaluate(self, expression):
         """Value of a JavaScript expression; RuntimeError if it throws."""
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        found = self.send(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in found:
-            raise RuntimeError(found["exceptionDetails"].get("exception", {}).get("description", "failed"))
+            raise RuntimeError(
+                found["exceptionDetails"].get("exception", {}).get("description", "failed")
+            )
         return found["result"].get("value")
 
     def wait(self, expression, seconds=30):
@@ -115,7 +160,9 @@ class Browser:
         begin = time.monotonic()
         while not self.evaluate(expression):
             if time.monotonic() - begin > seconds:
-                raise TimeoutError(f"{expression} did not come true in {seconds} s; console: {self.errors[:3]}")
+                raise TimeoutError(
+                    f"{expression} did not come true in {seconds} s; console: {self.errors[:3]}"
+                )
             time.sleep(0.02)
         return time.monotonic() - begin
 
@@ -138,7 +185,11 @@ class Browser:
 
     def choose(self, selector, value):
         """Set a select or a range, as a user does."""
-        kind = "input" if self.evaluate(f"document.querySelector({json.dumps(selector)}).tagName") == "INPUT" else "change"
+        kind = (
+            "input"
+            if self.evaluate(f"document.querySelector({json.dumps(selector)}).tagName") == "INPUT"
+            else "change"
+        )
         code = f"(e => {{e.value = {json.dumps(value)}; e.dispatchEvent(new Event('{kind}', {{bubbles: true}}));}})"
         self.evaluate(f"{code}(document.querySelector({json.dumps(selector)}))")
 
@@ -147,4 +198,6 @@ class Browser:
             self.send("Input.dispatchKeyEvent", type=kind, key=key)
 
     def screenshot(self, path):
-        Path(path).write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
+        Path(path).write_bytes(
+            base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
+        )

@@ -8,12 +8,16 @@ WIDTHS = {"alexnet": (4, 4, 4, 4, 4, 8), "p4m": (1, 2, 4)}
 
 
 def make(n=72, epochs=2, n_clusters=4):
-    """Write ``data/phantom-tiny`` and a run of each arm; CXR_DATA_DIR must point to a folder that may be written."""
+    """Write ``data/phantom-tiny`` and a run of each arm; CXR_DATA_DIR must point to a folder that
+    may be written.
+    """
     raw, out = paths.raw_dir(DATASET), paths.dataset_dir(DATASET)
     data.fetch("phantom", raw, n, 0)
     data.preprocess(raw, out)
     images = data.load_images(out)
     for arm, width in WIDTHS.items():
-        config = TrainConfig(arm, n_clusters, pca_dim=4, epochs=epochs, batch_size=32, width=width, device="cpu")
+        config = TrainConfig(
+            arm, n_clusters, pca_dim=4, epochs=epochs, batch_size=32, width=width, device="cpu"
+        )
         fit(images, config, paths.run_dir(DATASET, arm, 0), progress=False)
     return images

@@ -1,4 +1,6 @@
-"""JupyterLab on this machine, and what a reader does in it: open a notebook, restart and run all, interrupt, save, look."""
+"""JupyterLab on this machine, and what a reader does in it: open a notebook, restart and run all,
+interrupt, save, look.
+"""
 
 import json
 import os
@@ -13,8 +15,15 @@ from urllib.request import urlopen
 from lib.paths import ROOT
 from tests import browser
 
-# The same shades as a reader's first start, but nothing that asks a server elsewhere: no news, no look for updates.
-SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}}
+# The same shades as a reader's first start, but nothing that asks a server elsewhere: no news, no
+# look for updates.
+SETTINGS = {
+    "@jupyterlab/apputils-extension:notification": {
+        "fetchNews": "false",
+        "checkForUpdates": False,
+        "doNotDisturbMode": True,
+    }
+}
 
 
 def missing():
@@ -26,14 +35,22 @@ def missing():
 
 
 def copy_project(folder):
-    """A project that may be written to: notebooks, lib and the published numbers. Returns its folder."""
+    """A project that may be written to: notebooks, lib and the published numbers. Returns its
+    folder.
+    """
     for name in ("notebooks", "lib", "data/published"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
     return folder
 
 
 class Server:
-    """The real JupyterLab on 127.0.0.1, with a free port, a token, and settings of its own; kernels write below `project`."""
+    """The real JupyterLab on 127.0.0.1, with a free port, a token, and settings of its own; kernels
+    write below `project`.
+    """
 
     def __init__(self, project, home):
         self.token, self.project = secrets.token_hex(16), project
@@ -44,24 +61,50 @@ class Server:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(values), encoding="utf-8")
         self.runtime = home / "runtime"
-        environment = {**os.environ, "JUPYTER_TOKEN": self.token, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-        environment |= {"CXR_DATA_DIR": str(project / "data"), "CXR_FIGURES_DIR": str(project / "figures")}
-        environment |= {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
+        environment = {
+            **os.environ,
+            "JUPYTER_TOKEN": self.token,
+            "JUPYTER_PREFER_ENV_PATH": "1",
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        }
+        environment |= {
+            "CXR_DATA_DIR": str(project / "data"),
+            "CXR_FIGURES_DIR": str(project / "figures"),
+        }
+        environment |= {
+            "JUPYTERLAB_SETTINGS_DIR": str(settings),
+            "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+        }
         environment |= {
             "JUPYTER_RUNTIME_DIR": str(self.runtime),
             "JUPYTER_CONFIG_DIR": str(home / "config"),
             "IPYTHONDIR": str(home / "ipython"),
         }
         environment.pop("MPLBACKEND", None)  # pytest's; the kernel draws inline
-        environment.pop("PYTHONPATH", None)  # the copy's lib must be found by the notebooks themselves
+        environment.pop(
+            "PYTHONPATH", None
+        )  # the copy's lib must be found by the notebooks themselves
         environment.pop("PYTHONWARNINGS", None)
         root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--expose-app-in-browser", "--ServerApp.ip=127.0.0.1", *root]
+        command = [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            "--expose-app-in-browser",
+            "--ServerApp.ip=127.0.0.1",
+            *root,
+        ]
         command += ["--ServerApp.port=0", f"--ServerApp.root_dir={project}"]
         self.log = home / "server.log"
         with open(self.log, "w", encoding="utf-8") as handle:
             self._process = subprocess.Popen(
-                command, cwd=project, env=environment, stdin=subprocess.DEVNULL, stdout=handle, stderr=subprocess.STDOUT
+                command,
+                cwd=project,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=handle,
+                stderr=subprocess.STDOUT,
             )
         try:
             self.url = self._wait()
@@ -128,10 +171,14 @@ class Notebook:
         self.wide = set()  # code cells, by number, and how many pixels their output is too wide
 
     def dialog(self):
-        return self.page.evaluate("(document.querySelector('.jp-Dialog') || {innerText: ''}).innerText")
+        return self.page.evaluate(
+            "(document.querySelector('.jp-Dialog') || {innerText: ''}).innerText"
+        )
 
     def command(self, name, accept=False):
-        """Start a command of JupyterLab, as its menu does; with `accept`, press the button of the dialog that asks."""
+        """Start a command of JupyterLab, as its menu does; with `accept`, press the button of the
+        dialog that asks.
+        """
         self.page.evaluate(f"lab.start({json.dumps(name)})")
         text = ""
         if accept:
@@ -141,7 +188,9 @@ class Notebook:
         return text
 
     def finish(self, seconds):
-        """Wait until the command that was started has ended and the kernel has nothing to do; the answer of the command."""
+        """Wait until the command that was started has ended and the kernel has nothing to do; the
+        answer of the command.
+        """
         self.page.wait("lab.ran !== undefined && lab.kernel() === 'idle'", seconds)
         return self.page.evaluate("lab.ran[0]")
 
@@ -158,8 +207,12 @@ class Notebook:
         return self.page.evaluate("lab.outputs()")
 
     def shown(self):
-        """The text of all outputs as the page shows them, where a line that returns to its start has overwritten itself."""
-        return self.page.evaluate("lab.code().map(cell => cell.outputArea.node.innerText).join('\\n')")
+        """The text of all outputs as the page shows them, where a line that returns to its start
+        has overwritten itself.
+        """
+        return self.page.evaluate(
+            "lab.code().map(cell => cell.outputArea.node.innerText).join('\\n')"
+        )
 
     def errors(self):
         return [
@@ -175,7 +228,9 @@ class Notebook:
         return json.loads(self.path.read_text(encoding="utf-8"))
 
     def pictures(self, folder, most=12):
-        """Screenshots of the notebook from its top to its end, in `folder`; their paths. `wide` gets what is wider than its place."""
+        """Screenshots of the notebook from its top to its end, in `folder`; their paths. `wide`
+        gets what is wider than its place.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         box = "lab.panel().content.node.querySelector('.jp-WindowedPanel-outer')"
         paths = []

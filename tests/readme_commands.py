@@ -1,12 +1,13 @@
-"""Runs the commands of README, CONTRIBUTING and FAQ, as a reader would, in a fresh clone of what is committed.
+"""Runs the commands of README, CONTRIBUTING and FAQ, as a reader would, in a fresh clone of what is
+committed.
 
     python tests/readme_commands.py [--python PYTHON] [--only WORD] [--folder FOLDER]
 
-`COMMANDS` has every command that the three pages show. Those that are run stand with what is run for them: the command itself, or a
-smaller one of the same form where the page's own takes hours or names a folder of the reader's. All others stand with the reason. Without
-``--python`` the first call makes ``.venv`` in the clone, as a reader's does; with it, that Python is used, must have the packages, and
-no network is needed. tests/test_readme.py holds this list to the pages.
-"""
+`COMMANDS` has every command that the three pages show. Those that are run stand with what is run
+for them: the command itself, or a smaller one of the same form where the page's own takes hours or
+names a folder of the reader's. All others stand with the reason. Without ``--python`` the first
+call makes ``.venv`` in the clone, as a reader's does; with it, that Python is used, must have the
+packages, and no network is needed. tests/test_readme.py holds this list to the pages."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ class Elsewhere:
 
 SMOKE = "./run_all.sh --preset smoke"
 OWN = "./run_all.sh --preset smoke --data data/raw/phantom-smoke --fit pad"
-CLOUD = Elsewhere("Colab's; tests/test_bootstrap.py runs the first cell and a notebook by %run as Colab would")
+CLOUD = Elsewhere(
+    "Colab's; tests/test_bootstrap.py runs the first cell and a notebook by %run as Colab would"
+)
 BENCH = "a benchmark of some minutes; CONTRIBUTING asks for it where speed is claimed"
 COMMANDS: dict[str, Run | Elsewhere] = {
     "git clone https://github.com/OWNER/equivariant-cxr-clustering && cd equivariant-cxr-clustering": Elsewhere(
@@ -49,8 +52,12 @@ COMMANDS: dict[str, Run | Elsewhere] = {
     ),
     "./run_all.sh": Run(SMOKE),  # the same notebooks; the quick preset takes nine minutes
     "./run_all.sh --data PATH": Run(OWN),
-    "./run_all.sh --data PATH --reuse phantom/p4m/seed0": Run(f"{OWN} --reuse phantom-smoke/p4m/seed0".replace(" --preset smoke", "")),
-    "python -m lib.reuse --reuse RUN --export DIR": Run("PYTHON -m lib.reuse --reuse phantom-smoke/p4m/seed0 --export exported"),
+    "./run_all.sh --data PATH --reuse phantom/p4m/seed0": Run(
+        f"{OWN} --reuse phantom-smoke/p4m/seed0".replace(" --preset smoke", "")
+    ),
+    "python -m lib.explore.reuse --reuse RUN --export DIR": Run(
+        "PYTHON -m lib.explore.reuse --reuse phantom-smoke/p4m/seed0 --export exported"
+    ),
     "./run_all.sh --study --preset study --data PATH": Run(
         "./run_all.sh --study --preset smoke --data data/raw/phantom-smoke --arms alexnet,p4m --seeds 0"
     ),
@@ -60,16 +67,32 @@ COMMANDS: dict[str, Run | Elsewhere] = {
         "PYTHON -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 -m lib.train "
         "data/runs/phantom-smoke/p4m/seed0/settings.json data/phantom-smoke data/runs/two"
     ),
-    "./run_all.sh --test tests/test_gconv.py -k equivariant": Run("./run_all.sh --test tests/test_gconv.py -k equivariant"),
+    "./run_all.sh --test tests/test_gconv.py -k equivariant": Run(
+        "./run_all.sh --test tests/test_gconv.py -k equivariant"
+    ),
     "./run_all.sh --test": Elsewhere("it is what continuous integration runs"),
-    "./run_all.sh --data chestmnist": Elsewhere("downloads 0.4 GB; tests/test_download.py reads such a file from a server of its own"),
-    "./run_all.sh --preset paper --nproc 8": Elsewhere("wants eight GPUs; tests/test_distributed.py trains with two processes"),
-    ".venv/bin/jupyter lab": Elsewhere("tests/test_jupyterlab.py starts it and runs notebooks in a browser"),
-    "conda env create -f environment.yml": Elsewhere("wants conda; tests/test_environment.py holds the file to pyproject.toml"),
-    "pip install -e .[dicom]": Elsewhere("wants a network; tests/test_environment.py knows the extra"),
-    "pip install pre-commit && pre-commit install": Elsewhere("wants a network and changes the repository's hooks"),
+    "./run_all.sh --data chestmnist": Elsewhere(
+        "downloads 0.4 GB; tests/test_download.py reads such a file from a server of its own"
+    ),
+    "./run_all.sh --preset paper --nproc 8": Elsewhere(
+        "wants eight GPUs; tests/test_distributed.py trains with two processes"
+    ),
+    ".venv/bin/jupyter lab": Elsewhere(
+        "tests/test_jupyterlab.py starts it and runs notebooks in a browser"
+    ),
+    "conda env create -f environment.yml": Elsewhere(
+        "wants conda; tests/test_environment.py holds the file to pyproject.toml"
+    ),
+    "pip install -e .[dicom]": Elsewhere(
+        "wants a network; tests/test_environment.py knows the extra"
+    ),
+    "pip install pre-commit && pre-commit install": Elsewhere(
+        "wants a network and changes the repository's hooks"
+    ),
     "srun --nodes 2 ...": Elsewhere("wants a cluster with Slurm"),
-    "PYTHON=/path/to/python3.12 ./run_all.sh": Elsewhere("with --python all commands here are run so"),
+    "PYTHON=/path/to/python3.12 ./run_all.sh": Elsewhere(
+        "with --python all commands here are run so"
+    ),
     "python tests/bench/paper_scale.py": Elsewhere(BENCH),
     "python tests/bench/kmeans.py": Elsewhere(BENCH),
     "python tests/bench/gconv.py": Elsewhere(BENCH),
@@ -80,27 +103,50 @@ COMMANDS: dict[str, Run | Elsewhere] = {
 
 
 def shown(text: str) -> list[str]:
-    """Commands that a page shows: in indented or fenced blocks of shell, and in the text between backticks."""
+    """Commands that a page shows: in indented or fenced blocks of shell, and in the text between
+    backticks.
+    """
     text = re.sub(r"^```python\n.*?^```\n", "", text, flags=re.MULTILINE | re.DOTALL)
-    lines = re.findall(r"^(?: {4,}|(?!`))([^`\n]+)$", "\n".join(re.findall(r"^ {4,}\S.*$", text, re.MULTILINE)), re.MULTILINE)
-    lines += [line for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL) for line in block.splitlines()]
-    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"^ {4,}\S.*$", "", text, flags=re.MULTILINE))]
+    lines = re.findall(
+        r"^(?: {4,}|(?!`))([^`\n]+)$",
+        "\n".join(re.findall(r"^ {4,}\S.*$", text, re.MULTILINE)),
+        re.MULTILINE,
+    )
+    lines += [
+        line
+        for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+    ]
+    lines += [
+        " ".join(span.split())
+        for span in re.findall(r"`([^`]+)`", re.sub(r"^ {4,}\S.*$", "", text, flags=re.MULTILINE))
+    ]
     found = [re.sub(r"\s{2,}#.*", "", line).strip() for line in lines]
     found = ["srun --nodes 2 ..." if line.startswith("srun ") else line for line in found]
     return list(dict.fromkeys(line for line in found if re.match(STARTS, line)))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", help="use this Python instead of making .venv")
-    parser.add_argument("--only", default="", help="run the commands that contain this word; those before it may be needed")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="run the commands that contain this word; those before it may be needed",
+    )
     parser.add_argument("--folder", help="where to put the clone (default: a temporary folder)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cxr-readme-", ignore_cleanup_errors=True) as temporary:
         clone = Path(given.folder or temporary, "clone")
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CXR_")}
-        environment |= {"PYTHONPATH": str(clone)} | ({"PYTHON": os.path.abspath(given.python)} if given.python else {})
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("CXR_")
+        }
+        environment |= {"PYTHONPATH": str(clone)} | (
+            {"PYTHON": os.path.abspath(given.python)} if given.python else {}
+        )
         python = environment.get("PYTHON", str(clone / ".venv" / "bin" / "python"))
         failed = []
         for text, how in COMMANDS.items():
@@ -111,13 +157,23 @@ def main() -> int:
             command = re.sub(r"^PYTHON\b", python.replace("\\", r"\\"), how.command)
             print(f"== {text}\n   {how.command}", flush=True)
             begin = time.monotonic()
-            done = subprocess.run(command, shell=True, cwd=clone, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            done = subprocess.run(
+                command,
+                shell=True,
+                cwd=clone,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+            )
             print(f"   status {done.returncode}, {time.monotonic() - begin:.0f} s", flush=True)
             if done.returncode:
                 failed.append(text)
                 print("\n".join((done.stdout + done.stderr).splitlines()[-15:]), flush=True)
     total = sum(isinstance(how, Run) for how in COMMANDS.values())
-    print(f"{len(failed)} failed, {total} are run, {len(COMMANDS) - total} are not, each with its reason")
+    print(
+        f"{len(failed)} failed, {total} are run, {len(COMMANDS) - total} are not, each with its reason"
+    )
     return int(bool(failed))
 
 

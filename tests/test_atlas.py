@@ -1,11 +1,15 @@
-"""The atlas finds what is planted, follows clusters through new numbers, and its pages hold every cluster once."""
+"""The atlas finds what is planted, follows clusters through new numbers, and its pages hold every
+cluster once.
+"""
 
 import numpy as np
 import pytest
 
-from lib import atlas, plots, plots_atlas
-from lib.enrichment import CLINICAL, NUISANCE
-from lib.phantom import make_phantoms
+from lib.data.phantom import make_phantoms
+from lib.plots import atlas as plots_atlas
+from lib.plots import style
+from lib.study import atlas
+from lib.study.enrichment import CLINICAL, NUISANCE
 
 
 def planted(sizes=(30, 20, 10), seed=0):
@@ -15,7 +19,10 @@ def planted(sizes=(30, 20, 10), seed=0):
     embedding = np.eye(3)[assignments] + 0.05 * rng.normal(size=(sum(sizes), 3))
     images = (20 * assignments[:, None, None] + np.zeros((1, 64, 64))).astype(np.uint8)
     known = np.ones(sum(sizes), bool)
-    properties = {"Effusion": (CLINICAL, assignments == 1, known), "AP view": (NUISANCE, assignments == 2, known)}
+    properties = {
+        "Effusion": (CLINICAL, assignments == 1, known),
+        "AP view": (NUISANCE, assignments == 2, known),
+    }
     return images, embedding, assignments, properties
 
 
@@ -42,11 +49,15 @@ def test_findings_by_chance_are_not_named():
     images, embedding, assignments, _ = planted((100, 100, 100))
     rng = np.random.default_rng(1)
     properties = {f"f{i}": (CLINICAL, rng.random(300) < 0.3, np.ones(300, bool)) for i in range(14)}
-    assert sum(len(c.enriched) for c in atlas.atlas(images, embedding, assignments, properties)) <= 1
+    assert (
+        sum(len(c.enriched) for c in atlas.atlas(images, embedding, assignments, properties)) <= 1
+    )
 
 
 def test_a_medoid_of_many_points_is_that_of_the_definition():
-    points = np.random.default_rng(0).normal(size=(1500, 2)) ** 3  # skew: the medoid is not the point nearest to the mean
+    points = (
+        np.random.default_rng(0).normal(size=(1500, 2)) ** 3
+    )  # skew: the medoid is not the point nearest to the mean
     total = [np.linalg.norm(points - p, axis=1).sum() for p in points]
     assert atlas.medoid(points) == int(np.argmin(total))
     assert atlas.medoid(points[:1]) == 0
@@ -72,7 +83,9 @@ def test_clusters_are_followed_through_new_numbers():
     noisy[1, :30] = rng.integers(0, 6, 30)
     followed = atlas.follow(noisy)
     assert (followed[:, 30:] == final[30:]).all()
-    assert [len(set(zip(a, b, strict=True))) for a, b in zip(noisy, followed, strict=True)] == [6] * 5  # a renaming, nothing else
+    assert [len(set(zip(a, b, strict=True))) for a, b in zip(noisy, followed, strict=True)] == [
+        6
+    ] * 5  # a renaming, nothing else
 
 
 def test_stability_is_the_best_jaccard_index():
@@ -89,16 +102,27 @@ def test_stability_is_the_best_jaccard_index():
 def test_every_cluster_is_on_one_page(rows, pages):
     images, embedding, assignments, properties = planted()
     found = atlas.atlas(images, embedding, assignments, properties)
-    figures = list(plots_atlas.pages(images, found, 60, "a run", "synthetic phantom, 60 images", rows))
+    figures = list(
+        plots_atlas.pages(images, found, 60, "a run", "synthetic phantom, 60 images", rows)
+    )
     assert len(figures) == pages
-    texts = [text.get_text() for figure in figures for text in figure.findobj(lambda a: hasattr(a, "get_text"))]
+    texts = [
+        text.get_text()
+        for figure in figures
+        for text in figure.findobj(lambda a: hasattr(a, "get_text"))
+    ]
     for text in ("30 (50.0%)", "20 (33.3%)", "10 (16.7%)", "Effusion 100% / 0%"):
         assert texts.count(text) == 1
     for figure in figures:
         inside = [text.get_window_extent() for text in figure.texts]
         width, height = figure.bbox.width, figure.bbox.height
-        assert all(box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in inside)
-        assert any("synthetic phantom, 60 images" in text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_text")))
+        assert all(
+            box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in inside
+        )
+        assert any(
+            "synthetic phantom, 60 images" in text.get_text()
+            for text in figure.findobj(lambda a: hasattr(a, "get_text"))
+        )
 
 
 def test_a_page_is_saved_with_the_same_bytes(tmp_path):
@@ -106,7 +130,10 @@ def test_a_page_is_saved_with_the_same_bytes(tmp_path):
     rng = np.random.default_rng(0)
     clusters = atlas.atlas(images, rng.normal(size=(40, 4)), np.arange(40) % 3, {}, n_nearest=3)
     for name in ("a", "b"):
-        plots.save(next(plots_atlas.pages(images, clusters, 40, "run", "synthetic phantom, 40 images")), tmp_path / name)
+        style.save(
+            next(plots_atlas.pages(images, clusters, 40, "run", "synthetic phantom, 40 images")),
+            tmp_path / name,
+        )
     for suffix in ("png", "svg"):
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
@@ -116,4 +143,13 @@ def test_pages_without_clusters_or_rows():
         next(plots_atlas.pages(np.zeros((1, 64, 64), np.uint8), [], 1, "run", "x"))
     images, embedding, assignments, properties = planted()
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        next(plots_atlas.pages(images, atlas.atlas(images, embedding, assignments, properties), 60, "run", "x", rows=0))
+        next(
+            plots_atlas.pages(
+                images,
+                atlas.atlas(images, embedding, assignments, properties),
+                60,
+                "run",
+                "x",
+                rows=0,
+            )
+        )

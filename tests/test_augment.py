@@ -1,9 +1,11 @@
-"""Rotation: exact at quarter turns, right way round, black corners, and equal to torchvision's where that can be imported."""
+"""Rotation: exact at quarter turns, right way round, black corners, and equal to torchvision's
+where that can be imported.
+"""
 
 import pytest
 import torch
 
-from lib.augment import rotate
+from lib.images import rotate
 
 
 @pytest.mark.parametrize("size", [9, 64])
@@ -41,17 +43,26 @@ def test_there_and_back_is_nearly_the_image():
 @pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
 @pytest.mark.parametrize("corners", ["black", "reflect"])
 def test_free_angles_do_not_ring(interpolation, corners):
-    """Every new pixel is a mean of old ones: no value leaves their range, at the hardest edges. A cubic kernel fails this."""
+    """Every new pixel is a mean of old ones: no value leaves their range, at the hardest edges. A
+    cubic kernel fails this.
+    """
     edges = (torch.rand(24, 1, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.5) * 2.0 - 1
     angles = torch.linspace(-180, 180, 24)
     assert rotate(edges, angles, interpolation, corners).abs().max() <= 1 + 1e-6
     theta = torch.tensor([[[0.8, -0.6, 0.0], [0.6, 0.8, 0.0]]]).expand(24, 2, 3)
     grid = torch.nn.functional.affine_grid(theta, [24, 1, 64, 64], align_corners=False)
-    assert torch.nn.functional.grid_sample(edges, grid, mode="bicubic", align_corners=False).abs().max() > 1.2
+    assert (
+        torch.nn.functional.grid_sample(edges, grid, mode="bicubic", align_corners=False)
+        .abs()
+        .max()
+        > 1.2
+    )
 
 
 def turned_wave_error(period, interpolation):
-    """Error (root mean square over angles and the image's inner disc, relative to the wave) of turning waves of a period in pixels."""
+    """Error (root mean square over angles and the image's inner disc, relative to the wave) of
+    turning waves of a period in pixels.
+    """
     y, x = torch.meshgrid(*[torch.arange(64.0) - 31.5] * 2, indexing="ij")
     inside = x**2 + y**2 < 28**2
     angles = torch.arange(7.0, 90, 6)
@@ -59,12 +70,19 @@ def turned_wave_error(period, interpolation):
     a = torch.deg2rad(angles)[:, None, None]
     expected = torch.cos(2 * torch.pi * (a.cos() * x - a.sin() * y) / period + 0.4)
     found = rotate(wave.expand(len(angles), 1, 64, 64), angles, interpolation)[:, 0]
-    return ((found - expected)[:, inside].square().mean() / expected[:, inside].square().mean()).sqrt().item()
+    return (
+        ((found - expected)[:, inside].square().mean() / expected[:, inside].square().mean())
+        .sqrt()
+        .item()
+    )
 
 
 def test_what_turning_does_to_fine_detail():
     """The numbers of the docstring: waves of 16, 8 and 4 pixels."""
-    bilinear, nearest = ([turned_wave_error(period, kind) for period in (16, 8, 4)] for kind in ("bilinear", "nearest"))
+    bilinear, nearest = (
+        [turned_wave_error(period, kind) for period in (16, 8, 4)]
+        for kind in ("bilinear", "nearest")
+    )
     assert bilinear == pytest.approx([0.014, 0.055, 0.213], abs=0.005)
     assert nearest == pytest.approx([0.112, 0.225, 0.445], abs=0.01)
 
@@ -84,4 +102,6 @@ def test_equals_torchvision():
         pytest.skip(f"torchvision cannot be imported here: {error}")
     x = torch.rand(1, 1, 33, 33, generator=torch.Generator().manual_seed(0)) * 2 - 1
     theirs = tv.rotate(x, 37.0, interpolation=tv.InterpolationMode.NEAREST, fill=-1.0)
-    assert (rotate(x, torch.tensor([37.0]), "nearest") - theirs).abs().gt(1e-4).float().mean() < 0.02
+    assert (rotate(x, torch.tensor([37.0]), "nearest") - theirs).abs().gt(
+        1e-4
+    ).float().mean() < 0.02

@@ -1,4 +1,6 @@
-"""The first cell of every notebook: on a machine that has neither the project nor all packages it gets both, and touches nothing else."""
+"""The first cell of every notebook: on a machine that has neither the project nor all packages it
+gets both, and touches nothing else.
+"""
 
 import ast
 import json
@@ -29,18 +31,25 @@ def names(requirements):
 
 DECLARED = names(PROJECT["dependencies"])
 OPTIONAL = {name for group in PROJECT["optional-dependencies"].values() for name in names(group)}
-DISTRIBUTIONS = {module: {canonicalize_name(name) for name in found} for module, found in packages_distributions().items()}
+DISTRIBUTIONS = {
+    module: {canonicalize_name(name) for name in found}
+    for module, found in packages_distributions().items()
+}
 
 
 def code(path):
-    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return [
+        cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
+    ]
 
 
 BOOTSTRAP = code(NOTEBOOKS[0])[0]
 
 
 def needed():
-    """NEEDED of the cell, which holds nothing but literals: modules and the packages that bring them."""
+    """NEEDED of the cell, which holds nothing but literals: modules and the packages that bring
+    them.
+    """
     found = {}
     for node in ast.parse(BOOTSTRAP).body:
         if isinstance(node, ast.Assign | ast.AugAssign):
@@ -62,7 +71,9 @@ def imported(tree):
 
 
 def third_party(sources):
-    """Top-level modules, neither of Python nor of lib, that sources import, and all of lib that they reach."""
+    """Top-level modules, neither of Python nor of lib, that sources import, and all of lib that
+    they reach.
+    """
     waiting, seen, found = [ast.parse(source) for source in sources], set(), set()
     while waiting:
         for module in imported(waiting.pop()):
@@ -78,32 +89,50 @@ def third_party(sources):
 
 
 def test_the_walk_reaches_what_lib_reaches():
-    assert third_party(["from lib import kaggle_nih"]) >= {"kaggle", "requests", "tqdm"}  # in a function, at the top, one module further
+    assert third_party(["from lib import kaggle_nih"]) >= {
+        "kaggle",
+        "requests",
+        "tqdm",
+    }  # in a function, at the top, one module further
     assert third_party(["import json, numpy.linalg"]) == {"numpy"}
 
 
 def test_it_names_every_package_that_notebooks_and_lib_import_and_no_other():
     used = set().union(*(third_party(code(path)[1:]) for path in NOTEBOOKS))
     unknown = sorted(used - set(DISTRIBUTIONS) - {"pydicom", "igraph"})
-    assert not unknown, f"{unknown} are not installed here: nobody can say which package brings them"
+    assert not unknown, (
+        f"{unknown} are not installed here: nobody can say which package brings them"
+    )
     wanted = {module: DISTRIBUTIONS[module] & DECLARED for module in used & set(DISTRIBUTIONS)}
-    wanted = {module: packages for module, packages in wanted.items() if packages and not packages & (HELD | KERNEL)}
+    wanted = {
+        module: packages
+        for module, packages in wanted.items()
+        if packages and not packages & (HELD | KERNEL)
+    }
     assert {module: canonicalize_name(package) for module, package in needed().items()} == {
         module: next(iter(packages)) for module, packages in wanted.items()
     }
 
 
 def test_what_it_does_not_name_comes_with_what_it_does():
-    """joblib comes with scikit-learn, urllib3 with requests; what DICOM and graphs want says so itself where it is missing."""
+    """joblib comes with scikit-learn, urllib3 with requests; what DICOM and graphs want says so
+    itself where it is missing.
+    """
     brought, waiting = set(), {*map(canonicalize_name, needed().values()), *HELD, *KERNEL}
     while waiting - brought:
         name = next(iter(waiting - brought))
         brought.add(name)
         lines = [Requirement(line) for line in requires(name) or []]
-        waiting |= {canonicalize_name(r.name) for r in lines if r.marker is None or r.marker.evaluate({"extra": ""})}
+        waiting |= {
+            canonicalize_name(r.name)
+            for r in lines
+            if r.marker is None or r.marker.evaluate({"extra": ""})
+        }
     for module in set().union(*(third_party(code(path)[1:]) for path in NOTEBOOKS)):
         packages = DISTRIBUTIONS.get(module, {module})
-        assert packages & (brought | OPTIONAL), f"nothing that the first cell installs brings {module}"
+        assert packages & (brought | OPTIONAL), (
+            f"nothing that the first cell installs brings {module}"
+        )
 
 
 def test_pip_is_never_given_numpy_or_torch():
@@ -133,11 +162,14 @@ with open({log!r}, "a", encoding="utf-8") as log:
 
 @pytest.fixture
 def colab(tmp_path):
-    """Runs the cell in a Python of its own, in an empty folder, with ``google.colab``, a pip that only writes down what it is asked for,
+    """Runs the cell in a Python of its own, in an empty folder, with ``google.colab``, a pip that
+    only writes down what it is asked for,
     and the repository of the project on this disk."""
     if shutil.which("git") is None:
         pytest.skip("no git here")
-    origin, modules, content, log = (tmp_path / name for name in ("origin", "modules", "content", "pip.log"))
+    origin, modules, content, log = (
+        tmp_path / name for name in ("origin", "modules", "content", "pip.log")
+    )
     content.mkdir()
     (modules / "google" / "colab").mkdir(parents=True)
     (modules / "google" / "colab" / "__init__.py").touch()
@@ -150,8 +182,14 @@ def colab(tmp_path):
     who = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
     for words in (["init", "--quiet"], ["add", "."], [*who, "commit", "--quiet", "-m", "all"]):
         subprocess.run(["git", *words], cwd=origin, check=True)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "CXR_"))}
-    environment |= {"PYTHONPATH": str(modules), "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_GLOBAL": os.devnull}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "CXR_"))
+    }
+    environment |= {
+        "PYTHONPATH": str(modules),
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+    }
     environment["GIT_CONFIG_KEY_0"] = f"url.{origin.as_uri()}.insteadOf"
     environment["GIT_CONFIG_VALUE_0"] = PROJECT["urls"]["Repository"]
     cell = tmp_path / "cell.py"
@@ -159,8 +197,14 @@ def colab(tmp_path):
 
     def run(hidden=(), times=1, folder=content, driver=DRIVER):
         command = [sys.executable, "-c", driver, json.dumps(sorted(hidden)), str(cell), str(times)]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8")
-        calls = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8"
+        )
+        calls = (
+            [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            if log.exists()
+            else []
+        )
         return done, calls
 
     return run
@@ -190,11 +234,15 @@ for cell in (open(sys.argv[2], encoding="utf-8").read(), "%cd -q companion/noteb
 
 
 def test_a_notebook_can_be_run_before_another_one(colab, tmp_path):
-    """Colab gives each notebook a machine of its own: FAQ.md says how the files that it reads come there."""
+    """Colab gives each notebook a machine of its own: FAQ.md says how the files that it reads come
+    there.
+    """
     done, calls = colab(driver=BEFORE)
     assert done.returncode == 0, done.stderr
     assert "phantom: 256 images" in done.stdout
-    assert (tmp_path / "content" / "companion" / "data" / "raw" / "phantom-smoke" / "source.json").exists()
+    assert (
+        tmp_path / "content" / "companion" / "data" / "raw" / "phantom-smoke" / "source.json"
+    ).exists()
     assert calls == []
 
 
@@ -209,7 +257,9 @@ def test_it_asks_for_what_is_missing_and_holds_numpy_and_torch(colab):
 
 def test_in_the_project_it_fetches_nothing(colab, tmp_path):
     (tmp_path / "clone" / "notebooks").mkdir(parents=True)
-    shutil.copytree(ROOT / "lib", tmp_path / "clone" / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "lib", tmp_path / "clone" / "lib", ignore=shutil.ignore_patterns("__pycache__")
+    )
     done, calls = colab(folder=tmp_path / "clone" / "notebooks")
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).samefile(tmp_path / "clone")

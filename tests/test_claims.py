@@ -1,4 +1,6 @@
-"""The verdict rule finds what was planted and calls nothing that was not; claims.json fits its schema, and text says what numbers say."""
+"""The verdict rule finds what was planted and calls nothing that was not; claims.json fits its
+schema, and text says what numbers say.
+"""
 
 import copy
 import json
@@ -10,12 +12,14 @@ import pytest
 from scipy import stats
 from scipy.special import expit
 
-from lib import claims, metrics
-from lib.claims import CLAIMS, MEASURES, compare, detectable, holm, paired, verdict
+from lib import metrics
 from lib.paths import load_json, save_json
+from lib.study import claims
+from lib.study.claims import CLAIMS, MEASURES, compare, detectable, holm, paired, verdict
 
 PRIMARY = [m for m in MEASURES if m.primary]
-# what two arms score on each deciding measure, and how far seeds differ: as on phantoms with the quick preset
+# what two arms score on each deciding measure, and how far seeds differ: as on phantoms with the
+# quick preset
 TYPICAL = {
     "converged_nmi": (6, 1.5),
     "nmi_sd": (0.02, 0.006),
@@ -26,7 +30,9 @@ TYPICAL = {
 
 
 def simulated_study(rng, n_seeds, effects=None, noise=stats.norm):
-    """Values of two arms; `effects` in standard deviations of the paired differences, positive speaks for the claim."""
+    """Values of two arms; `effects` in standard deviations of the paired differences, positive
+    speaks for the claim.
+    """
     effects = effects or {}
     values = {"a": {}, "b": {}}
     for seed in range(n_seeds):
@@ -47,38 +53,66 @@ def verdicts(values):
 
 
 def test_a_planted_null_is_not_called():
-    """Studies without any difference: one in which any claim is called supported or reversed is a false positive, of at most 5 %.
+    """Studies without any difference: one in which any claim is called supported or reversed is a
+    false positive, of at most 5 %.
 
-    200 studies would leave a standard error of 1.5 % on the rate, so 600 of each kind are simulated: the rate of all is held to 5 %, and
-    that of each kind to what chance allows above it.
+    200 studies would leave a standard error of 1.5 % on the rate, so 600 of each kind are
+    simulated: the rate of all is held to 5 %, and that of each kind to what chance allows above it.
     """
     rng, called = np.random.default_rng(11), {}
-    for name, noise in {"normal": stats.norm, "long tails": stats.t(3), "skewed": stats.lognorm(1)}.items():
+    for name, noise in {
+        "normal": stats.norm,
+        "long tails": stats.t(3),
+        "skewed": stats.lognorm(1),
+    }.items():
         for n_seeds in (3, 5):
-            studies = (verdicts(simulated_study(rng, n_seeds, noise=noise)).values() for _ in range(600))
-            called[name, n_seeds] = sum(any(v in ("supported", "reversed") for v in study) for study in studies)
+            studies = (
+                verdicts(simulated_study(rng, n_seeds, noise=noise)).values() for _ in range(600)
+            )
+            called[name, n_seeds] = sum(
+                any(v in ("supported", "reversed") for v in study) for study in studies
+            )
     assert sum(called.values()) / (600 * len(called)) <= 0.05, called
-    assert all(stats.binomtest(count, 600, 0.05, alternative="greater").pvalue > 0.01 for count in called.values()), called
+    assert all(
+        stats.binomtest(count, 600, 0.05, alternative="greater").pvalue > 0.01
+        for count in called.values()
+    ), called
 
 
 @pytest.mark.parametrize("n_seeds", [3, 5])
 def test_a_planted_effect_is_found_with_the_stated_power(n_seeds):
-    """An effect of the size that `detectable` states is found in about 80 % of 200 studies, an opposite one is called reversed, and the
+    """An effect of the size that `detectable` states is found in about 80 % of 200 studies, an
+    opposite one is called reversed, and the
     claims without an effect are still not called."""
     rng = np.random.default_rng(12)
     size = detectable(n_seeds)
-    found = [verdicts(simulated_study(rng, n_seeds, {"kept_free": size, "silhouette": -size})) for _ in range(200)]
+    found = [
+        verdicts(simulated_study(rng, n_seeds, {"kept_free": size, "silhouette": -size}))
+        for _ in range(200)
+    ]
     assert 0.7 < np.mean([f["invariance"] == "supported" for f in found]) < 0.95
     assert 0.7 < np.mean([f["structure"] == "reversed" for f in found]) < 0.95
-    false = [any(f[c] in ("supported", "reversed") for c in ("convergence", "stability", "transfer")) for f in found]
+    false = [
+        any(f[c] in ("supported", "reversed") for c in ("convergence", "stability", "transfer"))
+        for f in found
+    ]
     assert np.mean(false) <= 0.05
 
 
 def test_an_arm_that_is_better_by_construction_is_supported_on_all_claims():
     rng = np.random.default_rng(0)
     values = simulated_study(rng, 5)
-    better = {"converged_nmi": -8, "nmi_sd": -0.2, "silhouette": 0.5, "auroc_macro": 0.3, "kept_free": 0.5}
-    values["a"] = {seed: {key: v + better[key] for key, v in numbers.items()} for seed, numbers in values["b"].items()}
+    better = {
+        "converged_nmi": -8,
+        "nmi_sd": -0.2,
+        "silhouette": 0.5,
+        "auroc_macro": 0.3,
+        "kept_free": 0.5,
+    }
+    values["a"] = {
+        seed: {key: v + better[key] for key, v in numbers.items()}
+        for seed, numbers in values["b"].items()
+    }
     for numbers in values["a"].values():
         for key in better:
             numbers[key] += 0.01 * abs(better[key]) * rng.normal()
@@ -101,7 +135,9 @@ def test_verdict_rule():
     assert verdict(5, -0.5, -0.7, -0.3, 0.01, 0.1) == "reversed"
     assert verdict(5, 0.5, 0.3, 0.7, 0.06, 0.1) == "undecided"
     assert verdict(5, 0.0, -0.05, 0.05, 0.9, 0.1) == "not supported"
-    assert verdict(5, 0.05, 0.03, 0.07, 0.001, 0.1) == "not supported"  # there, but too small to matter
+    assert (
+        verdict(5, 0.05, 0.03, 0.07, 0.001, 0.1) == "not supported"
+    )  # there, but too small to matter
     assert verdict(5, -0.05, -0.07, -0.03, 0.001, 0.1) == "not supported"
     assert verdict(2, 0.5, 0.3, 0.7, 0.01, 0.1) == "undecided"
     assert verdict(5, 0.5, 0.3, 0.7, math.nan, 0.1) == "undecided"
@@ -115,9 +151,13 @@ def test_paired_is_the_paired_t_test():
     assert found["p"] == pytest.approx(known.pvalue)
     assert (found["low"], found["high"]) == pytest.approx(known.confidence_interval(0.95))
     assert found["hedges_g"] == pytest.approx((a - b).mean() / (a - b).std(ddof=1) * (1 - 3 / 19))
-    flips = stats.permutation_test((a - b,), np.mean, permutation_type="samples", alternative="two-sided", n_resamples=np.inf)
+    flips = stats.permutation_test(
+        (a - b,), np.mean, permutation_type="samples", alternative="two-sided", n_resamples=np.inf
+    )
     assert found["sign_flip_p"] == pytest.approx(flips.pvalue)
-    assert paired([0.1, 0.2, 0.3, 0.4, 0.5])["sign_flip_p"] == 2 / 2**5  # the least that five seeds can reach
+    assert (
+        paired([0.1, 0.2, 0.3, 0.4, 0.5])["sign_flip_p"] == 2 / 2**5
+    )  # the least that five seeds can reach
 
 
 def test_paired_with_patients_is_wider_and_with_equal_whole_numbers_is_not_certain():
@@ -127,7 +167,9 @@ def test_paired_with_patients_is_wider_and_with_equal_whole_numbers_is_not_certa
     assert paired([1, 1, 1], resolution=1)["p"] > 0.05
     same = paired([0.0, 0.0, 0.0])
     assert (same["p"], same["low"], same["high"]) == (1.0, 0.0, 0.0)
-    assert math.isnan(paired([0.25, 0.25, 0.25])["p"])  # no spread and no resolution: nothing to test with
+    assert math.isnan(
+        paired([0.25, 0.25, 0.25])["p"]
+    )  # no spread and no resolution: nothing to test with
     for bad in ([], [math.nan, 1.0]):
         with pytest.raises(ValueError, match="at least one seed, all finite"):
             paired(bad)
@@ -173,7 +215,10 @@ def test_patients_widen_the_interval_of_the_probe():
     # patients of 20 images with answers that hang together
     right = {s: {**v, "combinations": np.repeat(rng.random(6) < 0.5, 20)} for s, v in a.items()}
     combos = next(m for m in MEASURES if m.key == "probe_combinations")
-    together = [claims.patient_se(list(right.values()), list(b.values()), combos, targets, who) for who in (each, few)]
+    together = [
+        claims.patient_se(list(right.values()), list(b.values()), combos, targets, who)
+        for who in (each, few)
+    ]
     assert together[1] > 2 * together[0]
     assert claims.patient_se([{}], [{}], measure, targets, each) == 0.0
     other = [{**v, "labelled_test": v["labelled_test"][::-1]} for v in b.values()]
@@ -211,7 +256,9 @@ def result():
     values = simulated_study(np.random.default_rng(3), 4, {"kept_free": 30})
     values = {"p4m": values["a"], "alexnet": values["b"]}
     values["p4m"][0]["silhouette"] = None
-    return claims.assemble(HEAD, {arm: entry(arm) for arm in values}, values, {"angles": [0]}, ["p4: no finished run"])
+    return claims.assemble(
+        HEAD, {arm: entry(arm) for arm in values}, values, {"angles": [0]}, ["p4: no finished run"]
+    )
 
 
 def test_assembled_claims_fit_the_schema_also_as_json(result, tmp_path):
@@ -221,7 +268,9 @@ def test_assembled_claims_fit_the_schema_also_as_json(result, tmp_path):
     assert list(claims.validate(stored)) == []
     assert json.loads((tmp_path / "claims.json").read_text()) == stored
     assert stored["notice"] == "Not for clinical use."
-    silhouette = next(e for e in stored["comparisons"][0]["measures"] if e["measure"] == "silhouette")
+    silhouette = next(
+        e for e in stored["comparisons"][0]["measures"] if e["measure"] == "silhouette"
+    )
     assert silhouette["seeds"] == [1, 2, 3]  # a seed without a number is left out, in both arms
 
 
@@ -232,8 +281,14 @@ def test_assembled_claims_fit_the_schema_also_as_json(result, tmp_path):
         (lambda r: r.update(more=1), "claims.more is unknown"),
         (lambda r: r.update(n_images="ten"), "claims.n_images is 'ten', not a whole number"),
         (lambda r: r.update(n_images=True), "claims.n_images is True, not a whole number"),
-        (lambda r: r["comparisons"][0]["verdicts"][0].update(verdict="proven"), "verdict is 'proven', not one of supported"),
-        (lambda r: r["comparisons"][0]["measures"][0].update(mean=math.nan), r"measures\[0\].mean is nan, not a number"),
+        (
+            lambda r: r["comparisons"][0]["verdicts"][0].update(verdict="proven"),
+            "verdict is 'proven', not one of supported",
+        ),
+        (
+            lambda r: r["comparisons"][0]["measures"][0].update(mean=math.nan),
+            r"measures\[0\].mean is nan, not a number",
+        ),
         (lambda r: r["arms"]["p4m"].update(rotation=0), "rotation is 0, not a true or false"),
         (lambda r: r.update(missing="none"), "claims.missing is str, not a list"),
     ],
@@ -275,7 +330,9 @@ def test_rocs_are_means_over_seeds_beside_a_guess_of_the_same_findings():
 def test_networks_trained_on_turned_phantoms_have_a_table_of_their_own(result):
     assert claims.turned_table(result) == ""
     assert "hung in any orientation" not in claims.markdown(result)
-    result["details"]["trained_on_turned_images"] = {"p4m": claims.over_seeds({0: {"kept_free": 0.25}, 1: {"kept_free": 0.35}})}
+    result["details"]["trained_on_turned_images"] = {
+        "p4m": claims.over_seeds({0: {"kept_free": 0.25}, 1: {"kept_free": 0.35}})
+    }
     row = f"| {result['arms']['p4m']['title']} | – | 0.300 | – | – | – | 2 |"
     assert row in claims.turned_table(result)
     assert row in claims.markdown(result)
@@ -285,7 +342,9 @@ def test_arms_with_fewer_seeds_are_counted(result):
     assert claims.fewer_seeds(result) == []
     arms = len(result["arms"])
     result["arms"]["alexnet"]["seeds"] = [1]
-    assert claims.fewer_seeds(result) == [f"Of the {arms} arms and controls 1 has the seed 1 alone."]
+    assert claims.fewer_seeds(result) == [
+        f"Of the {arms} arms and controls 1 has the seed 1 alone."
+    ]
     assert f"Of the {arms} arms and controls 1 has the seed 1 alone." in claims.markdown(result)
 
 
@@ -296,7 +355,11 @@ def test_text_says_what_the_numbers_say(result):
     assert "test pictures, 10 images" in text
     assert "p4: no finished run" in text
     assert "nan" not in text
-    row = next(line for line in claims.verdict_table(result).splitlines() if line.startswith("| No augmentation"))
+    row = next(
+        line
+        for line in claims.verdict_table(result).splitlines()
+        if line.startswith("| No augmentation")
+    )
     found = next(e for e in result["comparisons"][0]["measures"] if e["measure"] == "kept_free")
     for number in ("treatment", "reference", "mean"):
         assert f"{found[number]:.3f}" in row
@@ -310,7 +373,13 @@ def test_text_says_what_the_numbers_say(result):
 
 def test_one_seed_is_said_to_be_undecided():
     values = simulated_study(np.random.default_rng(3), 1)
-    result = claims.assemble(HEAD, {arm: entry(arm) for arm in ("p4m", "alexnet")}, {"p4m": values["a"], "alexnet": values["b"]}, {}, [])
+    result = claims.assemble(
+        HEAD,
+        {arm: entry(arm) for arm in ("p4m", "alexnet")},
+        {"p4m": values["a"], "alexnet": values["b"]},
+        {},
+        [],
+    )
     assert claims.verdict_table(result).count("undecided at n = 1") == len(CLAIMS)
     assert all("fewer than 3 seeds decide nothing" in s for s in claims.sentences(result))
     assert "nan" not in claims.markdown(result)
@@ -324,7 +393,7 @@ def test_without_two_arms_there_is_no_verdict():
 
 
 def test_each_claim_has_one_deciding_measure_and_comparisons_name_arms():
-    from lib.study import ARMS
+    from lib.study.arms import ARMS
 
     assert [m.claim for m in PRIMARY] == [c.key for c in CLAIMS]
     assert len({m.key for m in MEASURES}) == len(MEASURES)

@@ -1,4 +1,6 @@
-"""lib.data: every image mode and CSV quirk, bad input, interruption at any point, and the real sample where it is."""
+"""lib.data: every image mode and CSV quirk, bad input, interruption at any point, and the real
+sample where it is.
+"""
 
 import builtins
 import hashlib
@@ -23,7 +25,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from lib import data, decode, paths, phantom, tables
+from lib import data, paths
+from lib.data import decode, phantom, tables
 
 SAMPLE = Path(os.environ.get("CXR_SAMPLE") or paths.ROOT.parent / "shared" / "nih-sample")
 HEADER = (
@@ -35,7 +38,9 @@ RAMP = np.add.outer(np.arange(64), np.arange(64) * 3).astype(np.uint8)
 
 
 def write_png(path, values, bit_depth, colour_type=0):
-    """A PNG of any bit depth and colour type, which Pillow cannot write: rows (h, w * channels) of samples."""
+    """A PNG of any bit depth and colour type, which Pillow cannot write: rows (h, w * channels) of
+    samples.
+    """
     rows = np.asarray(values)
     if bit_depth == 16:
         packed = [row.astype(">u2").tobytes() for row in rows]
@@ -47,11 +52,17 @@ def write_png(path, values, bit_depth, colour_type=0):
     channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour_type]
 
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
-    head = struct.pack(">IIBBBBB", rows.shape[1] // channels, rows.shape[0], bit_depth, colour_type, 0, 0, 0)
+    head = struct.pack(
+        ">IIBBBBB", rows.shape[1] // channels, rows.shape[0], bit_depth, colour_type, 0, 0, 0
+    )
     body = zlib.compress(b"".join(b"\0" + row for row in packed))
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
+    Path(path).write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 def make_folder(folder, n=6, size=64, table=True, seed=0):
@@ -61,8 +72,12 @@ def make_folder(folder, n=6, size=64, table=True, seed=0):
     rows = []
     for i in range(n):
         name = f"{i // 2 + 1:08d}_{i % 2:03d}.png"
-        Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8)).save(folder / "images_001" / "images" / name)
-        rows.append(f"{name},{'No Finding' if i % 2 else 'Effusion|Mass'},{i % 2},{i // 2 + 1},057Y,M,PA,64,64,0.1,0.1,\n")
+        Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8)).save(
+            folder / "images_001" / "images" / name
+        )
+        rows.append(
+            f"{name},{'No Finding' if i % 2 else 'Effusion|Mass'},{i % 2},{i // 2 + 1},057Y,M,PA,64,64,0.1,0.1,\n"
+        )
     if table:
         (folder / "Data_Entry_2017.csv").write_text(HEADER + "".join(rows))
     return folder
@@ -78,22 +93,34 @@ def one(tmp_path, name="a.png", **options):
     return np.asarray(data.load_images(tmp_path / "out"))[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------
 
 MODES = {
     "gray": lambda p: Image.fromarray(RAMP).save(p),
     "RGB": lambda p: Image.fromarray(np.stack([RAMP] * 3, -1)).save(p),
-    "RGBA, alpha 255 as in NIH's": lambda p: Image.fromarray(np.dstack([RAMP] * 3 + [np.full_like(RAMP, 255)])).save(p),
-    "RGBA, alpha 0 everywhere": lambda p: Image.fromarray(np.dstack([RAMP] * 3 + [np.zeros_like(RAMP)])).save(p),
+    "RGBA, alpha 255 as in NIH's": lambda p: Image.fromarray(
+        np.dstack([RAMP] * 3 + [np.full_like(RAMP, 255)])
+    ).save(p),
+    "RGBA, alpha 0 everywhere": lambda p: Image.fromarray(
+        np.dstack([RAMP] * 3 + [np.zeros_like(RAMP)])
+    ).save(p),
     "gray with alpha": lambda p: Image.fromarray(RAMP).convert("LA").save(p),
     "palette": lambda p: Image.fromarray(RAMP).convert("P").save(p),
     "reversed palette": lambda p: reversed_palette().save(p),
-    "palette with transparency": lambda p: Image.fromarray(RAMP).convert("P").save(p, transparency=bytes([255] * 256)),
+    "palette with transparency": lambda p: (
+        Image.fromarray(RAMP).convert("P").save(p, transparency=bytes([255] * 256))
+    ),
     "16-bit gray": lambda p: write_png(p, RAMP.astype(int) * 257, 16),
     "16-bit RGB": lambda p: write_png(p, np.repeat(RAMP.astype(int) * 257, 3, axis=1), 16, 2),
-    "interlaced name with JPEG content": lambda p: Image.fromarray(RAMP).save(p, format="JPEG", quality=100),
-    "RGB JPEG": lambda p: Image.fromarray(RAMP).convert("RGB").save(p, format="JPEG", quality=100, subsampling=0),
-    "CMYK JPEG": lambda p: Image.fromarray(RAMP).convert("RGB").convert("CMYK").save(p, format="JPEG", quality=100),
+    "interlaced name with JPEG content": lambda p: Image.fromarray(RAMP).save(
+        p, format="JPEG", quality=100
+    ),
+    "RGB JPEG": lambda p: (
+        Image.fromarray(RAMP).convert("RGB").save(p, format="JPEG", quality=100, subsampling=0)
+    ),
+    "CMYK JPEG": lambda p: (
+        Image.fromarray(RAMP).convert("RGB").convert("CMYK").save(p, format="JPEG", quality=100)
+    ),
 }
 
 
@@ -118,7 +145,10 @@ def test_fewer_bits_span_the_whole_range(bits, tmp_path):
     np.testing.assert_array_equal(one(tmp_path), values * (255 // (2**bits - 1)))
 
 
-@pytest.mark.parametrize(("top", "full"), [(4095, 4095), (3000, 4095), (65535, 65535), (1000, 1023), (200, 255), (0, 255)])
+@pytest.mark.parametrize(
+    ("top", "full"),
+    [(4095, 4095), (3000, 4095), (65535, 65535), (1000, 1023), (200, 255), (0, 255)],
+)
 def test_16_bit_is_scaled_by_the_bits_in_use_and_not_clipped(top, full, tmp_path):
     (tmp_path / "in").mkdir()
     values = np.linspace(0, top, 64 * 64).round().astype(int).reshape(64, 64)
@@ -143,14 +173,23 @@ def test_exif_orientation_is_applied(tmp_path):
 
 @example(1, 3, 1, 0, "stretch")  # a tie that Pillow's own reduce rounds down
 @settings(max_examples=120, deadline=None)
-@given(st.integers(1, 80), st.integers(1, 80), st.sampled_from([1, 7, 20]), st.integers(0, 2**32 - 1), st.sampled_from(decode.FITS))
+@given(
+    st.integers(1, 80),
+    st.integers(1, 80),
+    st.sampled_from([1, 7, 20]),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(decode.FITS),
+)
 def test_resize_is_the_exact_area_mean_and_commutes_with_the_square(height, width, size, seed, fit):
     image = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
     small = decode.shrink(Image.fromarray(image), size, fit)
-    # Every old pixel as 2 x 2, so that a centre stands between pixels; then the canvas; then size x size equal parts of each.
+    # Every old pixel as 2 x 2, so that a centre stands between pixels; then the canvas; then size x
+    # size equal parts of each.
     canvas = image.repeat(2, 0).repeat(2, 1).astype(np.int64)
     if fit == "pad":
-        canvas = np.pad(canvas, [(max(height, width) - height,) * 2, (max(height, width) - width,) * 2])
+        canvas = np.pad(
+            canvas, [(max(height, width) - height,) * 2, (max(height, width) - width,) * 2]
+        )
     if fit == "crop":
         down, across = height - min(height, width), width - min(height, width)
         canvas = canvas[down : 2 * height - down, across : 2 * width - across]
@@ -174,12 +213,21 @@ def test_fast_paths_give_the_bytes_of_the_general_way(height):
         np.testing.assert_array_equal(fast, image)
 
 
-@pytest.mark.parametrize(("shape", "scale"), [((1024, 1024), 8), ((1016, 1024), 4), ((516, 1028), 4), ((250, 250), 1), ((257, 512), 1)])
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [((1024, 1024), 8), ((1016, 1024), 4), ((516, 1028), 4), ((250, 250), 1), ((257, 512), 1)],
+)
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_a_reduced_jpeg_is_near_the_full_one(shape, scale, mode, tmp_path, monkeypatch):
     assert decode._draft_scale(*shape[::-1], 64) == (scale if shape != (1016, 1024) else 4)
     noise = np.random.default_rng(0).normal(0, 12, shape)
-    image = np.clip(128 + 100 * np.sin(np.add.outer(np.arange(shape[0]) / 90, np.arange(shape[1]) / 50)) + noise, 0, 255).astype(np.uint8)
+    image = np.clip(
+        128
+        + 100 * np.sin(np.add.outer(np.arange(shape[0]) / 90, np.arange(shape[1]) / 50))
+        + noise,
+        0,
+        255,
+    ).astype(np.uint8)
     Image.fromarray(image).convert(mode).save(tmp_path / "a.jpg", quality=95)
     reduced, record = decode.decode(tmp_path / "a.jpg")
     assert (record["width"], record["height"]) == shape[::-1]
@@ -188,7 +236,9 @@ def test_a_reduced_jpeg_is_near_the_full_one(shape, scale, mode, tmp_path, monke
     assert np.abs(reduced.astype(int) - full).max() <= 2
 
 
-@pytest.mark.parametrize(("fit", "word"), [("pad", "padded"), ("crop", "cropped"), ("stretch", "stretched")])
+@pytest.mark.parametrize(
+    ("fit", "word"), [("pad", "padded"), ("crop", "cropped"), ("stretch", "stretched")]
+)
 def test_images_that_are_not_square_are_counted_and_warned_of(fit, word, tmp_path):
     folder = make_folder(tmp_path / "in", 3)
     Image.fromarray(np.full((40, 80), 200, np.uint8)).save(folder / "b.png")
@@ -200,7 +250,10 @@ def test_images_that_are_not_square_are_counted_and_warned_of(fit, word, tmp_pat
     assert (wide[16:48] == 200).all()
 
 
-@pytest.mark.parametrize(("option", "valid"), [({"fit": "squeeze"}, "pad, crop, stretch"), ({"csv": "no.csv"}, "there is no such file")])
+@pytest.mark.parametrize(
+    ("option", "valid"),
+    [({"fit": "squeeze"}, "pad, crop, stretch"), ({"csv": "no.csv"}, "there is no such file")],
+)
 def test_options_that_do_not_exist(option, valid, tmp_path):
     with pytest.raises(ValueError, match=valid):
         data.preprocess(make_folder(tmp_path / "in", 2), tmp_path / "out", **option)
@@ -209,11 +262,17 @@ def test_options_that_do_not_exist(option, valid, tmp_path):
 def test_outliers_are_counted_and_dropped_if_asked(tmp_path):
     folder = make_folder(tmp_path / "in", 4)
     noise = np.random.default_rng(0).integers(0, 9, (64, 64))
-    for name, values in {"dark": noise, "bright": 247 + noise, "flat": np.full((64, 64), 90)}.items():
+    for name, values in {
+        "dark": noise,
+        "bright": 247 + noise,
+        "flat": np.full((64, 64), 90),
+    }.items():
         Image.fromarray(values.astype(np.uint8)).save(folder / f"{name}.png")
     kept = data.preprocess(folder, tmp_path / "out")
     assert kept["images"] == 7
-    assert {name: kept["outliers"][name] for name in ("too dark", "too bright", "constant", "dropped")} == {
+    assert {
+        name: kept["outliers"][name] for name in ("too dark", "too bright", "constant", "dropped")
+    } == {
         "too dark": 1,
         "too bright": 1,
         "constant": 1,
@@ -228,12 +287,14 @@ def test_outliers_are_counted_and_dropped_if_asked(tmp_path):
     assert len(data.load(tmp_path / "out", verify=True)[1]) == 4
 
 
-# ---------------------------------------------------------------------------------------------------------- broken files
+# --------------------------------------------------------------------------------------------------
 
 
 def damaged():
     png = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(png, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(
+        png, "PNG"
+    )
     png = png.getvalue()
     jpeg = io.BytesIO()
     Image.fromarray(RAMP).save(jpeg, "JPEG")
@@ -248,18 +309,29 @@ def damaged():
         "text.png": (b"Image Index,Finding Labels", "not a PNG, JPEG or DICOM image"),
         "gif.png": (gif.getvalue(), "not a PNG, JPEG or DICOM image"),
         "flipped.png": (png[:3000] + bytes([png[3000] ^ 4]) + png[3001:], "checksum"),
-        "bomb.png": (bomb + struct.pack(">I", zlib.crc32(bomb[12:])) + png[33:], "decompression bomb"),
-        "large.png": (large + struct.pack(">I", zlib.crc32(large[12:])) + png[33:], "8200 x 8200 pixels are too many"),
+        "bomb.png": (
+            bomb + struct.pack(">I", zlib.crc32(bomb[12:])) + png[33:],
+            "decompression bomb",
+        ),
+        "large.png": (
+            large + struct.pack(">I", zlib.crc32(large[12:])) + png[33:],
+            "8200 x 8200 pixels are too many",
+        ),
     }
 
 
 @pytest.mark.parametrize("name", damaged())
 def test_a_broken_image_is_listed_with_its_reason_and_skipped(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as another library may have left it
+    monkeypatch.setattr(
+        ImageFile, "LOAD_TRUNCATED_IMAGES", True
+    )  # as another library may have left it
     content, reason = damaged()[name]
     folder = make_folder(tmp_path / "in", 4)
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"1 of the first 5 of 5 images in .*{name}: (?i:.*({reason})).*max_broken=0\.01") as caught:
+    with pytest.raises(
+        ValueError,
+        match=rf"1 of the first 5 of 5 images in .*{name}: (?i:.*({reason})).*max_broken=0\.01",
+    ) as caught:
         data.preprocess(folder, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
@@ -279,8 +351,12 @@ def test_one_truncated_among_a_hundred_is_skipped_by_default(tmp_path):
     assert manifest["images"] == len(images) == 99
     assert manifest["dropped"][0]["file"] == "images_001/images/00000002_005.png"
     assert "00000002_005.png" not in set(metadata["image_id"])
-    for image_id, image in zip(metadata["image_id"], images, strict=True):  # the rows after the gap have moved up with their pixels
-        np.testing.assert_array_equal(image, np.asarray(Image.open(folder / "images_001/images" / image_id)))
+    for image_id, image in zip(
+        metadata["image_id"], images, strict=True
+    ):  # the rows after the gap have moved up with their pixels
+        np.testing.assert_array_equal(
+            image, np.asarray(Image.open(folder / "images_001/images" / image_id))
+        )
 
 
 def test_none_readable_is_an_error_whatever_is_allowed(tmp_path):
@@ -301,7 +377,7 @@ def test_pipes_and_dangling_links_do_not_hang(tmp_path):
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------- CSV
+# --------------------------------------------------------------------------------------------------
 
 
 def table(tmp_path, text, name="Data_Entry_2017.csv"):
@@ -312,7 +388,9 @@ def table(tmp_path, text, name="Data_Entry_2017.csv"):
 def test_nih_2017_quirks(tmp_path):
     frame = table(
         tmp_path,
-        "\ufeff" + HEADER + "00000001_000.png,Cardiomegaly|Emphysema,0,1,057Y,M,pa,2682,2749,0.1,0.1,\r\n"
+        "\ufeff"
+        + HEADER
+        + "00000001_000.png,Cardiomegaly|Emphysema,0,1,057Y,M,pa,2682,2749,0.1,0.1,\r\n"
         "00000002_000.png,No Finding,0,00000002,,,,,,,,\r\n"
         "00000003_000.png,Pleural Thickening|infiltrate|Rib Fracture,0,3.0,414,Female,AP,1,1,1,1,,,,\r\n"
         "00000004_000.png,,0,,007M,f,AP\r\n"
@@ -321,24 +399,47 @@ def test_nih_2017_quirks(tmp_path):
     )
     assert list(frame["image_id"]) == [f"0000000{i}_000.png" for i in (1, 2, 3, 4)]
     assert list(frame["patient_id"]) == ["1", "2", "3", "4"]
-    assert list(frame["findings"]) == ["Cardiomegaly|Emphysema", "No Finding", "Pleural_Thickening|Infiltration|Rib Fracture", ""]
+    assert list(frame["findings"]) == [
+        "Cardiomegaly|Emphysema",
+        "No Finding",
+        "Pleural_Thickening|Infiltration|Rib Fracture",
+        "",
+    ]
     assert list(frame["view_position"]) == ["PA", "", "AP", "AP"]
     assert list(frame["sex"]) == ["M", "", "F", "F"]
     np.testing.assert_array_equal(frame["age"], [57, np.nan, np.nan, 0])
     _, odd = tables.read_table(tmp_path / "Data_Entry_2017.csv")
-    assert odd == {"csv_rows_without_name": 1, "csv_rows_repeated": 1, "ages_set_missing": 1, "unknown_findings": {"Rib Fracture": 1}}
+    assert odd == {
+        "csv_rows_without_name": 1,
+        "csv_rows_repeated": 1,
+        "ages_set_missing": 1,
+        "unknown_findings": {"Rib Fracture": 1},
+    }
 
 
-@pytest.mark.parametrize("name", ["Data_Entry_2017_v2020.csv", "sample_labels.csv", "my labels.CSV"])
+@pytest.mark.parametrize(
+    "name", ["Data_Entry_2017_v2020.csv", "sample_labels.csv", "my labels.CSV"]
+)
 def test_other_tables(name, tmp_path):
-    (tmp_path / "BBox_List_2017.csv").write_text("Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000009_000.png,Infiltrate,1,2,3,4\n")
+    (tmp_path / "BBox_List_2017.csv").write_text(
+        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000009_000.png,Infiltrate,1,2,3,4\n"
+    )
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
     (tmp_path / "all_labels.csv.gz").write_bytes(b"\x1f\x8b")
     frame = table(
-        tmp_path, "Patient Sex,Image Index,Patient Age,Finding Labels,View Position\nF,images/00000007_001.png,060Y,Hernia,PA\n", name
+        tmp_path,
+        "Patient Sex,Image Index,Patient Age,Finding Labels,View Position\nF,images/00000007_001.png,060Y,Hernia,PA\n",
+        name,
     )
     assert frame.to_dict("records") == [
-        {"image_id": "00000007_001.png", "patient_id": "7", "findings": "Hernia", "view_position": "PA", "age": 60.0, "sex": "F"}
+        {
+            "image_id": "00000007_001.png",
+            "patient_id": "7",
+            "findings": "Hernia",
+            "view_position": "PA",
+            "age": 60.0,
+            "sex": "F",
+        }
     ]
 
 
@@ -365,13 +466,18 @@ def test_ages(text, years):
 def test_a_table_without_finding_labels_is_an_error_in_one_line(name, tmp_path):
     make_folder(tmp_path / "in", 2, table=False)
     (tmp_path / "in" / name).write_text("Image Index,Label,\nx.png,Mass,\n")
-    with pytest.raises(ValueError, match=rf"^{name} has no column 'Finding Labels' \(it has: Image Index, Label\): rename .*$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{name} has no column 'Finding Labels' \(it has: Image Index, Label\): rename .*$",
+    ):
         data.preprocess(tmp_path / "in", tmp_path / "out")
 
 
 def test_boxes_alone_are_no_metadata(tmp_path):
     folder = make_folder(tmp_path / "in", 2, table=False)
-    (folder / "BBox_List_2017.csv").write_text("Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000001_000.png,Infiltrate,1,2,3,4\n")
+    (folder / "BBox_List_2017.csv").write_text(
+        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000001_000.png,Infiltrate,1,2,3,4\n"
+    )
     assert data.read_metadata(folder) is None
     assert data.preprocess(folder, tmp_path / "out")["source"]["csv"] is None
 
@@ -383,7 +489,13 @@ def test_two_tables_are_not_chosen_from(tmp_path):
         data.read_metadata(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"Image Index,Finding Labels\n\xff\xfe,Mass\n", b'Image Index,Finding Labels\n"' + b"x" * 200_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"Image Index,Finding Labels\n\xff\xfe,Mass\n",
+        b'Image Index,Finding Labels\n"' + b"x" * 200_000,
+    ],
+)
 def test_a_table_that_is_no_text_is_an_error(content, tmp_path):
     with pytest.raises(ValueError, match=r"Data_Entry_2017.csv is not CSV text in UTF-8"):
         table(tmp_path, content)
@@ -394,15 +506,28 @@ def test_images_and_rows_need_not_match(tmp_path):
     (folder / "images_001/images/00000001_000.png").unlink()
     Image.fromarray(RAMP).save(folder / "00000777_000.png")
     Image.fromarray(RAMP).save(folder / "holiday.jpg")
-    os.rename(folder / "images_001/images/00000002_001.png", folder / "images_001/images/00000002_001.PNG")  # found without the extension
+    os.rename(
+        folder / "images_001/images/00000002_001.png", folder / "images_001/images/00000002_001.PNG"
+    )  # found without the extension
     manifest = data.preprocess(folder, tmp_path / "out")
-    counts = {key: manifest[key] for key in ("images", "csv_rows", "csv_rows_without_image", "images_without_csv_row")}
-    assert counts == {"images": 7, "csv_rows": 6, "csv_rows_without_image": 1, "images_without_csv_row": 2}
+    counts = {
+        key: manifest[key]
+        for key in ("images", "csv_rows", "csv_rows_without_image", "images_without_csv_row")
+    }
+    assert counts == {
+        "images": 7,
+        "csv_rows": 6,
+        "csv_rows_without_image": 1,
+        "images_without_csv_row": 2,
+    }
     metadata = data.load(tmp_path / "out")[1].set_index("image_id")
     assert list(metadata.index) == sorted(metadata.index)
     assert metadata.loc["00000777_000.png", ["patient_id", "findings"]].tolist() == ["777", ""]
     assert metadata.loc["holiday.jpg", ["patient_id", "findings"]].tolist() == ["holiday.jpg", ""]
-    assert metadata.loc["00000002_001.PNG", ["patient_id", "findings"]].tolist() == ["2", "No Finding"]
+    assert metadata.loc["00000002_001.PNG", ["patient_id", "findings"]].tolist() == [
+        "2",
+        "No Finding",
+    ]
 
 
 def test_a_folder_without_a_table(tmp_path):
@@ -419,7 +544,16 @@ def test_the_table_survives_the_way_through_files(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     names = ["NA.png", "null.png", 'qu"ote, comma.png', "0001.png", "äö.png", "1e5.png"]
-    rows = [["Image Index", "Finding Labels", "Patient ID", "Patient Age", "Patient Sex", "View Position"]]
+    rows = [
+        [
+            "Image Index",
+            "Finding Labels",
+            "Patient ID",
+            "Patient Age",
+            "Patient Sex",
+            "View Position",
+        ]
+    ]
     for place, name in enumerate(names):
         Image.fromarray(RAMP).save(folder / name)
         rows.append([name, "None", f"NA{place}", "", "", "NaN"])
@@ -438,11 +572,16 @@ def test_names_that_no_csv_can_hold_are_escaped(tmp_path):
     folder.mkdir()
     try:
         for name in (b"line\nbreak.png", b"latin-\xe9.png"):
-            Image.fromarray(RAMP).save(os.path.join(os.fsencode(folder), name).decode(errors="surrogateescape"))
+            Image.fromarray(RAMP).save(
+                os.path.join(os.fsencode(folder), name).decode(errors="surrogateescape")
+            )
     except OSError:
         pytest.skip("this file system refuses such names")
     data.preprocess(folder, tmp_path / "out")
-    assert list(data.load(tmp_path / "out")[1]["image_id"]) == ["latin-\\udce9.png", "line\\nbreak.png"]
+    assert list(data.load(tmp_path / "out")[1]["image_id"]) == [
+        "latin-\\udce9.png",
+        "line\\nbreak.png",
+    ]
 
 
 def test_repeated_names_keep_the_first_and_say_so(tmp_path):
@@ -451,7 +590,9 @@ def test_repeated_names_keep_the_first_and_say_so(tmp_path):
     Image.fromarray(RAMP).save(folder / "images_002" / "00000001_000.png")
     with pytest.warns(UserWarning, match="1 images were left out"):
         manifest = data.preprocess(folder, tmp_path / "out")
-    assert manifest["dropped"] == [{"file": "images_002/00000001_000.png", "reason": "another image has the same file name"}]
+    assert manifest["dropped"] == [
+        {"file": "images_002/00000001_000.png", "reason": "another image has the same file name"}
+    ]
     first = np.asarray(Image.open(folder / "images_001/images/00000001_000.png"))
     np.testing.assert_array_equal(data.load_images(tmp_path / "out")[0], first)
 
@@ -468,10 +609,14 @@ def test_other_names_that_repeat_are_told_apart_by_their_path(tmp_path):
     for patient in range(3):
         (folder / f"patient{patient}").mkdir(parents=True)
         Image.fromarray(RAMP).save(folder / f"patient{patient}" / "frontal.png")
-    (folder / "labels.csv").write_text("image,findings\npatient0/frontal.png,Mass\npatient2\\frontal.png,Edema\n")
+    (folder / "labels.csv").write_text(
+        "image,findings\npatient0/frontal.png,Mass\npatient2\\frontal.png,Edema\n"
+    )
     manifest = data.preprocess(folder, tmp_path / "out")
     metadata = data.load(tmp_path / "out")[1]
-    assert metadata["image_id"].tolist() == [f"patient{patient}/frontal.png" for patient in range(3)]
+    assert metadata["image_id"].tolist() == [
+        f"patient{patient}/frontal.png" for patient in range(3)
+    ]
     assert metadata["findings"].tolist() == ["Mass", "", "Edema"]
     assert manifest["dropped"] == []
 
@@ -484,7 +629,7 @@ def test_hidden_files_are_no_images(tmp_path):
     assert data.preprocess(folder, tmp_path / "out")["images"] == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------- split
+# --------------------------------------------------------------------------------------------------
 
 
 def test_split_is_by_patient_seeded_and_near_its_share(tmp_path):
@@ -505,13 +650,24 @@ def test_split_is_by_patient_seeded_and_near_its_share(tmp_path):
         }
         splits[seed] = list(metadata["split"])
     assert splits[0] != splits[1]
-    assert [i for i in range(0, 60, 2) if splits[0][i] == "test"] == [6, 18, 30, 46, 50, 54]  # the draw itself must never change
+    assert [i for i in range(0, 60, 2) if splits[0][i] == "test"] == [
+        6,
+        18,
+        30,
+        46,
+        50,
+        54,
+    ]  # the draw itself must never change
 
 
 def test_official_lists_are_used_when_both_sides_are_there(tmp_path):
     folder = make_folder(tmp_path / "in", 8)
-    (folder / "train_val_list.txt").write_text("00000001_000.png\n00000001_001.png\n00000002_000.png\n")
-    (folder / "test_list.txt").write_text("00000003_000.png\r\n00000003_001.png\r\n00009999_000.png")
+    (folder / "train_val_list.txt").write_text(
+        "00000001_000.png\n00000001_001.png\n00000002_000.png\n"
+    )
+    (folder / "test_list.txt").write_text(
+        "00000003_000.png\r\n00000003_001.png\r\n00009999_000.png"
+    )
     manifest = data.preprocess(folder, tmp_path / "out", test_share=0.0)
     metadata = data.load(tmp_path / "out")[1]
     # 00000002_001 follows its patient; patient 4 is in no list and drawn with test_share 0
@@ -519,24 +675,35 @@ def test_official_lists_are_used_when_both_sides_are_there(tmp_path):
     assert manifest["split"]["method"] == "NIH's lists"
     assert manifest["split"]["images_in_lists"] == 5
 
-    (folder / "test_list.txt").write_text("00009999_000.png")  # none of these images: lists cannot split them
+    (folder / "test_list.txt").write_text(
+        "00009999_000.png"
+    )  # none of these images: lists cannot split them
     assert data.preprocess(folder, tmp_path / "out")["split"]["method"] == "drawn by patient"
 
     (folder / "train_val_list.txt").write_text("00000001_000.png\n00000002_000.png")
     (folder / "test_list.txt").write_text("00000001_001.png")
     with pytest.warns(UserWarning, match="1 patients are on both sides"):
-        assert data.preprocess(folder, tmp_path / "out", test_share=0.0)["split"]["patients_on_both_sides"] == 1
+        assert (
+            data.preprocess(folder, tmp_path / "out", test_share=0.0)["split"][
+                "patients_on_both_sides"
+            ]
+            == 1
+        )
     assert list(data.load(tmp_path / "out")[1]["split"]) == ["train", "test"] + ["train"] * 6
 
 
 def test_a_small_share_still_has_a_patient(tmp_path):
-    split = data.preprocess(make_folder(tmp_path / "in", 6), tmp_path / "out", test_share=0.01)["split"]
+    split = data.preprocess(make_folder(tmp_path / "in", 6), tmp_path / "out", test_share=0.01)[
+        "split"
+    ]
     assert (split["train"], split["test"]) == (4, 2)
-    assert data.preprocess(tmp_path / "in", tmp_path / "out", test_share=0.99)["split"]["train"] == 2
+    assert (
+        data.preprocess(tmp_path / "in", tmp_path / "out", test_share=0.99)["split"]["train"] == 2
+    )
     assert data.preprocess(tmp_path / "in", tmp_path / "out", test_share=0.0)["split"]["test"] == 0
 
 
-# ----------------------------------------------------------------------------------------- interruption, workers, disks
+# ----------------------------------------------------------------------------------------- interrup
 
 
 class Killed(BaseException):
@@ -575,7 +742,9 @@ def test_killed_at_any_rename_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
         if finished:
             break
         assert len(decoded) == max(0, 10 - 4 * max(0, (stop - 1) // 2)) if stop < 7 else not decoded
-    assert stop == 1 + 2 * 3 + 3 + 3  # plan, chunks and their records, three files made, three files moved
+    assert (
+        stop == 1 + 2 * 3 + 3 + 3
+    )  # plan, chunks and their records, three files made, three files moved
 
 
 def test_no_manifest_vouches_for_files_of_two_runs(tmp_path, monkeypatch):
@@ -597,7 +766,9 @@ def test_no_manifest_vouches_for_files_of_two_runs(tmp_path, monkeypatch):
 
 
 def test_kill_9_and_resume(tmp_path, monkeypatch):
-    """A process killed while decoding (not at a convenient point) leaves work that the next one takes up."""
+    """A process killed while decoding (not at a convenient point) leaves work that the next one
+    takes up.
+    """
     folder = make_folder(tmp_path / "in", 60, size=8)
     script = (
         "import sys, time; from lib import data; data._CHUNK = 10; decode = data.decode.decode\n"
@@ -607,7 +778,9 @@ def test_kill_9_and_resume(tmp_path, monkeypatch):
     seen = []
     for wanted in (25, 15):
         command = [sys.executable, "-c", script, str(folder), str(tmp_path / "out")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=paths.ROOT)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=paths.ROOT
+        )
         seen.append([process.stdout.readline().strip() for _ in range(wanted)])
         process.kill()
         process.communicate()
@@ -616,10 +789,16 @@ def test_kill_9_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_CHUNK", 10)
     real = decode.decode
     seen.append([])
-    monkeypatch.setattr(decode, "decode", lambda path, *rest: seen[2].append(path.name) or real(path, *rest))
+    monkeypatch.setattr(
+        decode, "decode", lambda path, *rest: seen[2].append(path.name) or real(path, *rest)
+    )
     data.preprocess(folder, tmp_path / "out", workers=1)
     names = sorted(path.name for path in folder.rglob("*.png"))
-    assert [part[0] for part in seen] == [names[0], names[20], names[30]]  # what was whole by then is not done again
+    assert [part[0] for part in seen] == [
+        names[0],
+        names[20],
+        names[30],
+    ]  # what was whole by then is not done again
     assert seen[2] == names[30:]
     data.preprocess(folder, tmp_path / "whole", workers=1)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
@@ -639,7 +818,9 @@ def test_bytes_do_not_depend_on_workers_and_done_work_is_not_done_again(tmp_path
     data.preprocess(folder, tmp_path / "one", resume=False)
     assert digest(tmp_path / "one") == digest(tmp_path / "five")
 
-    Image.fromarray(RAMP).save(folder / "images_001/images/00000001_000.png")  # one image changes: the work is another one
+    Image.fromarray(RAMP).save(
+        folder / "images_001/images/00000001_000.png"
+    )  # one image changes: the work is another one
     assert data.preprocess(folder, tmp_path / "one")["files"] != manifest["files"]
     np.testing.assert_array_equal(data.load_images(tmp_path / "one")[0], RAMP)
     assert data.preprocess(folder, tmp_path / "one", size=32)["size"] == 32
@@ -649,7 +830,9 @@ def test_bytes_do_not_depend_on_workers_and_done_work_is_not_done_again(tmp_path
 
 
 def test_memory_is_bounded_by_a_chunk(tmp_path, monkeypatch):
-    """No more than one chunk of decoded images is held, and no more images than workers are being decoded."""
+    """No more than one chunk of decoded images is held, and no more images than workers are being
+    decoded.
+    """
     monkeypatch.setattr(data, "_CHUNK", 8)
     folder = make_folder(tmp_path / "in", 40)
     real, lock, busy, peak = decode.decode, threading.Lock(), [0], [0]
@@ -666,7 +849,9 @@ def test_memory_is_bounded_by_a_chunk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(decode, "decode", counting)
     save, lengths = paths.save_npy, []
-    monkeypatch.setattr(paths, "save_npy", lambda path, array: lengths.append(len(array)) or save(path, array))
+    monkeypatch.setattr(
+        paths, "save_npy", lambda path, array: lengths.append(len(array)) or save(path, array)
+    )
     data.preprocess(folder, tmp_path / "out", workers=3)
     assert lengths == [8] * 5
     assert peak[0] == 3
@@ -699,12 +884,16 @@ def test_an_output_folder_that_cannot_be_made(tmp_path):
         data.preprocess(make_folder(tmp_path / "in", 2), tmp_path / "file" / "out")
 
 
-# ----------------------------------------------------------------------------------------------------------------- fetch
+# --------------------------------------------------------------------------------------------------
 
 
 def test_phantoms_pass_through_the_reader_of_real_xrays(tmp_path, monkeypatch):
     shown = data.fetch("phantom", tmp_path / "raw", n_phantoms=12, seed=3)
-    assert {key: shown[key] for key in ("kind", "images", "csv")} == {"kind": "phantom", "images": 12, "csv": "Data_Entry_2017.csv"}
+    assert {key: shown[key] for key in ("kind", "images", "csv")} == {
+        "kind": "phantom",
+        "images": 12,
+        "csv": "Data_Entry_2017.csv",
+    }
     assert str(tmp_path) not in json.dumps(shown)
     manifest = data.preprocess(tmp_path / "raw", tmp_path / "out")
     assert manifest["source"] == {"kind": "phantom", "csv": "Data_Entry_2017.csv", "seed": 3}
@@ -769,7 +958,11 @@ def test_a_folder_stays_where_it_is(tmp_path):
         "folder": "(outside the project)/xrays",
         "attribution": data.ATTRIBUTION,
     }
-    assert json.loads((tmp_path / "raw" / "source.json").read_text()) == {"kind": "nih", "path": str(folder.resolve()), "images": 4}
+    assert json.loads((tmp_path / "raw" / "source.json").read_text()) == {
+        "kind": "nih",
+        "path": str(folder.resolve()),
+        "images": 4,
+    }
     manifest = data.preprocess(tmp_path / "raw", tmp_path / "out")
     assert manifest["images"] == 4
     for name in ("metadata.csv", "manifest.json"):
@@ -790,8 +983,14 @@ def test_a_folder_of_ones_own_is_not_attributed_to_nih(tmp_path):
     [
         (lambda p: p / "nowhere", "there is no folder .*nowhere.*--data phantom"),
         (lambda p: p, "it is empty"),
-        (lambda p: (p / "notes.txt").write_text("x") and p, r"holds no .png, .jpg or .jpeg but 1 .txt"),
-        (lambda p: (p / "x.zip").write_text("x") and p / "x.zip", "is a file, not a folder: unpack it"),
+        (
+            lambda p: (p / "notes.txt").write_text("x") and p,
+            r"holds no .png, .jpg or .jpeg but 1 .txt",
+        ),
+        (
+            lambda p: (p / "x.zip").write_text("x") and p / "x.zip",
+            "is a file, not a folder: unpack it",
+        ),
     ],
 )
 def test_sources_that_are_none_end_in_one_line(make, message, tmp_path):
@@ -812,7 +1011,7 @@ def test_options_out_of_range(tmp_path):
         data.fetch("phantom", tmp_path / "raw", n_phantoms=0)
 
 
-# ------------------------------------------------------------------------------------------------------------------ load
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -831,7 +1030,13 @@ def test_a_single_image_is_enough(tmp_path):
 
 def test_training_opens_the_images_and_nothing_else(done, monkeypatch):
     opened, real_open = [], builtins.open
-    monkeypatch.setattr(builtins, "open", lambda file, *args, **kwargs: opened.append(os.fspath(file)) or real_open(file, *args, **kwargs))
+    monkeypatch.setattr(
+        builtins,
+        "open",
+        lambda file, *args, **kwargs: (
+            opened.append(os.fspath(file)) or real_open(file, *args, **kwargs)
+        ),
+    )
     images = data.load_images(done)
     assert {Path(file).name for file in opened} == {"images.npy"}
     assert isinstance(images, np.memmap)
@@ -887,14 +1092,17 @@ def test_changed_files_are_found(done):
             data.load_images(done)
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "is not a CSV"), ("image_id,age\na,1\n", "has no column patient_id, findings")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "is not a CSV"), ("image_id,age\na,1\n", "has no column patient_id, findings")],
+)
 def test_a_metadata_file_of_another_kind_is_refused(text, message, done):
     (done / "metadata.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         data.load(done)
 
 
-# ---------------------------------------------------------------------------------------------------------------- labels
+# --------------------------------------------------------------------------------------------------
 
 
 def test_findings_are_nihs_14():
@@ -904,10 +1112,21 @@ def test_findings_are_nihs_14():
 
 
 def test_finding_matrix():
-    matrix = data.finding_matrix(pd.Series(["Mass|Hernia", "No Finding", "", "Rib Fracture|Edema", "Pneumothorax"], index=[9, 8, 7, 6, 5]))
+    matrix = data.finding_matrix(
+        pd.Series(
+            ["Mass|Hernia", "No Finding", "", "Rib Fracture|Edema", "Pneumothorax"],
+            index=[9, 8, 7, 6, 5],
+        )
+    )
     assert matrix.dtype == bool
     assert matrix.shape == (5, 14)
-    assert [[data.FINDINGS[k] for k in np.flatnonzero(row)] for row in matrix] == [["Hernia", "Mass"], [], [], ["Edema"], ["Pneumothorax"]]
+    assert [[data.FINDINGS[k] for k in np.flatnonzero(row)] for row in matrix] == [
+        ["Hernia", "Mass"],
+        [],
+        [],
+        ["Edema"],
+        ["Pneumothorax"],
+    ]
 
 
 def test_label_combinations():
@@ -917,10 +1136,13 @@ def test_label_combinations():
     assert data.label_combinations([]).shape == (0,)
 
 
-# ---------------------------------------------------------------------------------------------------------- real X-rays
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no real sample: set CXR_SAMPLE to a folder with NIH X-rays ({SAMPLE.name} is not there)")
+@pytest.mark.skipif(
+    not SAMPLE.is_dir(),
+    reason=f"no real sample: set CXR_SAMPLE to a folder with NIH X-rays ({SAMPLE.name} is not there)",
+)
 def test_real_sample(tmp_path):
     shown = data.fetch(SAMPLE, tmp_path / "raw")
     manifest = data.preprocess(tmp_path / "raw", tmp_path / "out")
@@ -938,8 +1160,12 @@ def test_real_sample(tmp_path):
     pixels = np.asarray(images, float)
     assert np.corrcoef(pixels[:, :, 1:].ravel(), pixels[:, :, :-1].ravel())[0, 1] > 0.95
     assert pixels.std(axis=(1, 2)).min() > 5
-    large = max(SAMPLE.rglob("*.png"), key=lambda path: path.stat().st_size)  # one at NIH's own 1024 x 1024
-    reference = np.asarray(Image.open(large).convert("L"), float).reshape(64, 16, 64, 16).mean(axis=(1, 3))
+    large = max(
+        SAMPLE.rglob("*.png"), key=lambda path: path.stat().st_size
+    )  # one at NIH's own 1024 x 1024
+    reference = (
+        np.asarray(Image.open(large).convert("L"), float).reshape(64, 16, 64, 16).mean(axis=(1, 3))
+    )
     row = metadata.index[metadata["image_id"] == large.name][0]
     np.testing.assert_allclose(images[row], reference, atol=0.5)
 
@@ -962,15 +1188,30 @@ except OSError as error:
 
 
 def test_two_processes_that_preprocess_into_one_folder(tmp_path):
-    """One does the work; the other waits for a moment and then ends with one line, or finds the work done."""
+    """One does the work; the other waits for a moment and then ends with one line, or finds the
+    work done.
+    """
     folder = make_folder(tmp_path / "in", 4)
     command = [sys.executable, "-c", WRITER, str(folder), str(tmp_path / "out")]
     with paths.alone(tmp_path / "out"):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=True, timeout=60)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=paths.ROOT, check=True, timeout=60
+        )
         lines = done.stdout.splitlines()
         assert len(lines) == 1
-        assert lines[0].startswith("BusyError: another process is at work in (outside the project)/out: wait until it is done")
-        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]  # nothing was begun
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=paths.ROOT) for _ in range(2)]
+        assert lines[0].startswith(
+            "BusyError: another process is at work in (outside the project)/out: wait until it is done"
+        )
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [
+            ".lock"
+        ]  # nothing was begun
+    both = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=paths.ROOT
+        )
+        for _ in range(2)
+    ]
     answers = {process.communicate(timeout=60)[0].strip() for process in both}
-    assert answers == {paths.load_json(tmp_path / "out" / "manifest.json")["files"]["images.npy"]["sha256"]}
+    assert answers == {
+        paths.load_json(tmp_path / "out" / "manifest.json")["files"]["images.npy"]["sha256"]
+    }

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lib
-from lib.distributed import ALONE, World, join, share_layers
+from lib.parallel import ALONE, World, join, share_layers
 from lib.runs import load_model, load_run
 
 ROOT = Path(lib.__file__).parent.parent
@@ -23,7 +23,11 @@ def computed(tmp_path_factory):
     """The folder that tests.workers fills: everything once in one process and once in two."""
     folder = tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.workers", "ranks", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=180
+        [sys.executable, "-m", "tests.workers", "ranks", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -43,7 +47,10 @@ def test_batch_norm_and_dropout_see_the_whole_batch(computed):
 
 @forks
 def test_same_features_same_clusters(computed):
-    one, first, last = (np.load(computed / name)["assignments"] for name in ("layers1.npz", "layers2.npz", "last2.npz"))
+    one, first, last = (
+        np.load(computed / name)["assignments"]
+        for name in ("layers1.npz", "layers2.npz", "last2.npz")
+    )
     assert len(np.unique(one)) == 6
     np.testing.assert_array_equal(first, one)
     np.testing.assert_array_equal(last, one)
@@ -53,12 +60,24 @@ def test_same_features_same_clusters(computed):
 @pytest.mark.parametrize("arm", ["alexnet", "p4m"])
 def test_training_metrics_for_an_equal_global_batch(computed, arm):
     one, two = (load_run(computed / f"{arm}{size}" / "run") for size in (1, 2))
-    columns = ["nmi_prev", "ami_prev", "loss", "clusters_used", "largest_cluster", "perplexity", "lr"]
-    pd.testing.assert_frame_equal(two.metrics[columns], one.metrics[columns], rtol=0, atol=1e-3, check_dtype=False)
+    columns = [
+        "nmi_prev",
+        "ami_prev",
+        "loss",
+        "clusters_used",
+        "largest_cluster",
+        "perplexity",
+        "lr",
+    ]
+    pd.testing.assert_frame_equal(
+        two.metrics[columns], one.metrics[columns], rtol=0, atol=1e-3, check_dtype=False
+    )
     np.testing.assert_array_equal(two.assignments, one.assignments)
     assert one.metrics.loss.nunique() == 2  # it moved
     assert two.features.shape == one.features.shape
-    assert set(load_model(two).state_dict()) == set(load_model(one).state_dict())  # a checkpoint fits any number of processes
+    assert set(load_model(two).state_dict()) == set(
+        load_model(one).state_dict()
+    )  # a checkpoint fits any number of processes
 
 
 @forks
@@ -70,7 +89,9 @@ def test_one_that_waits_in_vain_gives_up(computed):
 @forks
 def test_processes_that_see_different_files_are_told(computed):
     for rank in range(2):
-        assert "do not agree on their number ([0, 1])" in (computed / f"unequal{rank}.txt").read_text()
+        assert (
+            "do not agree on their number ([0, 1])" in (computed / f"unequal{rank}.txt").read_text()
+        )
 
 
 def test_shares_are_all_rows_once():

@@ -1,4 +1,6 @@
-"""Downloads against a server on 127.0.0.1 that cuts, lies, redirects and refuses: the real kaggle client is pointed there."""
+"""Downloads against a server on 127.0.0.1 that cuts, lies, redirects and refuses: the real kaggle
+client is pointed there.
+"""
 
 import contextlib
 import errno
@@ -26,19 +28,25 @@ import pytest
 import requests
 from PIL import Image
 
-from lib import archives, chestmnist, data, download, kaggle_nih, paths, transfer
-from lib.transfer import DownloadError
+from lib import data, paths
+from lib.data import archives, chestmnist, kaggle_nih
+from lib.data import http as transfer
+from lib.data import sources as download
+from lib.data.http import DownloadError
 
 SECRET = "KGAT_0123456789abcdefSECRET"
 SIGNATURE = "SIGNEDsignature"
 N_IMAGES = 6
 
 
-# -------------------------------------------------------------------------------------------------------------- the server
+# --------------------------------------------------------------------------------------------------
 
 
-# A connection that the server cuts is collected with its socket whenever Python gets to it, in this test or a later one.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning")
+# A connection that the server cuts is collected with its socket whenever Python gets to it, in this
+# test or a later one.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
+)
 
 
 class Server:
@@ -76,8 +84,12 @@ class Server:
         self.http.daemon_threads = True
         self.port = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.elsewhere = f"http://localhost:{self.port}"  # another host to a client: credentials must not follow
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.elsewhere = (
+            f"http://localhost:{self.port}"  # another host to a client: credentials must not follow
+        )
+        threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def close(self):
         self.http.shutdown()
@@ -103,10 +115,15 @@ class Server:
         if handler.path.endswith("/IntrospectToken"):
             known = asked["token"] == self.token
             answer = {"active": known, "username": "tester" if known else ""}
-            return self.answer(handler, 200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+            return self.answer(
+                handler, 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+            )
         if self.api_answers and (fault := self.api_answers.pop(0)):
             status, headers = fault
-            answer = {"code": status, "message": f"refused, you sent {handler.headers.get('Authorization')}"}
+            answer = {
+                "code": status,
+                "message": f"refused, you sent {handler.headers.get('Authorization')}",
+            }
             return self.answer(
                 handler,
                 200 if headers.pop("as200", False) else status,
@@ -116,14 +133,22 @@ class Server:
         if not handler.path.endswith("/v1/datasets.DatasetApiService/DownloadDataset"):
             return self.answer(handler, 404)
         name = f"{asked['ownerSlug']}/{asked['datasetSlug']}"
-        self.answer(handler, 302, {"Location": f"{self.elsewhere}/hop/{self.hops - 1}/{name}?Signature={SIGNATURE}"})
+        self.answer(
+            handler,
+            302,
+            {"Location": f"{self.elsewhere}/hop/{self.hops - 1}/{name}?Signature={SIGNATURE}"},
+        )
 
     def get(self, handler):
         self.log.append(("GET", handler.path, dict(handler.headers)))
         path = handler.path.split("?")[0]
         if hop := re.match(r"/hop/(\d+)(/.*)", path):
             if int(hop[1]):
-                return self.answer(handler, 302, {"Location": f"/hop/{int(hop[1]) - 1}{hop[2]}?Signature={SIGNATURE}"})
+                return self.answer(
+                    handler,
+                    302,
+                    {"Location": f"/hop/{int(hop[1]) - 1}{hop[2]}?Signature={SIGNATURE}"},
+                )
             path = hop[2]
         range_ = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range") or "")
         if range_ and self.file_answers and (fault := self.file_answers.pop(0)):
@@ -180,7 +205,11 @@ def home(tmp_path, monkeypatch):
     home = tmp_path / "home"
     (home / ".kaggle").mkdir(parents=True)
     for name in list(os.environ):
-        if name.startswith("KAGGLE_") or name in ("VERBOSE", "VERBOSE_OUTPUT") or name.lower().endswith("_proxy"):
+        if (
+            name.startswith("KAGGLE_")
+            or name in ("VERBOSE", "VERBOSE_OUTPUT")
+            or name.lower().endswith("_proxy")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
@@ -196,33 +225,53 @@ def kaggle(server, home, waits, monkeypatch):
     monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
     for word, members in (("kaggle", nih_members()), ("kaggle-sample", sample_members())):
         kaggle_set = kaggle_nih.SETS[word]
-        monkeypatch.setitem(kaggle_nih.SETS, word, kaggle_nih.KaggleSet(kaggle_set.owner, kaggle_set.name, N_IMAGES))
+        monkeypatch.setitem(
+            kaggle_nih.SETS, word, kaggle_nih.KaggleSet(kaggle_set.owner, kaggle_set.name, N_IMAGES)
+        )
         server.files[f"/{kaggle_set.label}"] = make_zip(members)
     return server
 
 
 def png(seed, size=8):
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)).save(buffer, "PNG")
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
+    ).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-TABLE = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n" + "".join(
-    f"{i // 2 + 1:08d}_{i % 2:03d}.png,{'Mass|Effusion' if i % 2 else 'No Finding'},{i % 2},{i // 2 + 1},057Y,M,PA\n"
-    for i in range(N_IMAGES)
+TABLE = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n"
+    + "".join(
+        f"{i // 2 + 1:08d}_{i % 2:03d}.png,{'Mass|Effusion' if i % 2 else 'No Finding'},{i % 2},{i // 2 + 1},057Y,M,PA\n"
+        for i in range(N_IMAGES)
+    )
 )
 
 
 def nih_members():
-    members = {f"images_{i // 3 + 1:03d}/images/{i // 2 + 1:08d}_{i % 2:03d}.png": png(i) for i in range(N_IMAGES)}
-    return {"Data_Entry_2017.csv": TABLE.encode()} | members | {"BBox_List_2017.csv": b"Image Index,Finding Label\n", "empty.txt": b""}
+    members = {
+        f"images_{i // 3 + 1:03d}/images/{i // 2 + 1:08d}_{i % 2:03d}.png": png(i)
+        for i in range(N_IMAGES)
+    }
+    return (
+        {"Data_Entry_2017.csv": TABLE.encode()}
+        | members
+        | {"BBox_List_2017.csv": b"Image Index,Finding Label\n", "empty.txt": b""}
+    )
 
 
 def sample_members():
     """Every image twice, as on Kaggle."""
     images = {f"images/{i // 2 + 1:08d}_{i % 2:03d}.png": png(i) for i in range(N_IMAGES)}
-    once = {f"sample/{name}": content for name, content in images.items()} | {"sample/sample_labels.csv": TABLE.encode()}
-    return once | {f"sample/{name}": content for name, content in once.items()} | {"sample_labels.csv": TABLE.encode()}
+    once = {f"sample/{name}": content for name, content in images.items()} | {
+        "sample/sample_labels.csv": TABLE.encode()
+    }
+    return (
+        once
+        | {f"sample/{name}": content for name, content in once.items()}
+        | {"sample_labels.csv": TABLE.encode()}
+    )
 
 
 def make_zip(members):
@@ -231,7 +280,9 @@ def make_zip(members):
         for name, content in members.items():
             info = name if isinstance(name, zipfile.ZipInfo) else zipfile.ZipInfo(name)
             if not isinstance(name, zipfile.ZipInfo):
-                info.compress_type = zipfile.ZIP_DEFLATED if name.endswith(".csv") else zipfile.ZIP_STORED
+                info.compress_type = (
+                    zipfile.ZIP_DEFLATED if name.endswith(".csv") else zipfile.ZIP_STORED
+                )
             archive.writestr(info, content)
     return buffer.getvalue()
 
@@ -255,7 +306,7 @@ def no_secret(text):
     assert SIGNATURE not in text
 
 
-# ---------------------------------------------------------------------------------------------------------- single files
+# --------------------------------------------------------------------------------------------------
 
 
 CONTENT = np.random.default_rng(0).bytes(3000)
@@ -263,7 +314,9 @@ CONTENT_MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_file_cut_at_any_byte_arrives_whole_and_goes_on_where_it_was_cut(ranges, server, waits, tmp_path):
+def test_a_file_cut_at_any_byte_arrives_whole_and_goes_on_where_it_was_cut(
+    ranges, server, waits, tmp_path
+):
     server.files["/file"] = CONTENT
     server.ranges = ranges
     cuts = [0, 1, 2, len(CONTENT) - 1, *range(7, len(CONTENT), 31)]
@@ -294,7 +347,8 @@ def test_what_an_earlier_call_left_is_used(server, waits, tmp_path, monkeypatch)
     for cut in range(0, len(CONTENT), 250):
         server.cut_at = cut
         with pytest.raises(
-            DownloadError, match=r"the file: lost the connection \(.*\)( at byte [\d,]+ of 3,000)?, 7 times in a row; check the network"
+            DownloadError,
+            match=r"the file: lost the connection \(.*\)( at byte [\d,]+ of 3,000)?, 7 times in a row; check the network",
         ):
             transfer.fetch_file(remote(server), tmp_path / "x", len(CONTENT), CONTENT_MD5)
         assert not (tmp_path / "x").exists()
@@ -309,9 +363,15 @@ def test_what_an_earlier_call_left_is_used(server, waits, tmp_path, monkeypatch)
 def test_damage_on_the_way_is_noticed_and_mended_once(server, waits, tmp_path):
     server.files["/file"] = CONTENT
     server.damage = {1234: 1}
-    assert transfer.fetch_file(remote(server), tmp_path / "x", None, CONTENT_MD5).read_bytes() == CONTENT
+    assert (
+        transfer.fetch_file(remote(server), tmp_path / "x", None, CONTENT_MD5).read_bytes()
+        == CONTENT
+    )
     server.damage = {1234: 10**6}
-    with pytest.raises(DownloadError, match=r"damaged, twice \(MD5 [0-9a-f]{32}, not [0-9a-f]{32}\), and was thrown away") as caught:
+    with pytest.raises(
+        DownloadError,
+        match=r"damaged, twice \(MD5 [0-9a-f]{32}, not [0-9a-f]{32}\), and was thrown away",
+    ) as caught:
         transfer.fetch_file(remote(server), tmp_path / "y", None, CONTENT_MD5)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
@@ -321,17 +381,27 @@ def test_a_part_of_another_file_is_thrown_away(server, waits, tmp_path):
     server.files["/file"] = CONTENT
     for left in (b"wrong", bytes(len(CONTENT)), bytes(len(CONTENT) + 9)):
         (tmp_path / "x.part").write_bytes(left)
-        assert transfer.fetch_file(remote(server), tmp_path / "x", len(CONTENT), CONTENT_MD5).read_bytes() == CONTENT
+        assert (
+            transfer.fetch_file(
+                remote(server), tmp_path / "x", len(CONTENT), CONTENT_MD5
+            ).read_bytes()
+            == CONTENT
+        )
 
 
 @pytest.mark.parametrize("lie", [-5, 5])
 def test_wrong_lengths(lie, server, waits, tmp_path):
     server.files["/file"] = CONTENT
     server.lie = lie
-    with pytest.raises(DownloadError, match=r"the server offers 3,?\d+ bytes and the file has 3,000|offers 2,995 bytes"):
+    with pytest.raises(
+        DownloadError,
+        match=r"the server offers 3,?\d+ bytes and the file has 3,000|offers 2,995 bytes",
+    ):
         transfer.fetch_file(remote(server), tmp_path / "x", len(CONTENT), CONTENT_MD5)
     if lie > 0:  # nothing but the server says how long it is
-        with pytest.raises(DownloadError, match=r"shorter than what is here \(416\)|lost the connection"):
+        with pytest.raises(
+            DownloadError, match=r"shorter than what is here \(416\)|lost the connection"
+        ):
             transfer.fetch_file(remote(server), tmp_path / "x")
     else:
         with pytest.raises(DownloadError, match="damaged, twice"):
@@ -342,7 +412,10 @@ def test_wrong_lengths(lie, server, waits, tmp_path):
 def test_no_length_at_all(server, waits, tmp_path):
     server.files["/file"] = CONTENT
     server.ranges, server.chunked = False, True
-    assert transfer.fetch_file(remote(server), tmp_path / "x", len(CONTENT), CONTENT_MD5).read_bytes() == CONTENT
+    assert (
+        transfer.fetch_file(remote(server), tmp_path / "x", len(CONTENT), CONTENT_MD5).read_bytes()
+        == CONTENT
+    )
     assert transfer.fetch_file(remote(server), tmp_path / "y").read_bytes() == CONTENT
 
 
@@ -384,26 +457,39 @@ def test_busy_servers_are_asked_again_after_longer_and_longer(status, server, wa
     assert len(waits) == 4
     assert all(0.75 * 2**k <= wait <= 1.25 * 2**k for k, wait in enumerate(waits))
     server.file_answers = [(status, {})] * 99
-    with pytest.raises(DownloadError, match=rf"the file: the server .* \({status}\), 7 times in a row; check the network"):
+    with pytest.raises(
+        DownloadError,
+        match=rf"the file: the server .* \({status}\), 7 times in a row; check the network",
+    ):
         transfer.fetch_file(remote(server), tmp_path / "y")
 
 
 def test_retry_after_is_honoured(server, waits, tmp_path):
     server.files["/file"] = CONTENT
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
-    server.file_answers = [(429, {"Retry-After": "17"}), (503, {"Retry-After": soon}), (429, {"Retry-After": "nonsense"})]
+    server.file_answers = [
+        (429, {"Retry-After": "17"}),
+        (503, {"Retry-After": soon}),
+        (429, {"Retry-After": "nonsense"}),
+    ]
     transfer.fetch_file(remote(server), tmp_path / "x")
     assert waits[0] == 17
     assert 27 <= waits[1] <= 30
     assert waits[2] < 6
     server.file_answers = [(429, {"Retry-After": "3600"})]
-    with pytest.raises(DownloadError, match=r"limits how often it may be asked \(429\) and asks to wait 60 minutes; the same command"):
+    with pytest.raises(
+        DownloadError,
+        match=r"limits how often it may be asked \(429\) and asks to wait 60 minutes; the same command",
+    ):
         transfer.fetch_file(remote(server), tmp_path / "y")
 
 
 def test_nobody_there(waits, tmp_path):
     request = requests.Request("GET", "http://127.0.0.1:9/x?Signature=" + SIGNATURE).prepare()
-    with pytest.raises(DownloadError, match=r"^the file: lost the connection \(Connection refused\), 7 times in a row") as caught:
+    with pytest.raises(
+        DownloadError,
+        match=r"^the file: lost the connection \(Connection refused\), 7 times in a row",
+    ) as caught:
         transfer.fetch_file(transfer.Remote(lambda: request, "the file"), tmp_path / "x")
     no_secret("".join(traceback.format_exception(caught.value)))
 
@@ -418,11 +504,17 @@ def test_redirects_without_end(server, waits, tmp_path):
 @pytest.mark.parametrize(
     ("headers", "md5"),
     [
-        ({"X-Goog-Hash": "crc32c=AAAAAA==,md5=XrY7u+Ae7tCTyyK7j1rNww=="}, "5eb63bbbe01eeed093cb22bb8f5acdc3"),
+        (
+            {"X-Goog-Hash": "crc32c=AAAAAA==,md5=XrY7u+Ae7tCTyyK7j1rNww=="},
+            "5eb63bbbe01eeed093cb22bb8f5acdc3",
+        ),
         ({"Content-MD5": "XrY7u+Ae7tCTyyK7j1rNww=="}, "5eb63bbbe01eeed093cb22bb8f5acdc3"),
         ({"Content-MD5": "5eb63bbbe01eeed093cb22bb8f5acdc3"}, "5eb63bbbe01eeed093cb22bb8f5acdc3"),
         ({"ETag": '"md5:5eb63bbbe01eeed093cb22bb8f5acdc3"'}, "5eb63bbbe01eeed093cb22bb8f5acdc3"),
-        ({"ETag": '"5eb63bbbe01eeed093cb22bb8f5acdc3"'}, None),  # of a store that may mean something else by it
+        (
+            {"ETag": '"5eb63bbbe01eeed093cb22bb8f5acdc3"'},
+            None,
+        ),  # of a store that may mean something else by it
         ({}, None),
     ],
 )
@@ -433,8 +525,13 @@ def test_checksums_that_servers_state(headers, md5):
 
 def test_a_full_disk_is_said_before_the_first_byte(server, waits, tmp_path, monkeypatch):
     server.files["/file"] = CONTENT
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 2999))
-    with pytest.raises(DownloadError, match=r"^x needs 3\.0 kB in .*, and 3\.0 kB are free: free some space, or .* CXR_DATA_DIR") as caught:
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 2999)
+    )
+    with pytest.raises(
+        DownloadError,
+        match=r"^x needs 3\.0 kB in .*, and 3\.0 kB are free: free some space, or .* CXR_DATA_DIR",
+    ) as caught:
         transfer.fetch_file(remote(server), tmp_path / "x", len(CONTENT))
     assert "\n" not in str(caught.value)
     assert (tmp_path / "x.part").read_bytes() == b""
@@ -474,12 +571,18 @@ def test_a_disk_that_fills_up_keeps_what_came(server, waits, tmp_path, full_disk
     server.files["/file"] = CONTENT
     monkeypatch.setattr(transfer, "_BLOCK", 100)
     full_disk(1000)
-    with pytest.raises(OSError, match=r"could not write .*x.part: No space left.*; free some space.* goes on from there") as caught:
+    with pytest.raises(
+        OSError,
+        match=r"could not write .*x.part: No space left.*; free some space.* goes on from there",
+    ) as caught:
         transfer.fetch_file(remote(server), tmp_path / "x", len(CONTENT), CONTENT_MD5)
     assert caught.value.errno == errno.ENOSPC
     assert 900 <= (tmp_path / "x.part").stat().st_size <= 1000
     full_disk(10**6)
-    assert transfer.fetch_file(remote(server), tmp_path / "x", len(CONTENT), CONTENT_MD5).read_bytes() == CONTENT
+    assert (
+        transfer.fetch_file(remote(server), tmp_path / "x", len(CONTENT), CONTENT_MD5).read_bytes()
+        == CONTENT
+    )
 
 
 def test_a_folder_that_cannot_be_written(server, waits, tmp_path, monkeypatch):
@@ -492,7 +595,10 @@ def test_a_folder_that_cannot_be_written(server, waits, tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
         monkeypatch.setattr(transfer, "open", refused, raising=False)
-    with pytest.raises(OSError, match=r"could not write .*: Permission denied; .* choose another folder with CXR_DATA_DIR"):
+    with pytest.raises(
+        OSError,
+        match=r"could not write .*: Permission denied; .* choose another folder with CXR_DATA_DIR",
+    ):
         transfer.fetch_file(remote(server), locked / "x")
     assert server.log == [], "asked before it looked"
 
@@ -500,12 +606,15 @@ def test_a_folder_that_cannot_be_written(server, waits, tmp_path, monkeypatch):
 def test_a_file_in_the_place_of_the_folder(server, waits, tmp_path):
     server.files["/file"] = CONTENT
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"could not write .*x: (Not a directory|File exists).*; .* choose another folder with CXR_DATA_DIR"):
+    with pytest.raises(
+        OSError,
+        match=r"could not write .*x: (Not a directory|File exists).*; .* choose another folder with CXR_DATA_DIR",
+    ):
         transfer.fetch_file(remote(server), tmp_path / "file" / "x")
     assert server.log == []
 
 
-# ---------------------------------------------------------------------------------------------------------------- Kaggle
+# --------------------------------------------------------------------------------------------------
 
 
 def test_kaggle_brings_everything_and_leaves_no_archive(kaggle, tmp_path, capfd):
@@ -525,11 +634,17 @@ def test_kaggle_brings_everything_and_leaves_no_archive(kaggle, tmp_path, capfd)
     # the credential goes to Kaggle and not to where Kaggle sends us
     for method, path, headers in kaggle.log:
         assert headers.get("Authorization") == (
-            f"Bearer {SECRET}" if method == "POST" and "DownloadDataset" in path else headers.get("Authorization")
+            f"Bearer {SECRET}"
+            if method == "POST" and "DownloadDataset" in path
+            else headers.get("Authorization")
         )
         if method == "GET":
             assert "Authorization" not in headers
-    assert any(headers.get("Authorization") == f"Bearer {SECRET}" for method, path, headers in kaggle.log if "DownloadDataset" in path)
+    assert any(
+        headers.get("Authorization") == f"Bearer {SECRET}"
+        for method, path, headers in kaggle.log
+        if "DownloadDataset" in path
+    )
     out, error = capfd.readouterr()
     no_secret(out + error)
     assert out == ""
@@ -548,12 +663,20 @@ def test_kaggles_sample_is_taken_once(kaggle, tmp_path):
     assert sorted(name.count("/") for name in files) == [0, *[2] * N_IMAGES]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert data.preprocess(tmp_path / "raw" / "kaggle-sample", tmp_path / "out")["dropped"] == []
+        assert (
+            data.preprocess(tmp_path / "raw" / "kaggle-sample", tmp_path / "out")["dropped"] == []
+        )
 
 
 def test_a_zip_within_the_zip(kaggle, tmp_path):
-    inner = {name.removeprefix("sample/"): content for name, content in sample_members().items() if name.count("/") == 2}
-    kaggle.files["/nih-chest-xrays/sample"] = make_zip({"sample.zip": make_zip(inner), "sample_labels.csv": TABLE.encode()})
+    inner = {
+        name.removeprefix("sample/"): content
+        for name, content in sample_members().items()
+        if name.count("/") == 2
+    }
+    kaggle.files["/nih-chest-xrays/sample"] = make_zip(
+        {"sample.zip": make_zip(inner), "sample_labels.csv": TABLE.encode()}
+    )
     shown = data.fetch("kaggle-sample", tmp_path / "raw" / "x")
     assert shown["images"] == N_IMAGES
     assert not list((tmp_path / "raw").rglob("*.zip"))
@@ -563,8 +686,18 @@ def test_a_zip_within_the_zip(kaggle, tmp_path):
 
 
 def cut_points(content, n):
-    """Every kind of place: the last bytes (the directory's end), the directory, and all over the members."""
-    return sorted({0, 1, len(content) - 1, len(content) - 22, *np.linspace(0, len(content) - 1, n).astype(int).tolist()})
+    """Every kind of place: the last bytes (the directory's end), the directory, and all over the
+    members.
+    """
+    return sorted(
+        {
+            0,
+            1,
+            len(content) - 1,
+            len(content) - 22,
+            *np.linspace(0, len(content) - 1, n).astype(int).tolist(),
+        }
+    )
 
 
 @pytest.mark.parametrize("buffer", [64, 2**20])
@@ -584,12 +717,17 @@ def test_kaggle_cut_at_any_byte(buffer, kaggle, tmp_path, monkeypatch):
 
 
 def test_kaggle_broken_off_at_any_byte_and_called_again(kaggle, tmp_path, monkeypatch):
-    """Nothing lost: what is whole is not asked for again. Nothing half-taken: no file is there that is not whole."""
+    """Nothing lost: what is whole is not asked for again. Nothing half-taken: no file is there that
+    is not whole.
+    """
     monkeypatch.setattr(transfer, "TRIES", 2)
     members, content = nih_members(), kaggle.files["/nih-chest-xrays/data"]
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         directory = archive.start_dir
-        ends = {info.filename: info.header_offset + 30 + len(info.filename) + info.compress_size for info in archive.infolist()}
+        ends = {
+            info.filename: info.header_offset + 30 + len(info.filename) + info.compress_size
+            for info in archive.infolist()
+        }
     cuts = cut_points(content[:directory], 100)
     for cut in cuts:
         raw = tmp_path / str(cut) / "kaggle"
@@ -603,12 +741,16 @@ def test_kaggle_broken_off_at_any_byte_and_called_again(kaggle, tmp_path, monkey
             original(handler)
 
         kaggle.get = get
-        with pytest.raises(DownloadError, match="nih-chest-xrays/data from Kaggle: lost the connection"):
+        with pytest.raises(
+            DownloadError, match="nih-chest-xrays/data from Kaggle: lost the connection"
+        ):
             download.obtain("kaggle", raw)
         kaggle.get, kaggle.cut_at = original, None
         there = visible(store) if store.exists() else {}
         assert there.items() <= members.items(), "a file that is not whole"
-        assert {name for name, end in ends.items() if end <= cut} - {"empty.txt"} <= set(there) | {"empty.txt"}, "a whole file was lost"
+        assert {name for name, end in ends.items() if end <= cut} - {"empty.txt"} <= set(there) | {
+            "empty.txt"
+        }, "a whole file was lost"
         assert not [path for path in tmp_path.rglob("*.part")]
         kaggle.sent = 0
         download.obtain("kaggle", raw)
@@ -618,7 +760,9 @@ def test_kaggle_broken_off_at_any_byte_and_called_again(kaggle, tmp_path, monkey
 
 
 def test_kaggle_without_ranges(kaggle, tmp_path, monkeypatch):
-    """A server that sends no parts: the archive is kept meanwhile, checked, and gone at the end; space is asked for both."""
+    """A server that sends no parts: the archive is kept meanwhile, checked, and gone at the end;
+    space is asked for both.
+    """
     kaggle.ranges = False
     store = tmp_path / "nih-chest-xrays-data"
     kaggle.cut_once = 500
@@ -626,12 +770,17 @@ def test_kaggle_without_ranges(kaggle, tmp_path, monkeypatch):
     assert visible(store) == nih_members()
     assert not (store / ".archive.zip").exists()
     kaggle.damage = {kaggle.files["/nih-chest-xrays/sample"].index(png(2)) + 50: 1}
-    with pytest.raises(DownloadError, match="is damaged, twice"):  # an archive that lies here does not mend itself
+    with pytest.raises(
+        DownloadError, match="is damaged, twice"
+    ):  # an archive that lies here does not mend itself
         download.obtain("kaggle-sample", tmp_path / "kaggle-sample")
     assert download.obtain("kaggle-sample", tmp_path / "kaggle-sample")["images"] == N_IMAGES
     shutil.rmtree(tmp_path / "nih-chest-xrays-sample")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 2**28))
-    with pytest.raises(DownloadError, match="whose server sends no parts, so that archive and images must lie here at once, needs"):
+    with pytest.raises(
+        DownloadError,
+        match="whose server sends no parts, so that archive and images must lie here at once, needs",
+    ):
         download.obtain("kaggle-sample", tmp_path / "kaggle-sample")
 
 
@@ -658,7 +807,10 @@ def test_damage_inside_a_member(kaggle, tmp_path, monkeypatch):
     assert kaggle.damage == {place: 0}
     assert visible(tmp_path / "a" / "nih-chest-xrays-data") == nih_members()
     kaggle.damage = {place: 10**6}
-    with pytest.raises(DownloadError, match=r"nih-chest-xrays/data: its member 'images_001/images/00000002_000.png' is damaged, twice"):
+    with pytest.raises(
+        DownloadError,
+        match=r"nih-chest-xrays/data: its member 'images_001/images/00000002_000.png' is damaged, twice",
+    ):
         download.obtain("kaggle", tmp_path / "b" / "kaggle")
     assert visible(tmp_path / "b" / "nih-chest-xrays-data").items() < nih_members().items()
 
@@ -667,14 +819,25 @@ def test_damage_inside_a_member(kaggle, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, r"refuses the credentials \(401\); make a new token at https://www.kaggle.com/settings/api"),
-        (403, r"does not allow it \(403\); open https://www.kaggle.com/datasets/nih-chest-xrays/data while signed in"),
-        (404, r"does not have it \(404\); see whether https://www.kaggle.com/datasets/nih-chest-xrays/data is still there"),
+        (
+            401,
+            r"refuses the credentials \(401\); make a new token at https://www.kaggle.com/settings/api",
+        ),
+        (
+            403,
+            r"does not allow it \(403\); open https://www.kaggle.com/datasets/nih-chest-xrays/data while signed in",
+        ),
+        (
+            404,
+            r"does not have it \(404\); see whether https://www.kaggle.com/datasets/nih-chest-xrays/data is still there",
+        ),
         (429, r"limits how often it may be asked \(429\), 7 times in a row"),
         (500, r"is in trouble \(500\), 7 times in a row"),
     ],
 )
-def test_what_kaggle_refuses_is_one_line_without_the_credential(status, message, as200, kaggle, tmp_path, capfd, caplog):
+def test_what_kaggle_refuses_is_one_line_without_the_credential(
+    status, message, as200, kaggle, tmp_path, capfd, caplog
+):
     kaggle.api_answers = [(status, {"as200": as200}) for _ in range(20)]
     with caplog.at_level("DEBUG"), pytest.raises(DownloadError, match=message) as caught:
         download.obtain("kaggle", tmp_path / "raw" / "kaggle")
@@ -700,7 +863,9 @@ def test_a_server_that_says_nothing_more(where, kaggle, tmp_path, monkeypatch):
         handler.close_connection = True
 
     setattr(kaggle, {"the API": "post", "the storage": "get"}[where], wait)
-    with pytest.raises(DownloadError, match=r"lost the connection \(no answer in time\), 2 times in a row"):
+    with pytest.raises(
+        DownloadError, match=r"lost the connection \(no answer in time\), 2 times in a row"
+    ):
         download.obtain("kaggle", tmp_path / "kaggle")
     silent.set()
 
@@ -725,11 +890,16 @@ def test_an_address_that_expires_is_asked_for_anew(status, kaggle, waits, tmp_pa
 def test_kaggle_with_a_full_disk(kaggle, tmp_path, monkeypatch, full_disk):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 10**6))
-        with pytest.raises(DownloadError, match=r"nih-chest-xrays/data \(9 files\) needs 268\.\d MB in .*, and 1\.0 MB are free"):
+        with pytest.raises(
+            DownloadError,
+            match=r"nih-chest-xrays/data \(9 files\) needs 268\.\d MB in .*, and 1\.0 MB are free",
+        ):
             download.obtain("kaggle", tmp_path / "raw" / "kaggle")
     assert not visible(tmp_path / "raw"), "something was written before"
     full_disk(150)  # the table has more
-    with pytest.raises(OSError, match=r"could not write .*\.csv: No space left.*same command goes on"):
+    with pytest.raises(
+        OSError, match=r"could not write .*\.csv: No space left.*same command goes on"
+    ):
         download.obtain("kaggle", tmp_path / "raw" / "kaggle")
     assert not list((tmp_path / "raw").rglob("*.part"))
     full_disk(10**6)
@@ -737,10 +907,12 @@ def test_kaggle_with_a_full_disk(kaggle, tmp_path, monkeypatch, full_disk):
     assert visible(tmp_path / "raw" / "nih-chest-xrays-data") == nih_members()
 
 
-# ----------------------------------------------------------------------------------------------------------- credentials
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["token", "token in a file", "access_token", "user and key", "kaggle.json", "login"])
+@pytest.mark.parametrize(
+    "way", ["token", "token in a file", "access_token", "user and key", "kaggle.json", "login"]
+)
 def test_every_way_to_give_a_credential(way, kaggle, home, tmp_path, monkeypatch, capfd):
     from kaggle.api.kaggle_api_extended import KaggleApi
 
@@ -757,16 +929,27 @@ def test_every_way_to_give_a_credential(way, kaggle, home, tmp_path, monkeypatch
         monkeypatch.setenv("KAGGLE_KEY", SECRET)
         expected = requests.auth._basic_auth_str("tester", SECRET)
     elif way == "kaggle.json":
-        (home / ".kaggle" / "kaggle.json").write_text(json.dumps({"username": "tester", "key": SECRET}))
-        monkeypatch.setattr(KaggleApi, "config", str(home / ".kaggle" / "kaggle.json"))  # it was looked up on import
+        (home / ".kaggle" / "kaggle.json").write_text(
+            json.dumps({"username": "tester", "key": SECRET})
+        )
+        monkeypatch.setattr(
+            KaggleApi, "config", str(home / ".kaggle" / "kaggle.json")
+        )  # it was looked up on import
         expected = requests.auth._basic_auth_str("tester", SECRET)
     elif way == "login":
         expires = (datetime.now(UTC) + timedelta(hours=5)).isoformat()
-        held = {"refresh_token": "r", "access_token": SECRET, "access_token_expiration": expires, "username": "tester"}
+        held = {
+            "refresh_token": "r",
+            "access_token": SECRET,
+            "access_token_expiration": expires,
+            "username": "tester",
+        }
         (home / ".kaggle" / "credentials.json").write_text(json.dumps(held))
     monkeypatch.setenv("VERBOSE", "1")  # with which the client prints its headers
     assert download.obtain("kaggle", tmp_path / "kaggle")["images"] == N_IMAGES
-    sent = {headers.get("Authorization") for _, path, headers in kaggle.log if "DownloadDataset" in path}
+    sent = {
+        headers.get("Authorization") for _, path, headers in kaggle.log if "DownloadDataset" in path
+    }
     assert sent == {expected}
     assert os.environ["VERBOSE"] == "1"
     out, error = capfd.readouterr()
@@ -775,7 +958,10 @@ def test_every_way_to_give_a_credential(way, kaggle, home, tmp_path, monkeypatch
 
 def test_a_token_that_is_not_taken_is_told_from_none(kaggle, tmp_path):
     kaggle.token = "another"
-    with pytest.raises(DownloadError, match="it does not take the token in KAGGLE_API_TOKEN: it is mistyped, expired or revoked") as caught:
+    with pytest.raises(
+        DownloadError,
+        match="it does not take the token in KAGGLE_API_TOKEN: it is mistyped, expired or revoked",
+    ) as caught:
         download.obtain("kaggle", tmp_path / "kaggle")
     no_secret("".join(traceback.format_exception(caught.value)))
 
@@ -783,7 +969,14 @@ def test_a_token_that_is_not_taken_is_told_from_none(kaggle, tmp_path):
 def assert_three_steps(text):
     assert "none were found" in text
     assert all(
-        step in text for step in ("(1) sign in", "(2) make a token", "(3) put it into", "KAGGLE_API_TOKEN", "~/.kaggle/access_token")
+        step in text
+        for step in (
+            "(1) sign in",
+            "(2) make a token",
+            "(3) put it into",
+            "KAGGLE_API_TOKEN",
+            "~/.kaggle/access_token",
+        )
     )
     assert "--data chestmnist" in text
     assert "--data phantom" in text
@@ -793,8 +986,17 @@ def assert_three_steps(text):
 
 
 def bare_environment(home):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("KAGGLE_") and not name.lower().endswith("_proxy")}
-    return kept | {"HOME": str(home), "USERPROFILE": str(home), "PYTHONPATH": str(paths.ROOT), "CXR_DATA_DIR": str(home / "data")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("KAGGLE_") and not name.lower().endswith("_proxy")
+    }
+    return kept | {
+        "HOME": str(home),
+        "USERPROFILE": str(home),
+        "PYTHONPATH": str(paths.ROOT),
+        "CXR_DATA_DIR": str(home / "data"),
+    }
 
 
 CALL = "from pathlib import Path\nfrom lib import download\ndownload.obtain('kaggle', Path('raw') / 'kaggle')\n"
@@ -803,7 +1005,12 @@ CALL = "from pathlib import Path\nfrom lib import download\ndownload.obtain('kag
 def test_without_credentials_in_a_program(home, tmp_path):
     """A process of its own: the client looks for credentials on import, once."""
     done = subprocess.run(
-        [sys.executable, "-c", CALL], cwd=tmp_path, env=bare_environment(home), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", CALL],
+        cwd=tmp_path,
+        env=bare_environment(home),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 1
     assert done.stdout == ""
@@ -818,11 +1025,17 @@ def test_without_credentials_in_a_jupyter_kernel(home, tmp_path, monkeypatch):
     for name, value in bare_environment(home).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CALL), nbformat.v4.new_code_cell("print('alive')")])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(CALL), nbformat.v4.new_code_cell("print('alive')")]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         nbclient.NotebookClient(
-            notebook, timeout=60, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}
+            notebook,
+            timeout=60,
+            kernel_name="python3",
+            allow_errors=True,
+            resources={"metadata": {"path": str(tmp_path)}},
         ).execute()
     outputs = notebook.cells[0].outputs
     (failure,) = [output for output in outputs if output.output_type == "error"]
@@ -840,11 +1053,21 @@ def test_the_client_is_imported_by_nobody_but_kaggle():
 def test_a_home_in_which_the_client_can_make_no_folder(home, tmp_path):
     (tmp_path / "file").touch()
     environment = bare_environment(home) | {"KAGGLE_CONFIG_DIR": str(tmp_path / "file" / "folder")}
-    done = subprocess.run([sys.executable, "-c", CALL], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert re.search(r"DownloadError: Kaggle's client cannot use its folder \(.*\); name another one with KAGGLE_CONFIG_DIR", done.stderr)
+    done = subprocess.run(
+        [sys.executable, "-c", CALL],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert re.search(
+        r"DownloadError: Kaggle's client cannot use its folder \(.*\); name another one with KAGGLE_CONFIG_DIR",
+        done.stderr,
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- archives
+# --------------------------------------------------------------------------------------------------
 
 
 def member(name, mode=0o100644, **fields):
@@ -896,7 +1119,8 @@ def test_hostile_zips_are_refused_before_anything_is_unpacked(case, kaggle, tmp_
     kaggle.files["/nih-chest-xrays/data"] = buffer.getvalue()
     for kaggle.ranges in (True, False):
         with pytest.raises(
-            DownloadError, match=rf"nih-chest-xrays/data is refused: its member .* {reason}; nothing was unpacked"
+            DownloadError,
+            match=rf"nih-chest-xrays/data is refused: its member .* {reason}; nothing was unpacked",
         ) as caught:
             download.obtain("kaggle", tmp_path / "raw" / "kaggle")
         assert "\n" not in str(caught.value)
@@ -908,7 +1132,14 @@ def patched(content, **fields):
     content = bytearray(content)
     start = content.index(b"PK\x01\x02")
     for field, value in fields.items():
-        place, length = {"flags": (8, 2), "method": (10, 2), "packed": (20, 4), "size": (24, 4), "crc": (16, 4), "offset": (42, 4)}[field]
+        place, length = {
+            "flags": (8, 2),
+            "method": (10, 2),
+            "packed": (20, 4),
+            "size": (24, 4),
+            "crc": (16, 4),
+            "offset": (42, 4),
+        }[field]
         content[start + place : start + place + length] = value.to_bytes(length, "little")
     return bytes(content)
 
@@ -935,10 +1166,14 @@ def test_zips_that_lie_of_their_members(fields, reason, tmp_path):
 def test_many_bytes_in_a_small_zip(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "MAX_BYTES", 1000)
     with pytest.raises(archives.ArchiveError, match=r"would unpack to 1,200 bytes"):
-        archives.read_plan(io.BytesIO(make_zip({f"{i}.csv": b"0" * 300 for i in range(4)})), tmp_path, "the zip")
+        archives.read_plan(
+            io.BytesIO(make_zip({f"{i}.csv": b"0" * 300 for i in range(4)})), tmp_path, "the zip"
+        )
     monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
     with pytest.raises(archives.ArchiveError, match=r"claims 4 members"):
-        archives.read_plan(io.BytesIO(make_zip({f"{i}.csv": b"0" for i in range(4)})), tmp_path, "the zip")
+        archives.read_plan(
+            io.BytesIO(make_zip({f"{i}.csv": b"0" for i in range(4)})), tmp_path, "the zip"
+        )
 
 
 def test_zips_with_any_byte_damaged_are_read_rightly_or_refused(tmp_path):
@@ -954,7 +1189,9 @@ def test_zips_with_any_byte_damaged_are_read_rightly_or_refused(tmp_path):
             refused += 1
         there = visible(tmp_path / "out") if (tmp_path / "out").exists() else {}
         by_content = sorted(members.values())
-        assert all(found in by_content for found in there.values()), place  # a damaged name is a name
+        assert all(found in by_content for found in there.values()), (
+            place
+        )  # a damaged name is a name
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert refused > 150
 
@@ -990,10 +1227,15 @@ def test_zips_of_more_than_four_gigabytes_have_another_form(tmp_path):
     assert visible(tmp_path) == nih_members()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"<html>sign in</html>", make_zip({"a": b"b" * 99})[:-30]])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK", b"<html>sign in</html>", make_zip({"a": b"b" * 99})[:-30]]
+)
 def test_what_is_no_zip(content, kaggle, tmp_path):
     kaggle.files["/nih-chest-xrays/data"] = content
-    with pytest.raises(DownloadError, match=r"nih-chest-xrays/data is not a whole zip archive" if content else r"\(416\)"):
+    with pytest.raises(
+        DownloadError,
+        match=r"nih-chest-xrays/data is not a whole zip archive" if content else r"\(416\)",
+    ):
         download.obtain("kaggle", tmp_path / "raw" / "kaggle")
 
 
@@ -1003,17 +1245,21 @@ def test_a_link_in_the_folder_carries_nothing_elsewhere(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "images_001").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DownloadError, match="is a link out of"):
-        archives.unpack(archives.read_plan(io.BytesIO(make_zip(nih_members())), tmp_path / "out", "the zip"))
+        archives.unpack(
+            archives.read_plan(io.BytesIO(make_zip(nih_members())), tmp_path / "out", "the zip")
+        )
     (tmp_path / "out" / "images_001").unlink()
     (tmp_path / "target.csv").write_text("mine")
     (tmp_path / "out" / "BBox_List_2017.csv").symlink_to(tmp_path / "target.csv")
     with pytest.raises(DownloadError, match="is not a file"):
-        archives.unpack(archives.read_plan(io.BytesIO(make_zip(nih_members())), tmp_path / "out", "the zip"))
+        archives.unpack(
+            archives.read_plan(io.BytesIO(make_zip(nih_members())), tmp_path / "out", "the zip")
+        )
     assert (tmp_path / "target.csv").read_text() == "mine"
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------------------------- NIH
+# --------------------------------------------------------------------------------------------------
 
 
 def make_tar(path, members, end=True):
@@ -1030,8 +1276,13 @@ def nih_box(folder, n=12):
     folder.mkdir()
     for k in range(n):
         names = [f"{k + 1:08d}_{i:03d}.png" for i in range(2)]
-        make_tar(folder / f"images_{k + 1:03d}.tar.gz", {f"images/{name}": png(2 * k + i) for i, name in enumerate(names)})
-    rows = "".join(f"{k + 1:08d}_{i:03d}.png,Mass,{i},{k + 1},057Y,M,PA\n" for k in range(n) for i in range(2))
+        make_tar(
+            folder / f"images_{k + 1:03d}.tar.gz",
+            {f"images/{name}": png(2 * k + i) for i, name in enumerate(names)},
+        )
+    rows = "".join(
+        f"{k + 1:08d}_{i:03d}.png,Mass,{i},{k + 1},057Y,M,PA\n" for k in range(n) for i in range(2)
+    )
     (folder / "Data_Entry_2017_v2020.csv").write_text(TABLE.splitlines()[0] + "\n" + rows)
     (folder / "test_list.txt").write_text("00000001_000.png\n")
     (folder / "README.pdf").write_bytes(b"x")
@@ -1050,9 +1301,15 @@ def test_nih_archives_are_unpacked_beside_their_table(tmp_path):
     assert set(files) >= {"Data_Entry_2017_v2020.csv", "test_list.txt"}
     assert len(files) == 26
     assert len(list(box.glob("*.tar.gz"))) == 12, "they are the user's"
-    with pytest.warns(UserWarning, match=r"not ChestX-ray14 as published: images: 24, published 112,120"):
+    with pytest.warns(
+        UserWarning, match=r"not ChestX-ray14 as published: images: 24, published 112,120"
+    ):
         manifest = data.preprocess(tmp_path / "raw" / "box", tmp_path / "out")
-    assert (manifest["images"], manifest["patients"], manifest["images_without_csv_row"]) == (24, 12, 0)
+    assert (manifest["images"], manifest["patients"], manifest["images_without_csv_row"]) == (
+        24,
+        12,
+        0,
+    )
     changed = (store / "images_001").stat().st_mtime_ns
     assert data.fetch(f"nih:{box}", tmp_path / "raw" / "box-paper") == shown
     assert [*(tmp_path / "raw").glob("nih-*")] == [store]
@@ -1074,8 +1331,12 @@ def test_nih_files_that_are_unpacked_are_used_where_they_lie(with_archives, tmp_
 
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("fault", ["gone", "short"])
-def test_a_folder_that_was_unpacked_in_part_is_finished_elsewhere(fault, links, tmp_path, monkeypatch):
-    """The first image of an archive says nothing of the last: a tar that was stopped leaves the last one short and the rest away."""
+def test_a_folder_that_was_unpacked_in_part_is_finished_elsewhere(
+    fault, links, tmp_path, monkeypatch
+):
+    """The first image of an archive says nothing of the last: a tar that was stopped leaves the
+    last one short and the rest away.
+    """
     box = nih_box(tmp_path / "box", 12)
     for path in sorted(box.glob("*.tar.gz")):
         with tarfile.open(path) as tar:
@@ -1083,16 +1344,23 @@ def test_a_folder_that_was_unpacked_in_part_is_finished_elsewhere(fault, links, 
     broken = box / "images" / "00000007_001.png"
     broken.unlink() if fault == "gone" else broken.write_bytes(broken.read_bytes()[:-1])
     if not links:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "Cross-device link")))
+        monkeypatch.setattr(
+            os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "Cross-device link"))
+        )
     before = visible(box)
-    with pytest.warns(UserWarning, match=r"images_007.tar.gz is unpacked in part only: 1 of its 2 files .*00000007_001.png"):
+    with pytest.warns(
+        UserWarning,
+        match=r"images_007.tar.gz is unpacked in part only: 1 of its 2 files .*00000007_001.png",
+    ):
         shown = data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
     assert shown["images"] == 24
     (store,) = (tmp_path / "raw").glob("nih-*")
     files = visible(store)
     assert files["images_007/images/00000007_001.png"] == png(13)
     assert len([name for name in files if name.endswith(".png")]) == 24
-    shared = (store / "images_001" / "images" / "00000001_000.png").samefile(box / "images" / "00000001_000.png")
+    shared = (store / "images_001" / "images" / "00000001_000.png").samefile(
+        box / "images" / "00000001_000.png"
+    )
     assert shared is links, "no second copy of what is there, where the disk can"
     assert visible(box) == before, "the folder is the user's"
     assert "unpacked before" in shown["verified"]
@@ -1105,16 +1373,22 @@ def test_archives_are_listed_once(tmp_path, monkeypatch):
             tar.extractall(box, filter="data")
     first = data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
     assert first["verified"] == "name and length of each file in 2 archives"
-    monkeypatch.setattr(archives, "list_tar", lambda path: pytest.fail(f"{path.name} is read again"))
+    monkeypatch.setattr(
+        archives, "list_tar", lambda path: pytest.fail(f"{path.name} is read again")
+    )
     assert data.fetch(f"nih:{box}", tmp_path / "raw" / "box") == first
 
 
 def test_two_downloads_at_once(kaggle, tmp_path, monkeypatch):
-    """While one process fills the folder, another ends with one line; the first is not disturbed, and its folder is then used."""
+    """While one process fills the folder, another ends with one line; the first is not disturbed,
+    and its folder is then used.
+    """
     monkeypatch.setattr(paths, "_PATIENCE", 0.1)
     store = tmp_path / "raw" / "nih-chest-xrays-data"
     with paths.alone(store):
-        with pytest.raises(paths.BusyError, match=r"at work in .*nih-chest-xrays-data: wait until it is done"):
+        with pytest.raises(
+            paths.BusyError, match=r"at work in .*nih-chest-xrays-data: wait until it is done"
+        ):
             download.obtain("kaggle", tmp_path / "raw" / "kaggle")
         assert not visible(store)
     note = download.obtain("kaggle", tmp_path / "raw" / "kaggle")
@@ -1124,7 +1398,7 @@ def test_two_downloads_at_once(kaggle, tmp_path, monkeypatch):
 
 UNPACKER = """
 import pathlib, sys
-from lib import download
+from lib.data import sources as download
 try:
     print(download.obtain(sys.argv[1], pathlib.Path(sys.argv[2]))["images"])
 except (download.DownloadError, OSError) as error:
@@ -1135,14 +1409,25 @@ except (download.DownloadError, OSError) as error:
 def test_two_processes_that_unpack_into_one_folder(tmp_path):
     box = nih_box(tmp_path / "box", 12)
     command = [sys.executable, "-c", UNPACKER, f"nih:{box}", str(tmp_path / "raw" / "box")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=paths.ROOT) for _ in range(2)]
-    assert [process.communicate(timeout=60)[0].strip() for process in both] == ["24", "24"], "the second waits for what takes a moment"
+    both = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=paths.ROOT
+        )
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=60)[0].strip() for process in both] == ["24", "24"], (
+        "the second waits for what takes a moment"
+    )
     (store,) = (tmp_path / "raw").glob("nih-*")
     assert len(visible(store)) == 26
     shutil.rmtree(store)
     with paths.alone(store):
-        (line,) = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=True, timeout=60).stdout.splitlines()
-        assert line.startswith(f"BusyError: another process is at work in (outside the project)/{store.name}: wait until it is done")
+        (line,) = subprocess.run(
+            command, capture_output=True, text=True, cwd=paths.ROOT, check=True, timeout=60
+        ).stdout.splitlines()
+        assert line.startswith(
+            f"BusyError: another process is at work in (outside the project)/{store.name}: wait until it is done"
+        )
         assert not visible(store)
 
 
@@ -1165,7 +1450,10 @@ def tar_member(name, **fields):
         (tar_member("../evil.txt"), "leads out of the folder"),
         (tar_member("/evil.txt"), "has an absolute name"),
         (tar_member("images/link", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "is a link"),
-        (tar_member("images/hard", type=tarfile.LNKTYPE, linkname="images/00000001_000.png"), "is a link"),
+        (
+            tar_member("images/hard", type=tarfile.LNKTYPE, linkname="images/00000001_000.png"),
+            "is a link",
+        ),
         (tar_member("images/pipe", type=tarfile.FIFOTYPE), "is neither a file nor a folder"),
         (tar_member("images/dev", type=tarfile.CHRTYPE), "is neither a file nor a folder"),
         (tar_member("images/00000001_000.png"), "is there twice"),
@@ -1173,8 +1461,14 @@ def tar_member(name, **fields):
 )
 def test_hostile_tars_leave_nothing(bad, reason, tmp_path):
     box = nih_box(tmp_path / "box", 2)
-    make_tar(box / "images_002.tar.gz", {"./images/00000001_000.png": png(0), bad: b"evil" if bad.isreg() else None})
-    with pytest.raises(DownloadError, match=rf"images_002.tar.gz is refused: its member .* {reason}; nothing of it was unpacked"):
+    make_tar(
+        box / "images_002.tar.gz",
+        {"./images/00000001_000.png": png(0), bad: b"evil" if bad.isreg() else None},
+    )
+    with pytest.raises(
+        DownloadError,
+        match=rf"images_002.tar.gz is refused: its member .* {reason}; nothing of it was unpacked",
+    ):
         data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
     (store,) = (tmp_path / "raw").iterdir()
     assert [path.name for path in store.iterdir()] == ["images_001"]
@@ -1185,7 +1479,10 @@ def test_a_tar_cut_at_any_byte_leaves_nothing(tmp_path):
     content = (tmp_path / "images_001.tar.gz").read_bytes()
     for cut in range(0, len(content), 2):
         (tmp_path / "images_001.tar.gz").write_bytes(content[:cut])
-        with pytest.raises(DownloadError, match=r"images_001.tar.gz (is damaged or cut off \(.*\): download it again|holds no files)"):
+        with pytest.raises(
+            DownloadError,
+            match=r"images_001.tar.gz (is damaged or cut off \(.*\): download it again|holds no files)",
+        ):
             archives.unpack_tar(tmp_path / "images_001.tar.gz", tmp_path / "out" / "images_001")
         assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
     (tmp_path / "images_001.tar.gz").write_bytes(content)
@@ -1196,7 +1493,10 @@ def test_nih_without_its_table_or_images(tmp_path):
     box = nih_box(tmp_path / "box", 1)
     table = box / "Data_Entry_2017_v2020.csv"
     table.rename(box / "other.csv")
-    with pytest.raises(ValueError, match=r"there is no Data_Entry_2017\*\.csv in .*box: download it from https://nihcc.app.box.com"):
+    with pytest.raises(
+        ValueError,
+        match=r"there is no Data_Entry_2017\*\.csv in .*box: download it from https://nihcc.app.box.com",
+    ):
         data.fetch(f"nih:{box}", tmp_path / "raw" / "box")
     (box / "other.csv").rename(table)
     (box / "images_001.tar.gz").unlink()
@@ -1207,7 +1507,7 @@ def test_nih_without_its_table_or_images(tmp_path):
     assert not visible(tmp_path / "raw")
 
 
-# ------------------------------------------------------------------------------------------------------------ ChestMNIST
+# --------------------------------------------------------------------------------------------------
 
 
 def medmnist(path, n=(7, 2, 3), **changed):
@@ -1231,14 +1531,18 @@ def published(tmp_path, server, waits, monkeypatch):
     arrays = medmnist(tmp_path / "published.npz")
     content = (tmp_path / "published.npz").read_bytes()
     server.files["/records/10519652/files/chestmnist_64.npz"] = content
-    monkeypatch.setattr(chestmnist, "URL", f"{server.url}/records/10519652/files/chestmnist_64.npz?download=1")
+    monkeypatch.setattr(
+        chestmnist, "URL", f"{server.url}/records/10519652/files/chestmnist_64.npz?download=1"
+    )
     monkeypatch.setattr(chestmnist, "BYTES", len(content))
     monkeypatch.setattr(chestmnist, "MD5", hashlib.md5(content).hexdigest())
     return arrays
 
 
 def test_what_is_published():
-    assert chestmnist.URL == "https://zenodo.org/records/10519652/files/chestmnist_64.npz?download=1"
+    assert (
+        chestmnist.URL == "https://zenodo.org/records/10519652/files/chestmnist_64.npz?download=1"
+    )
     assert chestmnist.request().url == chestmnist.URL
     assert chestmnist.BYTES == 401_604_127
     assert chestmnist.MD5 == "9de6cd0b934ebb5b7426cfba5efbae16"
@@ -1262,7 +1566,9 @@ def test_chestmnist_goes_through_to_the_three_files(published, server, tmp_path)
 
     manifest = data.preprocess(raw, tmp_path / "out")
     images, metadata = data.load(tmp_path / "out", verify=True)
-    assert np.array_equal(images, np.concatenate([published[f"{part}_images"] for part in ("train", "val", "test")]))
+    assert np.array_equal(
+        images, np.concatenate([published[f"{part}_images"] for part in ("train", "val", "test")])
+    )
     assert images.dtype == np.uint8
     labels = np.concatenate([published[f"{part}_labels"] for part in ("train", "val", "test")])
     order = [chestmnist.LABELS.index(name) for name in data.FINDINGS]
@@ -1270,7 +1576,12 @@ def test_chestmnist_goes_through_to_the_three_files(published, server, tmp_path)
     assert metadata["findings"][0] == "No Finding"
     assert metadata["findings"][1] == "Atelectasis|Hernia"
     assert metadata["split"].tolist() == ["train"] * 9 + ["test"] * 3
-    assert metadata["image_id"].tolist()[6:10] == ["train_000006", "val_000000", "val_000001", "test_000000"]
+    assert metadata["image_id"].tolist()[6:10] == [
+        "train_000006",
+        "val_000000",
+        "val_000001",
+        "test_000000",
+    ]
     for name in chestmnist.UNKNOWN:
         assert metadata[name].isna().all() if name == "age" else (metadata[name] == "").all()
     assert set(manifest["unknown"]) == {"patient_id", "view_position", "age", "sex"}
@@ -1301,7 +1612,11 @@ def test_chestmnist_is_not_taken_into_memory(tmp_path):
     import tracemalloc
 
     n = 6000  # 25 MB of pixels
-    medmnist(tmp_path / "big.npz", train_images=np.zeros((n, 64, 64), np.uint8), train_labels=np.zeros((n, 14), np.uint8))
+    medmnist(
+        tmp_path / "big.npz",
+        train_images=np.zeros((n, 64, 64), np.uint8),
+        train_labels=np.zeros((n, 14), np.uint8),
+    )
     tracemalloc.start()
     with pytest.warns(UserWarning, match="not the published"):
         chestmnist.preprocess(tmp_path / "big.npz", tmp_path / "out")
@@ -1320,23 +1635,48 @@ class Boom:
     [
         ({"val_labels": None}, "it holds .* and not"),
         ({"extra": np.zeros(2)}, "it holds .* and not"),
-        ({"train_images": np.zeros((7, 28, 28), np.uint8)}, r"train_images is \(7, 28, 28\) and not \(n, 64, 64\)"),
+        (
+            {"train_images": np.zeros((7, 28, 28), np.uint8)},
+            r"train_images is \(7, 28, 28\) and not \(n, 64, 64\)",
+        ),
         ({"train_images": np.zeros((7, 64, 64, 3), np.uint8)}, r"train_images is \(7, 64, 64, 3\)"),
-        ({"train_images": np.zeros((7, 64, 64), np.float32)}, "train_images is float32 and not uint8"),
-        ({"train_images": np.asfortranarray(np.zeros((7, 64, 64), np.uint8))}, "stored column by column"),
-        ({"test_labels": np.zeros((4, 14), np.uint8)}, r"test_labels is \(4, 14\) and not \(3, 14\)"),
+        (
+            {"train_images": np.zeros((7, 64, 64), np.float32)},
+            "train_images is float32 and not uint8",
+        ),
+        (
+            {"train_images": np.asfortranarray(np.zeros((7, 64, 64), np.uint8))},
+            "stored column by column",
+        ),
+        (
+            {"test_labels": np.zeros((4, 14), np.uint8)},
+            r"test_labels is \(4, 14\) and not \(3, 14\)",
+        ),
         ({"test_labels": np.zeros((3, 15), np.uint8)}, r"test_labels is \(3, 15\)"),
-        ({"test_labels": np.full((3, 14), 2, np.uint8)}, "test_labels holds 2, and not only 0 and 1"),
+        (
+            {"test_labels": np.full((3, 14), 2, np.uint8)},
+            "test_labels holds 2, and not only 0 and 1",
+        ),
         ({"test_labels": np.full((3, 14), 0.5)}, "test_labels is float64 and not of whole numbers"),
-        ({"test_labels": np.array([[Boom()] * 14] * 3, object)}, "Object arrays|object and not of whole numbers"),
-        ({"train_images": np.zeros((0, 64, 64), np.uint8), "train_labels": np.zeros((0, 14), np.uint8)}, "is empty"),
+        (
+            {"test_labels": np.array([[Boom()] * 14] * 3, object)},
+            "Object arrays|object and not of whole numbers",
+        ),
+        (
+            {
+                "train_images": np.zeros((0, 64, 64), np.uint8),
+                "train_labels": np.zeros((0, 14), np.uint8),
+            },
+            "is empty",
+        ),
     ],
 )
 def test_files_that_are_no_chestmnist(changed, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     medmnist(tmp_path / "x.npz", **changed)
     with pytest.raises(
-        ValueError, match=rf"x.npz is not ChestMNIST at 64x64 \(.*({reason}).*\); give chestmnist_64.npz from https://zenodo"
+        ValueError,
+        match=rf"x.npz is not ChestMNIST at 64x64 \(.*({reason}).*\); give chestmnist_64.npz from https://zenodo",
     ):
         data.fetch(f"chestmnist:{tmp_path / 'x.npz'}", tmp_path / "raw")
     assert not visible(tmp_path / "raw")
@@ -1367,18 +1707,33 @@ def test_damaged_chestmnist_files(tmp_path):
         outcomes.append(outcome)
         if outcome == "read":
             assert np.array_equal(data.load_images(tmp_path / "out"), pixels)
-    assert all(re.search(r"^\S+x.npz (is not ChestMNIST at 64x64|is damaged) \(.*\)[:;] .*$|^read$", outcome) for outcome in outcomes), (
-        outcomes
-    )
+    assert all(
+        re.search(
+            r"^\S+x.npz (is not ChestMNIST at 64x64|is damaged) \(.*\)[:;] .*$|^read$", outcome
+        )
+        for outcome in outcomes
+    ), outcomes
     assert outcomes.count("read") < len(outcomes) / 4
 
 
 def test_evaluation_says_that_patients_are_unknown():
-    from lib import evaluate
+    from lib.study import evaluate
 
     rng = np.random.default_rng(0)
-    table = pd.DataFrame({"patient_id": "", "findings": ["Mass", "Effusion"] * 20, "split": ["train"] * 30 + ["test"] * 10})
+    table = pd.DataFrame(
+        {
+            "patient_id": "",
+            "findings": ["Mass", "Effusion"] * 20,
+            "split": ["train"] * 30 + ["test"] * 10,
+        }
+    )
     features = rng.standard_normal((40, 4))
     with pytest.warns(UserWarning, match="no patient id: intervals are over images"):
-        numbers = evaluate.evaluate_features(features, features, np.arange(40) % 2, table, n_boot=20)
-    assert numbers["label_combinations"]["low"] <= numbers["label_combinations"]["accuracy"] <= numbers["label_combinations"]["high"]
+        numbers = evaluate.evaluate_features(
+            features, features, np.arange(40) % 2, table, n_boot=20
+        )
+    assert (
+        numbers["label_combinations"]["low"]
+        <= numbers["label_combinations"]["accuracy"]
+        <= numbers["label_combinations"]["high"]
+    )

@@ -1,22 +1,28 @@
-"""Planted associations of clusters are found, noise is not, and a patient's images together are told from chance."""
+"""Planted associations of clusters are found, noise is not, and a patient's images together are
+told from chance.
+"""
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from lib import enrichment
-from lib.enrichment import CLINICAL, NUISANCE, attributes, drivers, patient_together
+from lib.study import enrichment
+from lib.study.enrichment import CLINICAL, NUISANCE, attributes, drivers, patient_together
 
 
 def cohort(n=600, seed=0):
     rng = np.random.default_rng(seed)
-    images = np.clip(rng.normal(120, 30, (n, 1, 1)) + rng.normal(0, 5, (n, 8, 8)), 0, 255).astype(np.uint8)
+    images = np.clip(rng.normal(120, 30, (n, 1, 1)) + rng.normal(0, 5, (n, 8, 8)), 0, 255).astype(
+        np.uint8
+    )
     has = rng.random((n, 2)) < 0.3
     table = pd.DataFrame(
         {
             "patient_id": np.arange(n) // 3,
-            "findings": ["|".join(np.array(["Effusion", "Mass"])[row]) or "No Finding" for row in has],
+            "findings": [
+                "|".join(np.array(["Effusion", "Mass"])[row]) or "No Finding" for row in has
+            ],
             "view_position": rng.choice(["AP", "PA"], n),
             "sex": rng.choice(["F", "M", ""], n),
             "age": np.where(rng.random(n) < 0.1, np.nan, rng.integers(10, 90, n)),
@@ -27,12 +33,19 @@ def cohort(n=600, seed=0):
 
 def test_a_planted_finding_and_a_planted_view_are_found_and_nothing_else():
     images, table = cohort()
-    effusion, ap = table["findings"].str.contains("Effusion").to_numpy(), (table["view_position"] == "AP").to_numpy()
+    effusion, ap = (
+        table["findings"].str.contains("Effusion").to_numpy(),
+        (table["view_position"] == "AP").to_numpy(),
+    )
     frame = enrichment.enrichment(2 * effusion + ap, attributes(images, table))
     hits = set(frame[frame["q"] < 1e-6]["property"])
     assert hits == {"Effusion", "AP view"}
-    assert frame[(frame["property"] == "Effusion") & (frame["cluster"] == 3)]["log2_odds"].item() > 3
-    noise = enrichment.enrichment(np.random.default_rng(5).integers(8, size=600), attributes(images, table))
+    assert (
+        frame[(frame["property"] == "Effusion") & (frame["cluster"] == 3)]["log2_odds"].item() > 3
+    )
+    noise = enrichment.enrichment(
+        np.random.default_rng(5).integers(8, size=600), attributes(images, table)
+    )
     assert (noise["q"] <= 0.05).sum() == 0
     assert set(noise["kind"]) == {CLINICAL, NUISANCE}
 
@@ -44,7 +57,10 @@ def test_numbers_are_fishers_and_benjamini_and_hochbergs():
     row = frame[(frame["property"] == "female") & (frame["cluster"] == 1)].iloc[0]
     known, female = (table["sex"] != "").to_numpy(), (table["sex"] == "F").to_numpy()
     inside = clusters == 1
-    counts = [[(part & known & (female == value)).sum() for value in (True, False)] for part in (inside, ~inside)]
+    counts = [
+        [(part & known & (female == value)).sum() for value in (True, False)]
+        for part in (inside, ~inside)
+    ]
     assert row["p"] == pytest.approx(stats.fisher_exact(counts).pvalue)
     assert row["n"] == (inside & known).sum()
     assert frame["q"].to_numpy() == pytest.approx(stats.false_discovery_control(frame["p"]))
@@ -79,7 +95,9 @@ def test_drivers_tell_what_clusters_follow():
     found = drivers(view, images, table)
     assert found["view_position"] == pytest.approx(1)
     assert all(abs(value) < 0.05 for name, value in found.items() if name != "view_position")
-    quarters = np.searchsorted(np.quantile(enrichment.brightness(images), (0.25, 0.5, 0.75)), enrichment.brightness(images))
+    quarters = np.searchsorted(
+        np.quantile(enrichment.brightness(images), (0.25, 0.5, 0.75)), enrichment.brightness(images)
+    )
     assert drivers(quarters, images, table)["brightness"] == pytest.approx(1)
     assert np.isnan(drivers(view, images, table.assign(sex=""))["sex"])
 

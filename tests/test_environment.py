@@ -1,4 +1,6 @@
-"""pyproject.toml, environment.yml and requirements.lock name the same packages, and a clean clone can be imported."""
+"""pyproject.toml, environment.yml and requirements.lock name the same packages, and a clean clone
+can be imported.
+"""
 
 import os
 import re
@@ -19,7 +21,11 @@ CONDA_NAMES = {"pytorch": "torch", "python-igraph": "igraph", "python-isal": "is
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DIRECT = {
     canonicalize_name(r.name): r
-    for r in map(Requirement, PROJECT["dependencies"] + [d for ds in PROJECT["optional-dependencies"].values() for d in ds])
+    for r in map(
+        Requirement,
+        PROJECT["dependencies"]
+        + [d for ds in PROJECT["optional-dependencies"].values() for d in ds],
+    )
 }
 
 
@@ -29,13 +35,22 @@ def read_lock():
 
 
 def locked_versions():
-    return {canonicalize_name(r.name): Version(re.fullmatch(r"==([^,]+)", str(r.specifier)).group(1)) for r in read_lock()}
+    return {
+        canonicalize_name(r.name): Version(re.fullmatch(r"==([^,]+)", str(r.specifier)).group(1))
+        for r in read_lock()
+    }
 
 
 def read_conda():
     """Conda and pip requirements of environment.yml, under the names that pip uses."""
     lines = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
-    pip = [line for entry in lines if isinstance(entry, dict) for line in entry["pip"] if not line.startswith("-")]
+    pip = [
+        line
+        for entry in lines
+        if isinstance(entry, dict)
+        for line in entry["pip"]
+        if not line.startswith("-")
+    ]
     conda = [re.sub(r"(?<![<>=!])=(?!=)", "==", line) for line in lines if isinstance(line, str)]
     found = {}
     for requirement in map(Requirement, conda + pip):
@@ -47,19 +62,29 @@ def test_lock_has_exact_versions_once():
     names = [canonicalize_name(r.name) for r in read_lock()]
     assert len(names) == len(set(names)) > len(DIRECT)
     versions = locked_versions()  # fails on anything but name==version
-    assert all(version.local is None for version in versions.values()), "a build such as +cpu is the user's choice"
+    assert all(version.local is None for version in versions.values()), (
+        "a build such as +cpu is the user's choice"
+    )
 
 
 def test_lock_meets_every_bound_of_pyproject():
     versions = locked_versions()
-    unmet = [str(r) for name, r in DIRECT.items() if name not in versions or not r.specifier.contains(versions[name], prereleases=True)]
+    unmet = [
+        str(r)
+        for name, r in DIRECT.items()
+        if name not in versions or not r.specifier.contains(versions[name], prereleases=True)
+    ]
     assert not unmet, f"requirements.lock does not meet {unmet}"
 
 
 def test_conda_names_the_packages_of_pyproject_with_the_same_bounds():
     conda = read_conda()
     assert set(conda) - {"python", "pip"} == set(DIRECT)
-    different = {name: (str(conda[name].specifier), str(r.specifier)) for name, r in DIRECT.items() if conda[name].specifier != r.specifier}
+    different = {
+        name: (str(conda[name].specifier), str(r.specifier))
+        for name, r in DIRECT.items()
+        if conda[name].specifier != r.specifier
+    }
     assert not different, f"environment.yml and pyproject.toml differ in {different}"
 
 
@@ -81,29 +106,50 @@ def test_dot_venv_has_the_locked_versions():
     if os.path.normcase(sys.prefix) != os.path.normcase(ROOT / ".venv"):
         pytest.skip("this is not the project's .venv")
     installed = {canonicalize_name(d.metadata["Name"]): Version(d.version) for d in distributions()}
-    wanted = [canonicalize_name(r.name) for r in read_lock() if r.marker is None or r.marker.evaluate()]
+    wanted = [
+        canonicalize_name(r.name) for r in read_lock() if r.marker is None or r.marker.evaluate()
+    ]
     versions = locked_versions()
     different = [
-        f"{n}: {installed.get(n)}, not {versions[n]}" for n in wanted if n not in installed or Version(installed[n].public) != versions[n]
+        f"{n}: {installed.get(n)}, not {versions[n]}"
+        for n in wanted
+        if n not in installed or Version(installed[n].public) != versions[n]
     ]
     assert not different, f"{different}; remove .venv and call ./run_all.sh"
 
 
 def test_lock_is_closed():
-    """Whatever a locked package needs on this machine is locked too, but for the libraries that come with a CUDA build of torch."""
-    wanted = {canonicalize_name(r.name) for r in read_lock() if r.marker is None or r.marker.evaluate()}
+    """Whatever a locked package needs on this machine is locked too, but for the libraries that
+    come with a CUDA build of torch.
+    """
+    wanted = {
+        canonicalize_name(r.name) for r in read_lock() if r.marker is None or r.marker.evaluate()
+    }
     needs = set()
     for distribution in distributions():
         if canonicalize_name(distribution.metadata["Name"]) in wanted - {"torch"}:
             required = map(Requirement, distribution.requires or [])
-            needs |= {canonicalize_name(r.name) for r in required if r.marker is None or r.marker.evaluate({"extra": ""})}
+            needs |= {
+                canonicalize_name(r.name)
+                for r in required
+                if r.marker is None or r.marker.evaluate({"extra": ""})
+            }
     assert len(needs) > len(DIRECT)
     assert needs - wanted <= {"setuptools", "pip"}
 
 
 def test_clean_clone_imports_lib(tmp_path):
     """What git knows, and nothing else, is enough: .gitignore must not swallow lib/."""
-    listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     try:
         names = subprocess.run(listing, check=True, capture_output=True).stdout.decode().split("\0")
     except (OSError, subprocess.CalledProcessError):
@@ -112,19 +158,34 @@ def test_clean_clone_imports_lib(tmp_path):
         if name.startswith("lib/") and (ROOT / name).exists():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    modules = sorted(f"lib.{path.stem}" for path in (ROOT / "lib").glob("*.py") if path.stem != "__init__")
+    modules = sorted(
+        f"lib.{path.stem}" for path in (ROOT / "lib").glob("*.py") if path.stem != "__init__"
+    )
     assert len(modules) > 5
     code = f"import sys; sys.path.insert(0, '.'); import {', '.join(modules)}; print(lib.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert os.path.realpath(done.stdout.strip()) == os.path.realpath(tmp_path / "lib" / "__init__.py")
+    assert os.path.realpath(done.stdout.strip()) == os.path.realpath(
+        tmp_path / "lib" / "__init__.py"
+    )
 
 
-@pytest.mark.parametrize("name", ["data/phantom/images.npy", "data/raw/x", "figures/phantom-smoke/fig1_nmi.png", ".venv/bin/python"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/phantom/images.npy",
+        "data/raw/x",
+        "figures/phantom-smoke/fig1_nmi.png",
+        ".venv/bin/python",
+    ],
+)
 def test_git_ignores_what_is_computed(name):
     try:
         status = subprocess.run(
-            ["git", "-C", str(ROOT), "check-ignore", "--no-index", "--quiet", name], stderr=subprocess.DEVNULL
+            ["git", "-C", str(ROOT), "check-ignore", "--no-index", "--quiet", name],
+            stderr=subprocess.DEVNULL,
         ).returncode
     except OSError:
         status = 128

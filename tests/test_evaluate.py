@@ -1,4 +1,6 @@
-"""Evaluation of a run: planted answers are found, what the data cannot tell is None, and the tables say what the numbers say."""
+"""Evaluation of a run: planted answers are found, what the data cannot tell is None, and the tables
+say what the numbers say.
+"""
 
 import dataclasses
 
@@ -6,12 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import evaluate, paths, report
+from lib import paths
 from lib.data import FINDINGS
 from lib.deepcluster import TrainConfig, fit
+from lib.study import evaluate, report
 from tests.test_deepcluster import pictures
 
-PUBLISHED = {"linear_probe": {"alexnet": 0.564, "p4m": 0.5673, "majority_baseline_recomputed": 0.59}}
+PUBLISHED = {
+    "linear_probe": {"alexnet": 0.564, "p4m": 0.5673, "majority_baseline_recomputed": 0.59}
+}
 
 
 def metadata(n, seed=0):
@@ -21,7 +26,13 @@ def metadata(n, seed=0):
     test = rng.permutation(patient.max() + 1) < (patient.max() + 1) // 5
     has = rng.random((n, 2)) < [0.4, 0.3]
     findings = ["|".join(np.array(["Effusion", "Mass"])[row]) or "No Finding" for row in has]
-    return pd.DataFrame({"patient_id": patient, "findings": findings, "split": np.where(test[patient], "test", "train")})
+    return pd.DataFrame(
+        {
+            "patient_id": patient,
+            "findings": findings,
+            "split": np.where(test[patient], "test", "train"),
+        }
+    )
 
 
 def test_planted_findings_are_read_and_noise_is_not():
@@ -29,7 +40,9 @@ def test_planted_findings_are_read_and_noise_is_not():
     table = metadata(n)
     noise = rng.normal(size=(n, 8)).astype(np.float32)
     codes = np.unique(table["findings"], return_inverse=True)[1]
-    told = evaluate.evaluate_features(np.eye(4, dtype=np.float32)[codes] + 0.1 * noise[:, :4], noise, codes, table, n_boot=50)
+    told = evaluate.evaluate_features(
+        np.eye(4, dtype=np.float32)[codes] + 0.1 * noise[:, :4], noise, codes, table, n_boot=50
+    )
     assert told["label_combinations"]["accuracy"] > 0.98
     assert told["findings"]["mean"] > 0.98
     assert told["labels"]["nmi"] == pytest.approx(1)
@@ -38,17 +51,24 @@ def test_planted_findings_are_read_and_noise_is_not():
     assert untold["label_combinations"]["accuracy"] < untold["label_combinations"]["majority"] + 0.1
     assert abs(untold["findings"]["mean"] - 0.5) < 0.12
     assert abs(untold["labels"]["ami"]) < 0.02
-    assert set(np.flatnonzero(np.isfinite(told["findings"]["per_finding"]))) == {FINDINGS.index("Effusion"), FINDINGS.index("Mass")}
+    assert set(np.flatnonzero(np.isfinite(told["findings"]["per_finding"]))) == {
+        FINDINGS.index("Effusion"),
+        FINDINGS.index("Mass"),
+    }
 
 
 def test_what_the_data_cannot_tell_is_none():
     n = 40
     features = np.random.default_rng(0).normal(size=(n, 4)).astype(np.float32)
     unlabelled = metadata(n).assign(findings="")
-    numbers = evaluate.evaluate_features(features, features, np.arange(n) % 3, unlabelled, n_boot=10)
+    numbers = evaluate.evaluate_features(
+        features, features, np.arange(n) % 3, unlabelled, n_boot=10
+    )
     assert numbers["label_combinations"] is numbers["findings"] is numbers["labels"] is None
     assert numbers["clusters"] is not None
-    numbers = evaluate.evaluate_features(features, features, np.arange(n) % 3, metadata(n).assign(split="train"), n_boot=10)
+    numbers = evaluate.evaluate_features(
+        features, features, np.arange(n) % 3, metadata(n).assign(split="train"), n_boot=10
+    )
     assert numbers["clusters"] is None
 
 
@@ -71,7 +91,16 @@ def study(tmp_path_factory):
     for arm, width in (("alexnet", (4, 8, 8, 8, 8, 16)), ("p4m", (2, 2, 4))):
         seeds = {}
         for seed in (0, 1):
-            config = TrainConfig(arm, n_clusters=4, pca_dim=3, epochs=4, batch_size=16, width=width, seed=seed, device="cpu")
+            config = TrainConfig(
+                arm,
+                n_clusters=4,
+                pca_dim=3,
+                epochs=4,
+                batch_size=16,
+                width=width,
+                seed=seed,
+                device="cpu",
+            )
             run = fit(images, config, folder / f"{arm}{seed}", progress=False)
             seeds[seed] = {
                 "features": evaluate.evaluate_run(run, table, n_boot=20),
@@ -79,9 +108,18 @@ def study(tmp_path_factory):
                 "symmetry": evaluate.evaluate_symmetry(run, images, sample=30, seed=seed),
                 "ln_k": np.log(4),
             }
-        results["arms"][arm] = {"parameters": 1, "config": dataclasses.asdict(config), "seeds": seeds}
+        results["arms"][arm] = {
+            "parameters": 1,
+            "config": dataclasses.asdict(config),
+            "seeds": seeds,
+        }
     pixels = {
-        seed: {"features": evaluate.evaluate_pixels(images, table, dataclasses.replace(config, seed=seed), n_boot=20)} for seed in (0, 1)
+        seed: {
+            "features": evaluate.evaluate_pixels(
+                images, table, dataclasses.replace(config, seed=seed), n_boot=20
+            )
+        }
+        for seed in (0, 1)
     }
     results["arms"]["pixels"] = {"parameters": 0, "config": {}, "seeds": pixels}
     return results
@@ -119,7 +157,10 @@ def test_training_numbers(study):
 def test_rows_and_table(study):
     rows = report.results_rows(study)
     assert len(rows) == 3 * 2 * 3  # arms, seeds, targets
-    assert ((rows["patients_low"] <= rows["value"] + 1e-9) & (rows["value"] - 1e-9 <= rows["patients_high"])).all()
+    assert (
+        (rows["patients_low"] <= rows["value"] + 1e-9)
+        & (rows["value"] - 1e-9 <= rows["patients_high"])
+    ).all()
     table = report.linear_probe_table(study, PUBLISHED)
     row = table[(table["arm"] == "p4m") & (table["target"] == "clusters")].iloc[0]
     values = rows[(rows["arm"] == "p4m") & (rows["target"] == "clusters")]["value"]
@@ -127,7 +168,9 @@ def test_rows_and_table(study):
     assert row["published"] == 0.5673
     assert row["n_seeds"] == 2
     assert row["ci_low"] <= row["accuracy"] <= row["ci_high"]
-    assert table["published"].notna().sum() == 4  # two arms, two targets: not the findings, not the baselines
+    assert (
+        table["published"].notna().sum() == 4
+    )  # two arms, two targets: not the findings, not the baselines
 
 
 def test_summary_says_what_the_numbers_say(study):
@@ -136,14 +179,22 @@ def test_summary_says_what_the_numbers_say(study):
     assert text.startswith("# Summary: test pictures, 80 images")
     for number in range(1, 6):
         assert f"### {number}. " in text
-    lattice = np.mean([study["arms"]["alexnet"]["seeds"][seed]["symmetry"]["lattice"] for seed in (0, 1)])
+    lattice = np.mean(
+        [study["arms"]["alexnet"]["seeds"][seed]["symmetry"]["lattice"] for seed in (0, 1)]
+    )
     line = next(line for line in text.splitlines() if "7 turns and mirrors" in line)
     assert f"{lattice:.3f} (" in line
     assert "1.000 (1.000 to 1.000, n = 2)" in line
     assert "0.564" in text
     assert "majority" in text
     assert "nan" not in text
-    changed = {**study, "arms": {**study["arms"], "p4m": {**study["arms"]["p4m"], "seeds": {0: study["arms"]["p4m"]["seeds"][0]}}}}
+    changed = {
+        **study,
+        "arms": {
+            **study["arms"],
+            "p4m": {**study["arms"]["p4m"], "seeds": {0: study["arms"]["p4m"]["seeds"][0]}},
+        },
+    }
     assert "1.000 (n = 1)" in report.summary(changed, table, {}, "x")
 
 

@@ -1,4 +1,6 @@
-"""The explorer: what is gathered is what the runs say; the page is one file; in a real browser it shows what it should."""
+"""The explorer: what is gathered is what the runs say; the page is one file; in a real browser it
+shows what it should.
+"""
 
 import base64
 import io
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import data, explorer, paths, runs
+from lib import data, paths, runs
+from lib.explore import explorer
 from lib.features import extract
 from lib.groups import P4M
 from tests import browser, finished
@@ -27,7 +30,10 @@ def study(tmp_path_factory):
         patch.setenv("CXR_DATA_DIR", str(tmp_path_factory.mktemp("explorer")))
         finished.make(epochs=3)
         images, metadata = data.load(paths.dataset_dir(finished.DATASET))
-        found = {arm: runs.load_run(paths.run_dir(finished.DATASET, arm, 0)) for arm in ("alexnet", "p4m")}
+        found = {
+            arm: runs.load_run(paths.run_dir(finished.DATASET, arm, 0))
+            for arm in ("alexnet", "p4m")
+        }
         return np.array(images), metadata, found
 
 
@@ -38,7 +44,11 @@ def content(study):
 
 def payload(page):
     """The data in a page."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL).group(1))
+    return json.loads(
+        re.search(
+            r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL
+        ).group(1)
+    )
 
 
 def tiled(content, n, epochs):
@@ -52,7 +62,9 @@ def tiled(content, n, epochs):
         many = {**arm, "x": [arm["x"][i] for i in rows], "y": [arm["y"][i] for i in rows]}
         many["turned"] = [[line[i] for i in rows] for line in arm["turned"]]
         for name in ("epochs", "distance"):
-            many[name] = [[arm[name][e % len(arm[name])][i] for i in rows] for e in range(epochs + 1)]
+            many[name] = [
+                [arm[name][e % len(arm[name])][i] for i in rows] for e in range(epochs + 1)
+            ]
         many["stability"] = [arm["stability"][e % len(arm["stability"])] for e in range(epochs + 1)]
         big["arms"].append(many)
     return big
@@ -68,14 +80,20 @@ def test_what_is_gathered_is_what_the_runs_say(study, content):
         run = found[arm["name"]]
         assert arm["epochs"][-1] == arm["turned"][0] == run.final_assignments.tolist()
         assert len(arm["epochs"]) == 4
-        for shown, stored in zip(arm["epochs"], run.assignments, strict=False):  # other numbers, the same clusters
+        for shown, stored in zip(
+            arm["epochs"], run.assignments, strict=False
+        ):  # other numbers, the same clusters
             assert len(set(zip(shown, stored.tolist(), strict=True))) == len(set(stored.tolist()))
         for g in (1, 6):
             turned = np.stack([np.rot90(image, g % 4)[:: -1 if g >= 4 else 1] for image in images])
-            assert arm["turned"][g] == runs.assign(run, extract(runs.load_model(run), turned)).tolist()
+            assert (
+                arm["turned"][g] == runs.assign(run, extract(runs.load_model(run), turned)).tolist()
+            )
         assert np.abs([arm["x"], arm["y"]]).max() == pytest.approx(1, abs=1e-3)
     alexnet, p4m = content["arms"]
-    assert all(line == p4m["turned"][0] for line in p4m["turned"]), "P4M's clusters change under a symmetry that it has"
+    assert all(line == p4m["turned"][0] for line in p4m["turned"]), (
+        "P4M's clusters change under a symmetry that it has"
+    )
     assert any(line != alexnet["turned"][0] for line in alexnet["turned"])
     assert len(content["turns"]) == P4M.order
 
@@ -136,7 +154,12 @@ def test_git_ignores_the_page():
     """It holds every X-ray that it shows."""
     command = ["git", "-C", str(paths.ROOT), "check-ignore", "--no-index", "--quiet"]
     try:
-        status = {name: subprocess.run([*command, f"figures/{name}/explorer.html"], stderr=subprocess.DEVNULL).returncode for name in NAMES}
+        status = {
+            name: subprocess.run(
+                [*command, f"figures/{name}/explorer.html"], stderr=subprocess.DEVNULL
+            ).returncode
+            for name in NAMES
+        }
     except OSError:
         pytest.skip("no git")
     if 128 in status.values():
@@ -162,10 +185,13 @@ def test_a_page_that_is_too_large_is_told(content, tmp_path, monkeypatch):
         explorer.save(content, tmp_path / "explorer.html")
 
 
-# ------------------------------------------------------------------------------------------------------------ in a browser
+# --------------------------------------------------------------------------------------------------
 
 
-needs_browser = pytest.mark.skipif(browser.find() is None, reason="no Chromium or Chrome on the path (CHROMIUM names one elsewhere)")
+needs_browser = pytest.mark.skipif(
+    browser.find() is None,
+    reason="no Chromium or Chrome on the path (CHROMIUM names one elsewhere)",
+)
 READY = "document.body !== null && document.body.dataset.ready === 'true'"
 DEEP = """(() => {
   const all = (root) => [...root.querySelectorAll('*')].flatMap((e) => [e, ...(e.shadowRoot ? all(e.shadowRoot) : [])]);
@@ -186,11 +212,16 @@ def page(content, tmp_path):
         opened.wait(READY)
         yield opened
         assert opened.errors == []
-        assert [url for url in opened.requests if not url.startswith(("file:", "blob:", "data:"))] == []
+        assert [
+            url for url in opened.requests if not url.startswith(("file:", "blob:", "data:"))
+        ] == []
 
 
 def members(content, arm, epoch, cluster):
-    labels, distance = content["arms"][arm]["epochs"][epoch], content["arms"][arm]["distance"][epoch]
+    labels, distance = (
+        content["arms"][arm]["epochs"][epoch],
+        content["arms"][arm]["distance"][epoch],
+    )
     return sorted((i for i, c in enumerate(labels) if c == cluster), key=lambda i: (distance[i], i))
 
 
@@ -213,7 +244,13 @@ def test_images_of_which_nothing_is_known(study, tmp_path):
     pytest.importorskip("websocket")
     images, metadata, found = study
     bare = metadata[["image_id"]].assign(patient_id="", findings="", view_position="")
-    content = explorer.gather(images, bare, {"alexnet": found["alexnet"]}, "own images, 72 images", data.FOLDER_ATTRIBUTION)
+    content = explorer.gather(
+        images,
+        bare,
+        {"alexnet": found["alexnet"]},
+        "own images, 72 images",
+        data.FOLDER_ATTRIBUTION,
+    )
     assert content["arms"][0]["q"] == {}
     path = explorer.save(content, tmp_path / "explorer.html")
     with browser.Browser() as opened:
@@ -251,9 +288,13 @@ def test_the_gallery_shows_the_cluster_from_near_to_far(page, content):
     for cluster in sorted(set(content["arms"][0]["epochs"][-1])):
         page.choose("#cluster", str(cluster))
         inside = members(content, 0, -1, cluster)
-        shown = page.evaluate("[...document.querySelectorAll('#nearest [data-image]')].map((e) => Number(e.dataset.image))")
+        shown = page.evaluate(
+            "[...document.querySelectorAll('#nearest [data-image]')].map((e) => Number(e.dataset.image))"
+        )
         assert shown == inside[:12]
-        far = page.evaluate("[...document.querySelectorAll('#farthest [data-image]')].map((e) => Number(e.dataset.image))")
+        far = page.evaluate(
+            "[...document.querySelectorAll('#farthest [data-image]')].map((e) => Number(e.dataset.image))"
+        )
         assert far == inside[12:][::-1][:6]
         assert page.text("#size").startswith(f"{len(inside)} of 72 images shown")
     page.click("#nearest button:nth-child(2)")
@@ -276,7 +317,10 @@ def test_hover_shows_the_xray_and_a_click_selects_it(page, content):
     assert f"patient {content['patients'][i]}" in tip["text"]
     assert tip["image"].startswith('url("blob:')
     columns = int(np.ceil(np.sqrt(72)))
-    assert [float(v) for v in tip["place"].replace("px", "").split()] == [-64 * (i % columns), -64 * (i // columns)]
+    assert [float(v) for v in tip["place"].replace("px", "").split()] == [
+        -64 * (i % columns),
+        -64 * (i // columns),
+    ]
     page.point(*spot, press=True)
     page.wait(f"explorer.state.image === {i}", 5)
     assert content["ids"][i] in facts(page)
@@ -288,16 +332,24 @@ def test_the_epoch_slider_and_the_network_recolour_the_map(page, content):
     for arm in (1, 0):
         page.choose("#arm", str(arm))
         assert content["arms"][arm]["title"] in page.text("#about-map")
-        shown = page.evaluate("[...explorer.points.data.index].map((i, k) => [i, explorer.points.data.x[k]])")
+        shown = page.evaluate(
+            "[...explorer.points.data.index].map((i, k) => [i, explorer.points.data.x[k]])"
+        )
         assert {i: x for i, x in shown} == dict(enumerate(content["arms"][arm]["x"]))
         for epoch in (0, 2, 3):
             page.choose("#epoch", str(epoch + 1))
             clusters = page.evaluate(
                 "explorer.points.data.index.map((i, k) => [i, explorer.points.data.cluster[k], explorer.points.data.color[k]])"
             )
-            assert {i: c for i, c, _ in clusters} == dict(enumerate(content["arms"][arm]["epochs"][epoch]))
-            assert len({color for _, _, color in clusters}) == len(set(content["arms"][arm]["epochs"][epoch]))
-            assert page.text("#epoch-name") == ("after the last epoch" if epoch == 3 else f"{epoch + 1} of 3")
+            assert {i: c for i, c, _ in clusters} == dict(
+                enumerate(content["arms"][arm]["epochs"][epoch])
+            )
+            assert len({color for _, _, color in clusters}) == len(
+                set(content["arms"][arm]["epochs"][epoch])
+            )
+            assert page.text("#epoch-name") == (
+                "after the last epoch" if epoch == 3 else f"{epoch + 1} of 3"
+            )
     values = page.evaluate("[...explorer.stability.data.cluster]")
     cluster = page.evaluate("explorer.state.cluster")
     assert values == [line[cluster] for line in content["arms"][0]["stability"][:-1]]
@@ -323,7 +375,9 @@ def test_colours_by_finding_view_and_patient_count_right(page, content, study):
     assert f"({n})" in page.text("#legend")
     page.choose("#color", "findings")
     assert f"No Finding ({(metadata['findings'] == 'No Finding').sum()})" in page.text("#legend")
-    looks = page.evaluate("explorer.points.data.color.map((c, k) => c + explorer.points.data.marker[k])")
+    looks = page.evaluate(
+        "explorer.points.data.color.map((c, k) => c + explorer.points.data.marker[k])"
+    )
     assert len(set(looks)) > 2
 
 
@@ -332,7 +386,9 @@ def test_findings_stand_beside_the_base_rate(page, content, study):
     has = data.finding_matrix(study[1]["findings"])
     cluster = page.evaluate("explorer.state.cluster")
     inside = np.array(content["arms"][0]["epochs"][-1]) == cluster
-    rows = page.evaluate("[...document.querySelectorAll('#findings tbody tr')].map((r) => [...r.cells].map((c) => c.textContent))")
+    rows = page.evaluate(
+        "[...document.querySelectorAll('#findings tbody tr')].map((r) => [...r.cells].map((c) => c.textContent))"
+    )
     assert len(rows) == has.any(axis=0).sum()
     for name, here, base, _ratio, q in rows:
         k = content["finding_names"].index(name)
@@ -343,7 +399,13 @@ def test_findings_stand_beside_the_base_rate(page, content, study):
 
 @needs_browser
 def test_turns_tell_who_keeps_its_cluster(page, content):
-    image = next(i for i in range(72) if any(line[i] != content["arms"][0]["turned"][0][i] for line in content["arms"][0]["turned"]))
+    image = next(
+        i
+        for i in range(72)
+        if any(
+            line[i] != content["arms"][0]["turned"][0][i] for line in content["arms"][0]["turned"]
+        )
+    )
     page.choose("#cluster", str(content["arms"][0]["epochs"][-1][image]))
     page.evaluate(f"explorer.state.image = {image}")
     page.choose("#arm", "0")
@@ -359,9 +421,15 @@ def test_turns_tell_who_keeps_its_cluster(page, content):
     page.click("#turns button:nth-child(2)")
     assert page.evaluate("document.getElementById('large').toDataURL()") != before
     assert page.text("#live").startswith("90° left: AlexNet")
-    thumb = page.evaluate("getComputedStyle(document.querySelector('#turns button:nth-child(6) .thumb')).transform")
-    matrix = np.array([float(v) for v in thumb[7:-1].split(",")[:4]]).reshape(2, 2).T  # screen (x, y), y downward
-    flipped = np.array([[matrix[1, 1], matrix[1, 0]], [matrix[0, 1], matrix[0, 0]]]).round().astype(int)  # as (row, column)
+    thumb = page.evaluate(
+        "getComputedStyle(document.querySelector('#turns button:nth-child(6) .thumb')).transform"
+    )
+    matrix = (
+        np.array([float(v) for v in thumb[7:-1].split(",")[:4]]).reshape(2, 2).T
+    )  # screen (x, y), y downward
+    flipped = (
+        np.array([[matrix[1, 1], matrix[1, 0]], [matrix[0, 1], matrix[0, 0]]]).round().astype(int)
+    )  # as (row, column)
     assert (flipped == P4M.matrices[5]).all(), "the picture is turned as the network's input was"
 
 
@@ -369,7 +437,11 @@ def test_turns_tell_who_keeps_its_cluster(page, content):
 def test_the_keyboard_does_what_the_mouse_does(page, content):
     cluster = page.evaluate("explorer.state.cluster")
     inside = members(content, 0, -1, cluster)
-    for key, expected in (("ArrowRight", inside[1]), ("ArrowRight", inside[2]), ("ArrowLeft", inside[1])):
+    for key, expected in (
+        ("ArrowRight", inside[1]),
+        ("ArrowRight", inside[2]),
+        ("ArrowLeft", inside[1]),
+    ):
         page.key(key)
         assert page.evaluate("explorer.state.image") == expected
     page.key("r")
@@ -382,7 +454,9 @@ def test_the_keyboard_does_what_the_mouse_does(page, content):
     present = sorted(set(content["arms"][1]["epochs"][-1]))
     now = page.evaluate("explorer.state.cluster")
     page.key("c")
-    assert page.evaluate("explorer.state.cluster") == present[(present.index(now) + 1) % len(present)]
+    assert (
+        page.evaluate("explorer.state.cluster") == present[(present.index(now) + 1) % len(present)]
+    )
     assert page.text("#live").startswith("Cluster ")
     page.key("C")
     assert page.evaluate("explorer.state.cluster") == now

@@ -1,4 +1,6 @@
-"""Feature extraction keeps rows and images together; PCA-whitening agrees with scikit-learn and tells of what it cannot do."""
+"""Feature extraction keeps rows and images together; PCA-whitening agrees with scikit-learn and
+tells of what it cannot do.
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ KINDS = {"array": np.asarray, "tensor": torch.from_numpy}
 def mixed(n, d, rank=None, offset=3.0, dtype=np.float32, seed=0):
     """Correlated features (n, d) of the given rank (d if None), away from the origin."""
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(n, rank or d)) @ rng.normal(size=(rank or d, d)) + offset).astype(dtype)
+    return (rng.normal(size=(n, rank or d)) @ rng.normal(size=(rank or d, d)) + offset).astype(
+        dtype
+    )
 
 
 class Corner(nn.Module):
@@ -49,7 +53,9 @@ def test_normalise_maps_the_ends_of_the_range_to_minus_one_and_one():
     torch.testing.assert_close(x[0, 0], torch.tensor([[-1.0, 1.0], [-0.6, 0.6]]))
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(2, 64, 64), torch.zeros(2, 1, 64, 64, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(2, 64, 64), torch.zeros(2, 1, 64, 64, dtype=torch.uint8)]
+)
 def test_normalise_refuses_what_may_be_normalised_already(bad):
     with pytest.raises(ValueError, match=r"uint8 of shape \(B, H, W\)"):
         normalise(bad)
@@ -66,7 +72,9 @@ def test_row_i_is_image_i(images, tmp_path, source, batch_size):
     rows = extract(Corner(), given_images, batch_size=batch_size)
     assert rows.dtype == np.float32
     assert rows.shape == (700, 2)
-    pixels = np.rint((rows * np.sqrt(1 + 1e-5) + 1) * 127.5).astype(int)  # batch norm in evaluation divides by sqrt(1 + eps)
+    pixels = np.rint((rows * np.sqrt(1 + 1e-5) + 1) * 127.5).astype(
+        int
+    )  # batch norm in evaluation divides by sqrt(1 + eps)
     np.testing.assert_array_equal(pixels @ [256, 1], np.arange(700))
 
 
@@ -85,7 +93,11 @@ def test_extract_leaves_every_module_in_its_mode_and_holds_no_gradient(images):
 
 def test_extract_names_the_first_image_that_is_not_finite(images):
     model = Corner()
-    model.features = lambda x: torch.where(x[:, 0, 0, :2] == normalise(torch.full((1, 1, 1), 44, dtype=torch.uint8)).item(), torch.nan, 1.0)
+    model.features = lambda x: torch.where(
+        x[:, 0, 0, :2] == normalise(torch.full((1, 1, 1), 44, dtype=torch.uint8)).item(),
+        torch.nan,
+        1.0,
+    )
     with pytest.raises(FloatingPointError, match="image 44 "):
         extract(model, images, batch_size=30)
 
@@ -112,7 +124,9 @@ def test_extract_shows_progress_only_when_asked(images, capsys):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("n", "d"), [(500, 40), (60, 200), (9000, 12)], ids=["tall", "wide", "chunks"])
+@pytest.mark.parametrize(
+    ("n", "d"), [(500, 40), (60, 200), (9000, 12)], ids=["tall", "wide", "chunks"]
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_whitening_agrees_with_scikit_learn(kind, n, d, dtype):
     x = mixed(n, d, dtype=dtype)
@@ -124,19 +138,34 @@ def test_whitening_agrees_with_scikit_learn(kind, n, d, dtype):
     assert np.asarray(z).dtype == dtype
     assert ours.n_components_ == 10
     for name in ("mean_", "explained_variance_", "explained_variance_ratio_"):
-        np.testing.assert_allclose(np.asarray(getattr(ours, name)), getattr(theirs, name), rtol=1e-7, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(getattr(ours, name)), getattr(theirs, name), rtol=1e-7, err_msg=name
+        )
     signs = np.sign((np.asarray(ours.components_) * theirs.components_).sum(axis=1))
-    np.testing.assert_allclose(np.asarray(ours.components_), signs[:, None] * theirs.components_, atol=1e-7)
-    np.testing.assert_allclose(np.asarray(z), signs * theirs.transform(x.astype(np.float64)), atol=1e-5 if dtype == np.float32 else 1e-8)
+    np.testing.assert_allclose(
+        np.asarray(ours.components_), signs[:, None] * theirs.components_, atol=1e-7
+    )
+    np.testing.assert_allclose(
+        np.asarray(z),
+        signs * theirs.transform(x.astype(np.float64)),
+        atol=1e-5 if dtype == np.float32 else 1e-8,
+    )
     new = mixed(50, d, dtype=dtype, seed=1)
-    np.testing.assert_allclose(np.asarray(ours.transform(KINDS[kind](new))), signs * theirs.transform(new), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        np.asarray(ours.transform(KINDS[kind](new))),
+        signs * theirs.transform(new),
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_a_read_only_memory_map_is_neither_copied_nor_written(tmp_path):
     np.save(tmp_path / "features.npy", mixed(9000, 12))
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     assert as_rows(mapped, "features").data_ptr() == mapped.ctypes.data
-    np.testing.assert_array_equal(PCAWhiten(5).fit_transform(mapped), PCAWhiten(5).fit_transform(mixed(9000, 12)))
+    np.testing.assert_array_equal(
+        PCAWhiten(5).fit_transform(mapped), PCAWhiten(5).fit_transform(mixed(9000, 12))
+    )
     np.testing.assert_array_equal(mapped, mixed(9000, 12))
 
 
@@ -178,7 +207,9 @@ def test_the_largest_loading_of_each_axis_is_positive():
     seed=st.integers(0, 99),
 )
 def test_exactly_the_directions_that_vary_are_kept(n, d, rank, offset, scale, seed):
-    """Float32 rounding spreads a low-rank matrix over all directions; none of those may be blown up to unit variance."""
+    """Float32 rounding spreads a low-rank matrix over all directions; none of those may be blown up
+    to unit variance.
+    """
     rank = min(rank, d)
     rng = np.random.default_rng(seed)
     axes = np.linalg.qr(rng.normal(size=(d, rank)))[0].T
@@ -190,7 +221,10 @@ def test_exactly_the_directions_that_vary_are_kept(n, d, rank, offset, scale, se
 
 
 def test_more_components_than_rows_allow_keeps_n_minus_one():
-    with pytest.warns(RuntimeWarning, match="keeps 19 components instead of n_components=64: 20 rows of 32 features"):
+    with pytest.warns(
+        RuntimeWarning,
+        match="keeps 19 components instead of n_components=64: 20 rows of 32 features",
+    ):
         pca = PCAWhiten(64).fit(mixed(20, 32))
     assert pca.n_components_ == len(pca.components_) == len(pca.explained_variance_) == 19
 

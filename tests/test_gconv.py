@@ -1,4 +1,6 @@
-"""The layers against the definition written out pixel by pixel, under all elements of the group, with controls that must fail."""
+"""The layers against the definition written out pixel by pixel, under all elements of the group,
+with controls that must fail.
+"""
 
 import copy
 import itertools
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lib import gfourier, gkernel
+from lib.fast import gfourier, gkernel
 from lib.gconv import (
     GroupAvgBlurPool,
     GroupBatchNorm,
@@ -42,7 +44,9 @@ def one_thread():
 
 @pytest.fixture(params=["dense", "fourier", "fourier without a compiler"])
 def algorithm(request, monkeypatch):
-    """Each way to compute a layer; the compiled kernel takes float32, so the third differs from the second there only."""
+    """Each way to compute a layer; the compiled kernel takes float32, so the third differs from the
+    second there only.
+    """
     if "without" in request.param:
         monkeypatch.setattr(gkernel, "kernel", lambda: None)
     return request.param.split()[0]
@@ -70,15 +74,19 @@ def equivariance_error(group, module, x):
     """Largest relative difference between module(g x) and g module(x), over all elements."""
     with torch.no_grad():
         y = module(x)
-        errors = [(module(act(group, x, g)) - act(group, y, g)).abs().max() / y.abs().max() for g in range(group.order)]
+        errors = [
+            (module(act(group, x, g)) - act(group, y, g)).abs().max() / y.abs().max()
+            for g in range(group.order)
+        ]
     return max(errors).item()
 
 
 def reference(x, weight, bias, order, stride, padding):
-    """Eq. 10-11 of Cohen and Welling (2016) and nothing else: loops over elements, output pixels, input elements and taps.
+    """Eq. 10-11 of Cohen and Welling (2016) and nothing else: loops over elements, output pixels,
+    input elements and taps.
 
-    ``y(x, g) = bias + sum_u sum_t f(stride * x + t, u) psi(g^-1 u, g^-1 t)``, with elements as GrouPy's matrices M(m) R(r).
-    """
+    ``y(x, g) = bias + sum_u sum_t f(stride * x + t, u) psi(g^-1 u, g^-1 t)``, with elements as
+    GrouPy's matrices M(m) R(r)."""
     x, weight = x.numpy(), weight.numpy()
     stabilizer_in, k = weight.shape[2], weight.shape[-1]
     x = x.reshape(len(x), weight.shape[1], stabilizer_in, *x.shape[-2:])
@@ -87,13 +95,21 @@ def reference(x, weight, bias, order, stride, padding):
     y = np.zeros((len(x), len(weight), order, rows, columns)) + bias.numpy()[:, None, None, None]
     matrices = [matrix(g) for g in range(order)]
     for g, i, j, u, t in itertools.product(
-        range(order), range(rows), range(columns), range(stabilizer_in), itertools.product(range(k), range(k))
+        range(order),
+        range(rows),
+        range(columns),
+        range(stabilizer_in),
+        itertools.product(range(k), range(k)),
     ):
         row, column = i * stride - padding + t[0], j * stride - padding + t[1]
         if 0 <= row < height and 0 <= column < width:
             inverse = matrices[g].T
             tap = inverse @ (np.array(t) - k // 2) + k // 2
-            source = 0 if stabilizer_in == 1 else next(h for h in range(order) if (matrices[h] == inverse @ matrices[u]).all())
+            source = (
+                0
+                if stabilizer_in == 1
+                else next(h for h in range(order) if (matrices[h] == inverse @ matrices[u]).all())
+            )
             y[:, :, g, i, j] += x[:, :, u, row, column] @ weight[:, :, source, tap[0], tap[1]].T
     return torch.from_numpy(y)
 
@@ -101,7 +117,14 @@ def reference(x, weight, bias, order, stride, padding):
 @ALL_LAYERS
 @pytest.mark.parametrize(
     ("kernel_size", "stride", "padding", "size"),
-    [(1, 1, 0, (2, 3)), (3, 1, 1, (3, 4)), (3, 2, 0, (5, 6)), (3, 2, 1, (4, 4)), (5, 1, 2, (3, 3)), (5, 2, 1, (5, 4))],
+    [
+        (1, 1, 0, (2, 3)),
+        (3, 1, 1, (3, 4)),
+        (3, 2, 0, (5, 6)),
+        (3, 2, 1, (4, 4)),
+        (5, 1, 2, (3, 3)),
+        (5, 2, 1, (5, 4)),
+    ],
 )
 def test_equals_the_definition(layer, kernel_size, stride, padding, size, monkeypatch):
     conv = make(layer, 2, 3, kernel_size, stride=stride, padding=padding)
@@ -118,12 +141,21 @@ def test_equals_the_definition(layer, kernel_size, stride, padding, size, monkey
 
 
 @ALL_LAYERS
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
 @pytest.mark.parametrize(
-    ("kernel_size", "stride", "padding", "size"), [(1, 1, 0, 4), (3, 1, 1, 8), (3, 1, 0, 7), (5, 1, 2, 9), (3, 2, 1, 9), (5, 3, 1, 9)]
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5)],
+    ids=["float64", "float32"],
 )
-def test_layers_are_equivariant(layer, dtype, tolerance, kernel_size, stride, padding, size, algorithm):
-    conv = make(layer, 3, 4, kernel_size, stride=stride, padding=padding, dtype=dtype, algorithm=algorithm)
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "padding", "size"),
+    [(1, 1, 0, 4), (3, 1, 1, 8), (3, 1, 0, 7), (5, 1, 2, 9), (3, 2, 1, 9), (5, 3, 1, 9)],
+)
+def test_layers_are_equivariant(
+    layer, dtype, tolerance, kernel_size, stride, padding, size, algorithm
+):
+    conv = make(
+        layer, 3, 4, kernel_size, stride=stride, padding=padding, dtype=dtype, algorithm=algorithm
+    )
     assert equivariance_error(conv.group, conv, make_input(conv, 2, size, size, dtype)) < tolerance
 
 
@@ -137,7 +169,9 @@ def test_layers_are_equivariant(layer, dtype, tolerance, kernel_size, stride, pa
     st.integers(0, 4),
 )
 @settings(max_examples=40, deadline=None)
-def test_layers_commute_with_the_group(layer, channels, fields, kernel_size, stride, padding, steps):
+def test_layers_commute_with_the_group(
+    layer, channels, fields, kernel_size, stride, padding, steps
+):
     size = kernel_size - 2 * padding + steps * stride  # the condition in the module's docstring
     conv = make(layer, channels, fields, kernel_size, stride=stride, padding=padding)
     if size > 0:
@@ -196,13 +230,18 @@ def test_gradients(layer, algorithm):
     ],
 )
 @pytest.mark.parametrize("compiled", [True, False])
-def test_algorithms_agree_in_value_and_gradient(layer, channels, fields, kernel_size, stride, padding, size, compiled, monkeypatch):
+def test_algorithms_agree_in_value_and_gradient(
+    layer, channels, fields, kernel_size, stride, padding, size, compiled, monkeypatch
+):
     conv = make(layer, channels, fields, kernel_size, stride=stride, padding=padding)
     x = make_input(conv, 3, *size).requires_grad_()
 
     def run(conv, x):
         y = conv(x)
-        return y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y).to(y)).sum(), (x, conv.weight, conv.bias))
+        return y, *torch.autograd.grad(
+            (y * torch.linspace(-1, 1, y.numel()).view_as(y).to(y)).sum(),
+            (x, conv.weight, conv.bias),
+        )
 
     conv.algorithm = "dense"
     expected = run(conv, x)
@@ -213,8 +252,12 @@ def test_algorithms_agree_in_value_and_gradient(layer, channels, fields, kernel_
         pytest.skip("no C compiler here")
     if not compiled:
         monkeypatch.setattr(gkernel, "kernel", lambda: None)
-    for value, other in zip(run(conv.float(), x.detach().float().requires_grad_()), expected, strict=True):
-        torch.testing.assert_close(value.double(), other, rtol=0, atol=2e-5 * other.abs().max().item())
+    for value, other in zip(
+        run(conv.float(), x.detach().float().requires_grad_()), expected, strict=True
+    ):
+        torch.testing.assert_close(
+            value.double(), other, rtol=0, atol=2e-5 * other.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("order", [4, 8])
@@ -262,7 +305,9 @@ def test_auto_takes_what_is_faster_and_possible(monkeypatch):
     conv, x = P4MConvP4M(32, 32, 3), torch.randn(1, 32, 8, 5, 5)
     calls = []
     original = gfourier.fourier_conv
-    monkeypatch.setattr(gfourier, "fourier_conv", lambda *arguments: calls.append(1) or original(*arguments))
+    monkeypatch.setattr(
+        gfourier, "fourier_conv", lambda *arguments: calls.append(1) or original(*arguments)
+    )
 
     def used(conv, x):
         calls.clear()
@@ -288,7 +333,7 @@ def test_without_a_compiler_it_still_works_and_says_so_once(monkeypatch, tmp_pat
     gkernel.kernel.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "no-such-compiler")
-    caplog.set_level(logging.INFO, logger="lib.gkernel")
+    caplog.set_level(logging.INFO, logger="lib.fast.gkernel")
     try:
         conv, x = P4MConvP4M(2, 2, 3, algorithm="fourier"), torch.randn(1, 2, 8, 5, 5)
         values = [conv(x), conv(x)]
@@ -301,7 +346,9 @@ def test_without_a_compiler_it_still_works_and_says_so_once(monkeypatch, tmp_pat
         gkernel.kernel.cache_clear()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself, torch >= 2.15
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # of opcheck itself, torch >= 2.15
 def test_operator_is_sound_for_pytorch():
     for conv, dtype in ((P4MConvP4M(2, 3, 3), torch.float32), (P4ConvZ2(2, 3, 3), torch.float64)):
         x = make_input(conv, 2, 5, 5, dtype).requires_grad_()
@@ -317,7 +364,10 @@ def test_operator_is_sound_for_pytorch():
 def test_compile_and_export(algorithm):
     torch.manual_seed(0)
     net = nn.Sequential(
-        P4MConvZ2(1, 4, 3, padding=1, algorithm=algorithm), nn.ReLU(), GroupAvgBlurPool(), P4MConvP4M(4, 4, 3, algorithm=algorithm)
+        P4MConvZ2(1, 4, 3, padding=1, algorithm=algorithm),
+        nn.ReLU(),
+        GroupAvgBlurPool(),
+        P4MConvP4M(4, 4, 3, algorithm=algorithm),
     )
     x = torch.randn(2, 1, 8, 8)
     expected = net(x)
@@ -335,7 +385,9 @@ def test_memory_formats_slices_and_empty_batches(algorithm):
     torch.autograd.grad(conv(x).sum(), conv.weight)  # an expanded gradient
     lift = make(P4MConvZ2, 3, 4, 3, dtype=torch.float32, algorithm=algorithm)
     image = torch.randn(2, 3, 6, 6)
-    torch.testing.assert_close(lift(image.contiguous(memory_format=torch.channels_last)), lift(image))
+    torch.testing.assert_close(
+        lift(image.contiguous(memory_format=torch.channels_last)), lift(image)
+    )
 
 
 def test_copies_and_state_dicts(algorithm):
@@ -353,9 +405,13 @@ def test_copies_and_state_dicts(algorithm):
 
 
 def test_distributed_data_parallel(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
-        net = nn.parallel.DistributedDataParallel(nn.Sequential(P4MConvP4M(4, 4, 3), GroupBatchNorm(4)))
+        net = nn.parallel.DistributedDataParallel(
+            nn.Sequential(P4MConvP4M(4, 4, 3), GroupBatchNorm(4))
+        )
         net(torch.randn(2, 4, 8, 5, 5)).square().sum().backward()
         assert all(parameter.grad is not None for parameter in net.parameters())
     finally:
@@ -376,8 +432,12 @@ def test_batch_norm_folds_into_the_filters():
 
 
 def test_agrees_with_escnn():
-    """A regular layer of escnn is one of ours: read its filters at the identity, match elements by how they move an image."""
-    pytest.importorskip("escnn", reason="escnn is optional: its release needs an older NumPy and a Fortran compiler")
+    """A regular layer of escnn is one of ours: read its filters at the identity, match elements by
+    how they move an image.
+    """
+    pytest.importorskip(
+        "escnn", reason="escnn is optional: its release needs an older NumPy and a Fortran compiler"
+    )
     from escnn import gspaces
     from escnn import nn as enn
 
@@ -386,14 +446,19 @@ def test_agrees_with_escnn():
     image = torch.randn(1, 1, 5, 5)
     elements = list(space.fibergroup.elements)
     moved = [enn.GeometricTensor(image, trivial).transform(element).tensor for element in elements]
-    ours = [next(g for g in range(8) if torch.allclose(P4M.act_on_grid(image, g), picture, atol=1e-5)) for picture in moved]
+    ours = [
+        next(g for g in range(8) if torch.allclose(P4M.act_on_grid(image, g), picture, atol=1e-5))
+        for picture in moved
+    ]
     fields = enn.FieldType(space, 2 * [space.regular_repr])
     theirs = enn.R2Conv(fields, fields, kernel_size=3, padding=1, bias=False).eval()
     bank = theirs.expand_parameters()[0].detach().unflatten(1, (2, 8)).unflatten(0, (2, 8))
     conv = P4MConvP4M(2, 2, 3, padding=1, bias=False)
     conv.weight.data[:, :, ours] = bank[:, ours.index(0)]
     x = torch.randn(1, 2, 8, 9, 9)
-    expected = theirs(enn.GeometricTensor(x[:, :, ours].flatten(1, 2), fields)).tensor.unflatten(1, (2, 8))
+    expected = theirs(enn.GeometricTensor(x[:, :, ours].flatten(1, 2), fields)).tensor.unflatten(
+        1, (2, 8)
+    )
     torch.testing.assert_close(conv(x)[:, :, ours], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -435,7 +500,9 @@ def test_network_is_equivariant(group, size, training):
 def test_batch_norm_normalises_each_field_over_the_group():
     y = GroupBatchNorm(3)(torch.randn(4, 3, 8, 5, 5) * 3 + 7)
     torch.testing.assert_close(y.mean((0, 2, 3, 4)), torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(y.var((0, 2, 3, 4), unbiased=False), torch.ones(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        y.var((0, 2, 3, 4), unbiased=False), torch.ones(3), atol=1e-3, rtol=0
+    )
     with pytest.raises(ValueError, match="5D"):
         GroupBatchNorm(3)(torch.randn(4, 3, 5, 5))
 
@@ -458,7 +525,11 @@ def test_blur_pool_is_the_binomial_window():
     assert blur_matrix(5)[:, 1].tolist() == [0, 0.25, 0.5, 0.25, 0]
 
 
-@pytest.mark.parametrize(("pool", "size"), [(nn.MaxPool2d(3, 2, 1), 8), (nn.MaxPool2d(2), 9)], ids=["3x3/2 on even", "2x2/2 on odd"])
+@pytest.mark.parametrize(
+    ("pool", "size"),
+    [(nn.MaxPool2d(3, 2, 1), 8), (nn.MaxPool2d(2), 9)],
+    ids=["3x3/2 on even", "2x2/2 on odd"],
+)
 def test_plain_max_pools_break_the_symmetry(pool, size):
     assert equivariance_error(P4M, pool, torch.randn(1, 2, size, size)) > 1e-2
 
@@ -477,11 +548,18 @@ def test_bad_arguments_are_named():
             P4MConvP4M(1, 1, 3, **arguments)
     with pytest.raises(ValueError, match="in_channels must be an integer of at least 1, got 0"):
         P4ConvZ2(0, 1, 3)
-    with pytest.raises(ValueError, match=r"P4MConvP4M expects input of shape \(N, 2, 8, H, W\), got \(1, 2, 4, 5, 5\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"P4MConvP4M expects input of shape \(N, 2, 8, H, W\), got \(1, 2, 4, 5, 5\)",
+    ):
         P4MConvP4M(2, 2, 3)(torch.zeros(1, 2, 4, 5, 5))
-    with pytest.raises(ValueError, match=r"P4ConvZ2 expects input of shape \(N, 2, H, W\), got \(1, 3, 5, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"P4ConvZ2 expects input of shape \(N, 2, H, W\), got \(1, 3, 5, 5\)"
+    ):
         P4ConvZ2(2, 2, 3)(torch.zeros(1, 3, 5, 5))
-    with pytest.raises(ValueError, match=r"a window of 5 does not fit into maps of \(3, 3\) with padding 0"):
+    with pytest.raises(
+        ValueError, match=r"a window of 5 does not fit into maps of \(3, 3\) with padding 0"
+    ):
         P4ConvZ2(1, 1, 5)(torch.zeros(1, 1, 3, 3))
     with pytest.raises(ValueError, match="at least one pixel"):
         GroupAvgBlurPool()(torch.zeros(1, 1, 8, 0, 4))

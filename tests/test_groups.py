@@ -1,4 +1,6 @@
-"""The groups against their axioms, against matrices, and against GrouPy's parametrisation written out by hand."""
+"""The groups against their axioms, against matrices, and against GrouPy's parametrisation written
+out by hand.
+"""
 
 import itertools
 import math
@@ -75,7 +77,9 @@ def test_filter_indices_are_distinct_permutations(group, kernel_size):
     for stabilizer in (1, group.order):
         indices = group.filter_indices(kernel_size, stabilizer)
         assert indices.shape == (group.order, stabilizer * kernel_size**2)
-        assert torch.equal(indices.sort(1).values, torch.arange(indices.shape[1]).expand_as(indices))
+        assert torch.equal(
+            indices.sort(1).values, torch.arange(indices.shape[1]).expand_as(indices)
+        )
         assert torch.equal(indices[0], torch.arange(indices.shape[1]))
         assert len(indices.unique(dim=0)) == (1 if indices.shape[1] == 1 else group.order)
 

@@ -1,9 +1,10 @@
-"""In the real JupyterLab, in a real browser, as a reader has it: open a notebook, Restart Kernel and Run All Cells, interrupt, go on.
+"""In the real JupyterLab, in a real browser, as a reader has it: open a notebook, Restart Kernel
+and Run All Cells, interrupt, go on.
 
-All cells of all notebooks run in the notebook tests of ``./run_all.sh --test`` already, without a browser. So here the suite opens the
-first ones only, which is what a browser can break: opening, dialogs, progress, drawing, saving. ``CXR_LAB=all`` opens every notebook
-(about five minutes on two cores), and ``CXR_LAB_PICTURES=FOLDER`` keeps screenshots of each from top to end.
-"""
+All cells of all notebooks run in the notebook tests of ``./run_all.sh --test`` already, without a
+browser. So here the suite opens the first ones only, which is what a browser can break: opening,
+dialogs, progress, drawing, saving. ``CXR_LAB=all`` opens every notebook (about five minutes on two
+cores), and ``CXR_LAB_PICTURES=FOLDER`` keeps screenshots of each from top to end."""
 
 import json
 import os
@@ -64,7 +65,9 @@ def test_restart_and_run_all(server, page, pictures, name):
     assert "widgets" not in saved["metadata"]
     assert "widget-view" not in json.dumps(saved)
     before = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
-    assert [cell["source"] for cell in saved["cells"]] == [cell["source"] for cell in before["cells"]]
+    assert [cell["source"] for cell in saved["cells"]] == [
+        cell["source"] for cell in before["cells"]
+    ]
     cells = [cell for cell in saved["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == counts
     assert cells[-1]["outputs"], "the last cell says what was written"
@@ -78,13 +81,23 @@ DATASET = "phantom-stopped"
 
 
 def stoppable(project):
-    """A copy of 02_train_alexnet that trains for some more epochs on 256 phantoms of its own; its name."""
+    """A copy of 02_train_alexnet that trains for some more epochs on 256 phantoms of its own; its
+    name.
+    """
     data.fetch("phantom", paths.raw_dir(DATASET), 256, 0)
     data.preprocess(paths.raw_dir(DATASET), paths.dataset_dir(DATASET))
-    notebook = json.loads((ROOT / "notebooks" / "02_train_alexnet.ipynb").read_text(encoding="utf-8"))
-    (cell,) = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
-    source, n = re.subn(r"^epochs = 2\b", f"epochs = {EPOCHS}", "".join(cell["source"]), flags=re.MULTILINE)
-    cell["source"], m = re.subn(r'^dataset = "phantom-smoke"', f'dataset = "{DATASET}"', source, flags=re.MULTILINE)
+    notebook = json.loads(
+        (ROOT / "notebooks" / "02_train_alexnet.ipynb").read_text(encoding="utf-8")
+    )
+    (cell,) = [
+        cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])
+    ]
+    source, n = re.subn(
+        r"^epochs = 2\b", f"epochs = {EPOCHS}", "".join(cell["source"]), flags=re.MULTILINE
+    )
+    cell["source"], m = re.subn(
+        r'^dataset = "phantom-smoke"', f'dataset = "{DATASET}"', source, flags=re.MULTILINE
+    )
     assert (n, m) == (1, 1)
     for cell in notebook["cells"]:
         cell.get("outputs", []).clear()
@@ -98,14 +111,20 @@ def numbers(run_dir):
     return pd.read_csv(file) if file.exists() else pd.DataFrame()
 
 
-def test_interrupted_training_goes_on_where_it_stopped(server, page, pictures, monkeypatch, tmp_path):
+def test_interrupted_training_goes_on_where_it_stopped(
+    server, page, pictures, monkeypatch, tmp_path
+):
     monkeypatch.setenv("CXR_DATA_DIR", str(server.project / "data"))
     notebook = lab.Notebook(server, page, stoppable(server.project))
     run_dir = paths.run_dir(DATASET, "alexnet", 0)
     notebook.command("notebook:restart-run-all", accept=True)
     seen, end = set(), time.monotonic() + 120
-    while len(numbers(run_dir)) < 3 or len(seen) < 2:  # the page shows a little later what the file has
-        assert time.monotonic() < end, f"{len(numbers(run_dir))} epochs are done, and the progress bar has shown {seen} %"
+    while (
+        len(numbers(run_dir)) < 3 or len(seen) < 2
+    ):  # the page shows a little later what the file has
+        assert time.monotonic() < end, (
+            f"{len(numbers(run_dir))} epochs are done, and the progress bar has shown {seen} %"
+        )
         seen |= set(re.findall(r"(\d+)%\|", notebook.shown()))
     notebook.command("notebook:interrupt-kernel")
     notebook.finish(60)
@@ -120,12 +139,25 @@ def test_interrupted_training_goes_on_where_it_stopped(server, page, pictures, m
     assert notebook.errors() == []
     final = numbers(run_dir)
     assert len(final) == EPOCHS
-    pd.testing.assert_frame_equal(final.iloc[: len(stopped)], stopped)  # with their seconds: these epochs were not trained again
-    images, stored = data.load_images(paths.dataset_dir(DATASET)), paths.load_json(run_dir / "config.json")
-    config = TrainConfig(**{name: value for name, value in stored.items() if name in TrainConfig.__dataclass_fields__})
+    pd.testing.assert_frame_equal(
+        final.iloc[: len(stopped)], stopped
+    )  # with their seconds: these epochs were not trained again
+    images, stored = (
+        data.load_images(paths.dataset_dir(DATASET)),
+        paths.load_json(run_dir / "config.json"),
+    )
+    config = TrainConfig(
+        **{
+            name: value
+            for name, value in stored.items()
+            if name in TrainConfig.__dataclass_fields__
+        }
+    )
     unbroken = fit(images, config, tmp_path / "unbroken", progress=False)
     timed = [name for name in final if name.startswith("seconds")]
-    pd.testing.assert_frame_equal(final.drop(columns=timed), unbroken.metrics.drop(columns=timed), check_exact=True)
+    pd.testing.assert_frame_equal(
+        final.drop(columns=timed), unbroken.metrics.drop(columns=timed), check_exact=True
+    )
     assert (np.load(run_dir / "assignments.npy") == unbroken.assignments).all()
     (line,) = [line for line in notebook.shown().splitlines() if "%|" in line]
     assert "100%|" in line

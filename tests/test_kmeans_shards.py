@@ -17,10 +17,15 @@ K = 12
 
 
 def rows(n=900, d=20, seed=0):
-    """Correlated rows around 8 centres, in the order of their centres: shards differ as much as they can."""
+    """Correlated rows around 8 centres, in the order of their centres: shards differ as much as
+    they can.
+    """
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(8, d)) * 2
-    return np.repeat(centres, -(-n // 8), axis=0)[:n] + rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) / 3
+    return (
+        np.repeat(centres, -(-n // 8), axis=0)[:n]
+        + rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) / 3
+    )
 
 
 class Together:
@@ -63,16 +68,29 @@ def cluster(x, reduce=None, rank=0, world=1, **options):
     return KMeans(K, seed=3, engine="torch", reduce=reduce, shard=(rank, world), **options).fit(x)
 
 
-@pytest.mark.parametrize("cuts", [[450], [100, 130], [0]], ids=["halves", "three uneven", "an empty shard"])
+@pytest.mark.parametrize(
+    "cuts", [[450], [100, 130], [0]], ids=["halves", "three uneven", "an empty shard"]
+)
 @pytest.mark.parametrize("init", ["k-means++", "centres", "labels"])
 def test_shards_end_as_one_process_does(cuts, init):
     x = rows()
-    start = None if init == "k-means++" else x[::75].copy() if init == "centres" else np.arange(900) % (K - 1)  # the last label is unused
+    start = (
+        None
+        if init == "k-means++"
+        else x[::75].copy()
+        if init == "centres"
+        else np.arange(900) % (K - 1)
+    )  # the last label is unused
     if init == "centres":
         start[4:] += 900  # far from all: filled by splitting
     whole = cluster(x, init=start)
     shards = np.split(np.arange(900), cuts)
-    parts = in_threads(shards, lambda rank, f, own: cluster(x[own], f, rank, len(shards), init=start[own] if init == "labels" else start))
+    parts = in_threads(
+        shards,
+        lambda rank, f, own: cluster(
+            x[own], f, rank, len(shards), init=start[own] if init == "labels" else start
+        ),
+    )
     np.testing.assert_array_equal(np.concatenate([part.labels_ for part in parts]), whole.labels_)
     for part in parts:
         np.testing.assert_array_equal(part.cluster_centers_, parts[0].cluster_centers_)
@@ -84,7 +102,10 @@ def test_shards_end_as_one_process_does(cuts, init):
 def test_the_farthest_point_is_found_on_any_shard():
     """A cluster that empties between iterations is given a point, wherever it lies."""
     x = torch.tensor([[0.0], [1.0], [9.0], [9.5], [30.0]], dtype=torch.float64)
-    labels, centers = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([[0.5], [9.2], [500.0]], dtype=torch.float64)
+    labels, centers = (
+        torch.tensor([0, 0, 1, 1, 1]),
+        torch.tensor([[0.5], [9.2], [500.0]], dtype=torch.float64),
+    )
 
     def job(rank, reduce, own):
         shards = kmeans.Shards(reduce, rank, 2)
@@ -113,7 +134,9 @@ def test_bad_rows_of_one_shard_stop_all():
 def test_whitening_over_shards_is_that_of_all_rows(kind):
     x = rows() + 50.0
     whole = PCAWhiten(10).fit(kind(x))
-    parts = in_threads([x[:100], x[100:]], lambda rank, f, own: PCAWhiten(10, reduce=f).fit(kind(own)))
+    parts = in_threads(
+        [x[:100], x[100:]], lambda rank, f, own: PCAWhiten(10, reduce=f).fit(kind(own))
+    )
     for part in parts:
         for name in ("mean_", "components_", "explained_variance_", "explained_variance_ratio_"):
             assert isinstance(getattr(part, name), type(kind(x)))
@@ -123,7 +146,14 @@ def test_whitening_over_shards_is_that_of_all_rows(kind):
 def test_whitening_from_sums_that_were_added():
     x = (rows() + 50.0).astype(np.float32)
     shift = x[:10].mean(axis=0)
-    sums = CovarianceSums(*(a + b for a, b in zip(covariance_sums(x[:100], shift), covariance_sums(x[100:], shift), strict=True)))
+    sums = CovarianceSums(
+        *(
+            a + b
+            for a, b in zip(
+                covariance_sums(x[:100], shift), covariance_sums(x[100:], shift), strict=True
+            )
+        )
+    )
     found, whole = PCAWhiten(10).fit_from_sums(sums, shift), PCAWhiten(10).fit(x)
     np.testing.assert_allclose(found.mean_, whole.mean_, rtol=1e-12)
     np.testing.assert_allclose(found.components_, whole.components_, atol=1e-9)
@@ -132,14 +162,19 @@ def test_whitening_from_sums_that_were_added():
         PCAWhiten(2).fit_from_sums(covariance_sums(x[:1], shift), shift)
     with pytest.raises(ValueError, match="sums hold NaN"):
         PCAWhiten(2).fit_from_sums(covariance_sums(x * np.nan, shift), shift)
-    with pytest.warns(RuntimeWarning, match="keeps 20 components instead of n_components=64: 900 rows of 20 features"):
+    with pytest.warns(
+        RuntimeWarning,
+        match="keeps 20 components instead of n_components=64: 900 rows of 20 features",
+    ):
         PCAWhiten(64).fit_from_sums(sums, shift)
 
 
 def gloo_rank(rank, folder):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
 
     def reduce(tensor):
         torch.distributed.all_reduce(tensor)
@@ -154,7 +189,9 @@ def gloo_rank(rank, folder):
 def test_two_gloo_processes_give_the_assignments_of_one(tmp_path):
     torch.multiprocessing.spawn(gloo_rank, args=(tmp_path.as_posix(),), nprocs=2)
     found = np.concatenate([np.load(tmp_path / f"labels{rank}.npy") for rank in range(2)])
-    np.testing.assert_array_equal(found, cluster(PCAWhiten(10).fit_transform(rows().astype(np.float32))).labels_)
+    np.testing.assert_array_equal(
+        found, cluster(PCAWhiten(10).fit_transform(rows().astype(np.float32))).labels_
+    )
 
 
 def test_options_that_do_not_fit_shards_are_refused():

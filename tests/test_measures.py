@@ -1,14 +1,18 @@
-"""The price of invariance is measured so that a code which cannot know the side stands at chance, and one that can does not."""
+"""The price of invariance is measured so that a code which cannot know the side stands at chance,
+and one that can does not.
+"""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lib import measures
+from lib.study import measure as measures
 
 
 def effusions(n=80, seed=0):
-    """Films with one bright corner, left or right; more of one side than of the other, and brighter there."""
+    """Films with one bright corner, left or right; more of one side than of the other, and brighter
+    there.
+    """
     rng = np.random.default_rng(seed)
     left = rng.random(n) < 0.7
     images = rng.integers(40, 60, (n, 64, 64), dtype=np.uint8)
@@ -26,16 +30,22 @@ def effusions(n=80, seed=0):
     return images, metadata
 
 
-@pytest.mark.parametrize(("halves", "low", "high"), [("apart", 0.99, 1.0), ("together", 0.45, 0.55)])
+@pytest.mark.parametrize(
+    ("halves", "low", "high"), [("apart", 0.99, 1.0), ("together", 0.45, 0.55)]
+)
 def test_only_a_code_that_knows_left_tells_the_side_of_an_effusion(halves, low, high):
     images, metadata = effusions()
 
     def extract(some):
         left, right = some[:, :, :32].mean((1, 2)), some[:, :, 32:].mean((1, 2))
-        return np.stack([left, right] if halves == "apart" else [left + right, np.maximum(left, right)], axis=1).astype(np.float32)
+        return np.stack(
+            [left, right] if halves == "apart" else [left + right, np.maximum(left, right)], axis=1
+        ).astype(np.float32)
 
     features = extract(images)
-    subject = measures._Subject(features, features, np.zeros(80, int), extract, extract, extract, extract, seed=0)
+    subject = measures._Subject(
+        features, features, np.zeros(80, int), extract, extract, extract, extract, seed=0
+    )
     values, details = {}, {}
     measures._laterality(subject, images, metadata, measures.Effort(), values, details)
     assert low <= values["tells_effusion_side"] <= high
@@ -47,7 +57,16 @@ def test_few_effusions_tell_nothing():
     images, metadata = effusions()
     metadata.loc[metadata.index >= 8, "findings"] = "Mass"
     features = images.reshape(80, -1)[:, :3].astype(np.float32)
-    subject = measures._Subject(features, features, np.zeros(80, int), lambda some: features[: len(some)], None, None, None, seed=0)
+    subject = measures._Subject(
+        features,
+        features,
+        np.zeros(80, int),
+        lambda some: features[: len(some)],
+        None,
+        None,
+        None,
+        seed=0,
+    )
     values = {}
     measures._laterality(subject, images, metadata, measures.Effort(), values, {})
     assert "tells_effusion_side" not in values

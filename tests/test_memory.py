@@ -97,11 +97,22 @@ def test_scarce_memory_and_the_environment_leave_it_alone(library, monkeypatch):
 
 @pytest.mark.parametrize(
     ("available", "pages", "limit", "scarce"),
-    [(5000, 10, None, False), (3999, 10, None, True), (5000, 1000, 5000, False), (5000, 1000, 3999, True), (5000, 10**9, None, False)],
+    [
+        (5000, 10, None, False),
+        (3999, 10, None, True),
+        (5000, 1000, 5000, False),
+        (5000, 1000, 3999, True),
+        (5000, 10**9, None, False),
+    ],
 )
-def test_memory_is_scarce_when_a_quarter_is_left_or_taken(tmp_path, available, pages, limit, scarce):
+def test_memory_is_scarce_when_a_quarter_is_left_or_taken(
+    tmp_path, available, pages, limit, scarce
+):
     (tmp_path / "self").mkdir()
-    (tmp_path / "meminfo").write_text(f"MemTotal:  16000 kB\nMemAvailable:  {available} kB\nHugePages_Total:  0\n", encoding="ascii")
+    (tmp_path / "meminfo").write_text(
+        f"MemTotal:  16000 kB\nMemAvailable:  {available} kB\nHugePages_Total:  0\n",
+        encoding="ascii",
+    )
     (tmp_path / "self" / "statm").write_text(f"9999999 {pages} 3 4 0 5 0\n", encoding="ascii")
     assert memory._scarce(limit and limit * os.sysconf("SC_PAGE_SIZE"), tmp_path) is scarce
     assert memory._scarce(None, tmp_path / "nowhere")
@@ -134,12 +145,21 @@ print(kept, before, during, faults(), open("/proc/self/statm").read().split()[1]
 """
 
 
-@pytest.mark.skipif(memory._glibc() is None or not os.path.exists("/proc/self/statm"), reason="wants glibc on Linux")
+@pytest.mark.skipif(
+    memory._glibc() is None or not os.path.exists("/proc/self/statm"), reason="wants glibc on Linux"
+)
 def test_the_next_array_gets_the_same_pages():
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     # a system with huge pages takes fewer faults for the same array
     environment["NUMPY_MADVISE_HUGEPAGE"] = "0"
-    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        cwd=paths.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     kept, before, during, after, resident = done.stdout.split()
     assert kept == "True"
     assert int(during) < int(before) / 10 < int(after)

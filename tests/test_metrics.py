@@ -1,4 +1,6 @@
-"""Metrics against values known by hand or from scikit-learn, laws that hold for all inputs, and planted effects and nulls."""
+"""Metrics against values known by hand or from scikit-learn, laws that hold for all inputs, and
+planted effects and nulls.
+"""
 
 import math
 
@@ -9,12 +11,19 @@ from hypothesis import strategies as st
 from scipy.stats import entropy
 from sklearn.datasets import make_blobs
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, davies_bouldin_score, roc_auc_score, silhouette_score
+from sklearn.metrics import (
+    average_precision_score,
+    davies_bouldin_score,
+    roc_auc_score,
+    silhouette_score,
+)
 from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
 from lib import metrics
 
-labellings = st.integers(1, 60).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 7), min_size=n, max_size=n)] * 2))
+labellings = st.integers(1, 60).flatmap(
+    lambda n: st.tuples(*[st.lists(st.integers(0, 7), min_size=n, max_size=n)] * 2)
+)
 
 
 def halves(n):
@@ -52,16 +61,24 @@ def test_agreement_is_symmetric_in_range_and_blind_to_names_and_order(pair, name
 def test_chance_level_at_the_paper_s_size_is_the_exact_expectation():
     """Two unrelated clusterings of 16,258 images into 200: NMI 0.217, AMI 0."""
     a, b = np.random.default_rng(0).integers(200, size=(2, 16_258))
-    expected = expected_mutual_information(contingency_matrix(a, b, sparse=True), len(a))  # hypergeometric (Vinh et al. 2010)
+    expected = expected_mutual_information(
+        contingency_matrix(a, b, sparse=True), len(a)
+    )  # hypergeometric (Vinh et al. 2010)
     exact = expected / np.mean([entropy(np.bincount(labels)) for labels in (a, b)])
     assert exact == pytest.approx(0.217, abs=5e-4)
     assert metrics.chance_nmi(a, b, seed=0) == pytest.approx(exact, abs=1e-3)
     assert metrics.chance_nmi(a, a, seed=0) == pytest.approx(exact, abs=1e-3)
     assert metrics.ami(a, b) == pytest.approx(0, abs=2e-3)
-    assert metrics.chance_nmi(a, b, seed=0) == metrics.chance_nmi(a, b, seed=0) != metrics.chance_nmi(a, b, seed=1)
+    assert (
+        metrics.chance_nmi(a, b, seed=0)
+        == metrics.chance_nmi(a, b, seed=0)
+        != metrics.chance_nmi(a, b, seed=1)
+    )
 
 
-@pytest.mark.parametrize("measure", [metrics.nmi, metrics.ami, lambda a, b: metrics.chance_nmi(a, b, 0)])
+@pytest.mark.parametrize(
+    "measure", [metrics.nmi, metrics.ami, lambda a, b: metrics.chance_nmi(a, b, 0)]
+)
 @pytest.mark.parametrize(("a", "b"), [([0, 1], [0, 1, 1]), ([], []), ([[0, 1]], [[0, 1]])])
 def test_labellings_that_do_not_fit_are_refused(measure, a, b):
     with pytest.raises(ValueError, match=r"two labellings \(N,\)"):
@@ -69,7 +86,11 @@ def test_labellings_that_do_not_fit_are_refused(measure, a, b):
 
 
 def test_occupancy_of_known_sizes():
-    assert metrics.occupancy([0] * 8, 4) == {"clusters_used": 1, "largest_cluster": 1.0, "perplexity": 1.0}
+    assert metrics.occupancy([0] * 8, 4) == {
+        "clusters_used": 1,
+        "largest_cluster": 1.0,
+        "perplexity": 1.0,
+    }
     even = metrics.occupancy(np.repeat(np.arange(4), 3), 4)
     assert even == {"clusters_used": 4, "largest_cluster": 0.25, "perplexity": pytest.approx(4)}
     skew = metrics.occupancy([0, 0, 2, 3], 5)  # entropy 1.5 ln 2
@@ -92,7 +113,9 @@ def test_occupancy_refuses_assignments_outside_the_clusters(labels):
 
 def test_kept_share_counts_by_transformation():
     reference = np.array([0, 1, 2, 3])
-    np.testing.assert_array_equal(metrics.kept_share(reference, [[0, 1, 2, 3], [0, 1, 0, 0], [1, 2, 3, 0]]), [1.0, 0.5, 0.0])
+    np.testing.assert_array_equal(
+        metrics.kept_share(reference, [[0, 1, 2, 3], [0, 1, 0, 0], [1, 2, 3, 0]]), [1.0, 0.5, 0.0]
+    )
     with pytest.raises(ValueError, match=r"\(4,\) and \(2, 3\)"):
         metrics.kept_share(reference, np.zeros((2, 3)))
 
@@ -105,7 +128,12 @@ def test_probe_reads_a_planted_label_and_not_a_random_one():
     train, test = halves(600)
     planted = metrics.probe(x, y, train, test)
     assert planted["accuracy"] == 1.0
-    assert (planted["n_classes"], planted["n_train"], planted["n_test"], planted["unseen"]) == (6, 420, 180, 0)
+    assert (planted["n_classes"], planted["n_train"], planted["n_test"], planted["unseen"]) == (
+        6,
+        420,
+        180,
+        0,
+    )
     assert planted["converged"]
     noise = metrics.probe(np.random.default_rng(0).normal(size=(600, 20)), y, train, test)
     assert noise["low"] <= 1 / 6 <= noise["high"]
@@ -125,7 +153,9 @@ def test_probe_s_baselines_and_unseen_classes_by_hand():
 
 def test_probe_with_one_class_in_training_answers_it():
     labels = np.array([1] * 10 + [1, 1, 2, 3])
-    found = metrics.probe(np.random.default_rng(0).normal(size=(14, 3)), labels, np.arange(10), np.arange(14) >= 10)
+    found = metrics.probe(
+        np.random.default_rng(0).normal(size=(14, 3)), labels, np.arange(10), np.arange(14) >= 10
+    )
     assert found["accuracy"] == found["majority"] == 0.5
     assert found["unseen"] == 2
     assert found["converged"]
@@ -137,7 +167,9 @@ def test_probe_learns_nothing_from_the_test_images():
     train, test = halves(300)
     moved = x.copy()
     moved[test[1:]] *= 1e6  # would change scaling and PCA if these were fitted on all images
-    assert metrics._standardised(x, train, test, 10, 0)[1][0] == pytest.approx(metrics._standardised(moved, train, test, 10, 0)[1][0])
+    assert metrics._standardised(x, train, test, 10, 0)[1][0] == pytest.approx(
+        metrics._standardised(moved, train, test, 10, 0)[1][0]
+    )
     y_moved = y.copy()
     y_moved[test] = 0
     first, second = metrics.probe(x, y, train, test), metrics.probe(x, y_moved, train, test)
@@ -148,7 +180,9 @@ def test_probe_learns_nothing_from_the_test_images():
 def test_probe_of_many_features_keeps_what_the_first_components_hold():
     rng = np.random.default_rng(0)
     latent = rng.normal(size=(500, 5))
-    wide = (latent @ rng.normal(size=(5, 700)) + 0.1 * rng.normal(size=(500, 700))).astype(np.float32)
+    wide = (latent @ rng.normal(size=(5, 700)) + 0.1 * rng.normal(size=(500, 700))).astype(
+        np.float32
+    )
     found = metrics.probe(wide, latent[:, 0] > 0, *halves(500), max_dim=20)
     assert found["accuracy"] > 0.9
     assert found == metrics.probe(wide, latent[:, 0] > 0, *halves(500), max_dim=20)
@@ -158,7 +192,10 @@ def test_a_probe_s_penalty_means_the_same_for_repeated_features():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 8))
     targets = (x + rng.normal(size=x.shape) > 0)[:, :3]
-    once, often = (metrics.findings_auroc(np.tile(x, (1, times)), targets, *halves(300), n_boot=0) for times in (1, 10))
+    once, often = (
+        metrics.findings_auroc(np.tile(x, (1, times)), targets, *halves(300), n_boot=0)
+        for times in (1, 10)
+    )
     np.testing.assert_allclose(once["per_finding"], often["per_finding"], atol=1e-3)
 
 
@@ -181,13 +218,20 @@ def test_a_probe_that_does_not_converge_says_so():
     ids=["overlap", "patient", "empty", "length", "nan"],
 )
 def test_splits_that_would_mislead_are_refused(change, message):
-    given_values = {"features": np.zeros((20, 2)), "labels": np.arange(20) % 2, "train": np.arange(10), "test": np.arange(10, 20)} | change
+    given_values = {
+        "features": np.zeros((20, 2)),
+        "labels": np.arange(20) % 2,
+        "train": np.arange(10),
+        "test": np.arange(10, 20),
+    } | change
     with pytest.raises(ValueError, match=message):
         metrics.probe(**given_values)
 
 
 def test_bootstrap_over_patients_covers_the_truth_and_over_images_does_not():
-    """Images of a patient share their fate: of 300 studies with true accuracy 0.7, about 95 % of the patient-wise intervals hold it."""
+    """Images of a patient share their fate: of 300 studies with true accuracy 0.7, about 95 % of
+    the patient-wise intervals hold it.
+    """
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(80), 5)
     features = np.zeros((401, 1))
@@ -196,7 +240,9 @@ def test_bootstrap_over_patients_covers_the_truth_and_over_images_does_not():
         # one class in training: always answered, so the labels alone decide what is correct
         labels = np.concatenate([[1], np.repeat(rng.random(80) < 0.7, 5)]).astype(int)
         for name, groups in (("patients", np.concatenate([[-1], patients])), ("images", None)):
-            found = metrics.probe(features, labels, [0], np.arange(1, 401), groups, seed=study, n_boot=200)
+            found = metrics.probe(
+                features, labels, [0], np.arange(1, 401), groups, seed=study, n_boot=200
+            )
             covered[name] += found["low"] <= 0.7 <= found["high"]
     assert 0.90 <= covered["patients"] / 300 <= 0.98
     assert covered["images"] / 300 < 0.75
@@ -212,11 +258,15 @@ def test_no_interval_without_a_bootstrap_or_with_a_single_patient():
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 3)), min_size=2, max_size=40),
+    st.lists(
+        st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 3)), min_size=2, max_size=40
+    ),
 )
 def test_weighted_auroc_is_scikit_learn_s_ties_and_weights_included(rows):
     scores, positive, weights = map(np.array, zip(*rows, strict=True))
-    found = metrics.weighted_auroc(scores.astype(float), positive, np.stack([weights, np.ones_like(weights)]))
+    found = metrics.weighted_auroc(
+        scores.astype(float), positive, np.stack([weights, np.ones_like(weights)])
+    )
     for value, weight in zip(found, (weights, np.ones_like(weights)), strict=True):
         if weight[positive].sum() and weight[~positive].sum():
             assert value == pytest.approx(roc_auc_score(positive, scores, sample_weight=weight))
@@ -262,10 +312,14 @@ def test_findings_auroc_without_any_usable_finding_is_nan():
 def test_seed_interval_by_hand():
     mean, low, high = metrics.seed_interval([1.0, 2.0, 3.0])
     assert mean == 2.0
-    assert (high - mean, mean - low) == pytest.approx((4.302653 / math.sqrt(3),) * 2)  # t(0.975, 2) = 4.302653
+    assert (high - mean, mean - low) == pytest.approx(
+        (4.302653 / math.sqrt(3),) * 2
+    )  # t(0.975, 2) = 4.302653
     assert metrics.seed_interval([5.0])[0] == 5.0
     assert all(map(math.isnan, metrics.seed_interval([5.0])[1:]))
-    assert metrics.paired_interval([3.0, 5.0, 7.0], [2.0, 3.0, 4.0]) == metrics.seed_interval([1.0, 2.0, 3.0])
+    assert metrics.paired_interval([3.0, 5.0, 7.0], [2.0, 3.0, 4.0]) == metrics.seed_interval(
+        [1.0, 2.0, 3.0]
+    )
     with pytest.raises(ValueError, match=r"shapes \(2,\) and \(1,\)"):
         metrics.paired_interval([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="at least one seed"):
@@ -298,12 +352,16 @@ def test_convergence_epoch_is_the_first_from_which_the_curve_stays(curve, tolera
     final = np.mean(curve[-math.ceil(len(curve) / 4) :])
     inside = [abs(value - final) <= tolerance for value in curve]
     stays = [epoch for epoch in range(1, len(curve) + 1) if all(inside[epoch - 1 :])]
-    assert metrics.convergence_epoch(curve, tolerance) == pytest.approx(stays[0] if stays else math.nan, nan_ok=True)
+    assert metrics.convergence_epoch(curve, tolerance) == pytest.approx(
+        stays[0] if stays else math.nan, nan_ok=True
+    )
 
 
 def test_stability_and_increases_by_hand():
     assert metrics.stability([9.0, 0.0, 1.0, 3.0]) == pytest.approx(math.sqrt(2))
-    assert metrics.stability([9.0, 5.0, 1.0, 2.0, 3.0]) == pytest.approx(1.0)  # of five values, the last three
+    assert metrics.stability([9.0, 5.0, 1.0, 2.0, 3.0]) == pytest.approx(
+        1.0
+    )  # of five values, the last three
     assert math.isnan(metrics.stability([1.0]))
     assert metrics.increases([5.0, 4.0, 4.5, 4.5, 5.5, 1.0]) == (2, pytest.approx(1.5))
     assert metrics.increases([3.0, 2.0, 1.0]) == (0, 0.0)
@@ -318,7 +376,10 @@ def test_stability_and_increases_by_hand():
 def test_cluster_structure_is_scikit_learn_s_and_tells_blobs_from_noise():
     x, y = make_blobs(400, 8, centers=5, random_state=0)
     found = metrics.cluster_structure(x, y)
-    assert found == {"silhouette": pytest.approx(silhouette_score(x, y)), "davies_bouldin": pytest.approx(davies_bouldin_score(x, y))}
+    assert found == {
+        "silhouette": pytest.approx(silhouette_score(x, y)),
+        "davies_bouldin": pytest.approx(davies_bouldin_score(x, y)),
+    }
     random = metrics.cluster_structure(x, np.random.default_rng(0).permutation(y))
     assert random["silhouette"] < 0 < 0.5 < found["silhouette"]
     assert random["davies_bouldin"] > found["davies_bouldin"]
@@ -343,9 +404,14 @@ def test_label_neighbourhood_finds_a_planted_label_and_no_random_one():
     assert planted["low"] < planted["baseline"] < planted["high"] < 0.5
     assert planted["p"] == pytest.approx(1 / 201)
     rare = np.random.default_rng(0).random((40, 300)) < 0.1
-    nulls = [metrics.label_neighbourhood(points, labels, repeats=60, seed=k) for k, labels in enumerate(rare)]
+    nulls = [
+        metrics.label_neighbourhood(points, labels, repeats=60, seed=k)
+        for k, labels in enumerate(rare)
+    ]
     assert np.mean([null["p"] <= 0.05 for null in nulls]) <= 0.15
-    assert np.mean([null["purity"] - null["baseline"] for null in nulls]) == pytest.approx(0, abs=0.005)
+    assert np.mean([null["purity"] - null["baseline"] for null in nulls]) == pytest.approx(
+        0, abs=0.005
+    )
     with pytest.raises(ValueError, match="n_neighbors < N"):
         metrics.label_neighbourhood(points, y, n_neighbors=300)
 
@@ -372,7 +438,9 @@ def test_scores_and_probabilities_are_those_of_the_probes():
     scores = metrics.finding_scores(x, targets, train, test)
     areas = metrics.findings_auroc(x, targets, train, test, n_boot=0)["per_finding"]
     for finding in (0, 1):
-        assert roc_auc_score(targets[test, finding], scores[:, finding]) == pytest.approx(areas[finding])
+        assert roc_auc_score(targets[test, finding], scores[:, finding]) == pytest.approx(
+            areas[finding]
+        )
     assert np.isnan(scores[:, 2]).all()
     labels = rng.integers(4, size=200)
     probabilities, classes = metrics.class_probabilities(x, labels, train, test)
@@ -400,8 +468,12 @@ def test_micro_average_flatters_a_guess_that_sees_no_image_and_macro_does_not():
     found = metrics.multilabel_scores(guess, targets[test])
     assert found["auroc_macro"][0] == 0.5
     assert found["auroc_micro"][0] > 0.8
-    assert found["auroc_micro"][0] == pytest.approx(roc_auc_score(targets[test].ravel(), guess.ravel()))
-    assert found["ap_micro"][0] == pytest.approx(average_precision_score(targets[test].ravel(), guess.ravel()))
+    assert found["auroc_micro"][0] == pytest.approx(
+        roc_auc_score(targets[test].ravel(), guess.ravel())
+    )
+    assert found["ap_micro"][0] == pytest.approx(
+        average_precision_score(targets[test].ravel(), guess.ravel())
+    )
     assert found["ap_macro"][0] == pytest.approx(targets[test].mean(axis=0).mean())
     guess[:, 3] = np.nan
     assert np.isnan(metrics.multilabel_scores(guess, targets[test])["auroc"][0, 3])
@@ -433,20 +505,29 @@ def test_finding_neighbourhood_finds_what_lies_together():
 
 def test_areas_of_averaged_roc_curves_are_the_averaged_areas():
     rng = np.random.default_rng(0)
-    targets = rng.random((400, 4)) < [0.5, 0.3, 0.1, 0.0]  # the last label has no positive: it has no curve
+    targets = rng.random((400, 4)) < [
+        0.5,
+        0.3,
+        0.1,
+        0.0,
+    ]  # the last label has no positive: it has no curve
     probabilities = rng.random((400, 4)) * 0.6 + targets * [0.1, 0.3, 0.2, 0]
     probabilities[:, 0] = 0.5  # one threshold: the diagonal
     grid = np.linspace(0, 1, 4001)
     curves = metrics.roc_curves(probabilities, targets, grid)
     areas = metrics.multilabel_scores(probabilities, targets)
     for name in ("macro", "micro"):
-        assert np.trapezoid(curves[name], grid) == pytest.approx(areas[f"auroc_{name}"][0], abs=1e-3)
+        assert np.trapezoid(curves[name], grid) == pytest.approx(
+            areas[f"auroc_{name}"][0], abs=1e-3
+        )
     alone = metrics.roc_curves(probabilities[:, :1], targets[:, :1], grid)["macro"]
     np.testing.assert_allclose(alone, grid)
 
 
 def test_roc_curves_start_where_the_perfect_answer_starts_and_are_nan_without_labels():
     targets = np.array([[True], [False], [True]])
-    assert metrics.roc_curves(np.array([[0.9], [0.1], [0.8]]), targets, [0.0, 0.5, 1.0])["micro"].tolist() == [1, 1, 1]
+    assert metrics.roc_curves(np.array([[0.9], [0.1], [0.8]]), targets, [0.0, 0.5, 1.0])[
+        "micro"
+    ].tolist() == [1, 1, 1]
     nothing = metrics.roc_curves(np.full((3, 1), np.nan), targets, np.array([0.0, 1.0]))
     assert all(np.isnan(curve).all() for curve in nothing.values())

@@ -1,11 +1,16 @@
-"""Shapes, layout, and the property the paper rests on: P4M's features do not change under the symmetries of the square, AlexNet's do."""
+"""Shapes, layout, and the property the paper rests on: P4M's features do not change under the
+symmetries of the square, AlexNet's do.
+"""
 
 import pytest
 import torch
 
 from lib.models import BACKBONES, P4MCNN, AlexNet, Sobel, build, cost
 
-NARROW = {"alexnet": (8, 16, 24, 24, 16, 64), **dict.fromkeys(("p4m", "p4", "cnn_params", "cnn_flops"), (2, 4, 8))}
+NARROW = {
+    "alexnet": (8, 16, 24, 24, 16, 64),
+    **dict.fromkeys(("p4m", "p4", "cnn_params", "cnn_flops"), (2, 4, 8)),
+}
 
 
 def symmetries(x):
@@ -31,7 +36,10 @@ def change(model, x):
     """Largest relative change of the features under the eight symmetries."""
     with torch.inference_mode():
         reference = model.features(x)
-        return max(((model.features(y) - reference).norm() / reference.norm()).item() for y in symmetries(x))
+        return max(
+            ((model.features(y) - reference).norm() / reference.norm()).item()
+            for y in symmetries(x)
+        )
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -89,7 +97,9 @@ def test_plain_networks_are_not_invariant(backbone):
 
 @pytest.mark.parametrize("width", [(4, 8, 32), (8, 16, 32), (64, 128, 256)])
 def test_controls_are_matched_to_p4m(width):
-    p4m, params, flops = (cost(backbone, 5, width) for backbone in ("p4m", "cnn_params", "cnn_flops"))
+    p4m, params, flops = (
+        cost(backbone, 5, width) for backbone in ("p4m", "cnn_params", "cnn_flops")
+    )
     assert params["parameters"] == pytest.approx(p4m["parameters"], rel=0.02)
     assert params["flops"] < 0.5 * p4m["flops"]
     assert flops["flops"] == pytest.approx(p4m["flops"], rel=0.001)
@@ -113,7 +123,10 @@ def test_published_layout():
         (384, 3, 1),
         (256, 3, 1),
     ]
-    assert [m.out_features for m in AlexNet(200).classifier if isinstance(m, torch.nn.Linear)] == [4096, 4096]
+    assert [m.out_features for m in AlexNet(200).classifier if isinstance(m, torch.nn.Linear)] == [
+        4096,
+        4096,
+    ]
     shapes = [tuple(block[0].weight.shape) for block in P4MCNN(200).blocks]
     assert shapes == [(64, 1, 1, 5, 5), (128, 64, 8, 3, 3), (256, 128, 8, 3, 3)]
 
@@ -146,14 +159,21 @@ def test_top_layer_is_drawn_anew():
     model.reset_top_layer(torch.Generator().manual_seed(1))
     assert torch.equal(first, model.top_layer.weight)
     assert not torch.equal(first, before["top_layer.weight"])
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if not k.startswith("top_layer"))
+    assert all(
+        torch.equal(v, before[k])
+        for k, v in model.state_dict().items()
+        if not k.startswith("top_layer")
+    )
     assert len(model.body_parameters()) == len(list(model.parameters())) - 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet", 5), "'resnet' is unknown; choose one of alexnet, p4m, p4, cnn_params, cnn_flops"),
+        (
+            ("resnet", 5),
+            "'resnet' is unknown; choose one of alexnet, p4m, p4, cnn_params, cnn_flops",
+        ),
         (("p4m", 5, (2, 4)), "p4m needs 3 widths"),
         (("alexnet", 5, (0, 1, 1, 1, 1, 1)), "at least 1"),
         (("p4m", 0), "n_clusters must be at least 1, got 0"),

@@ -1,4 +1,6 @@
-"""What can be told of the notebooks without running them: form, length, saved outputs, and their agreement with the presets."""
+"""What can be told of the notebooks without running them: form, length, saved outputs, and their
+agreement with the presets.
+"""
 
 import ast
 import getpass
@@ -15,7 +17,9 @@ from lib.run import find_notebooks, read_parameters, read_preset
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
-MACHINE_PATH = re.compile(r"(?<![\w.:/~>-])/(?:home|Users|root|work|tmp|opt|mnt|var|usr|content|private)/|\b[A-Za-z]:\\{1,2}\w|file://")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/~>-])/(?:home|Users|root|work|tmp|opt|mnt|var|usr|content|private)/|\b[A-Za-z]:\\{1,2}\w|file://"
+)
 SECRET = re.compile(
     r"gh[pousr]_\w{20,}|github_pat_\w+|hf_\w{20,}|AKIA[0-9A-Z]{16}|KGAT_\w+|-----BEGIN|"
     r"(?i:kaggle_key|api_?key|token|password|secret)[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9+/_-]{12,}"
@@ -34,7 +38,12 @@ def code_cells(path):
 
 def parse(cell):
     """The cell's syntax tree, without the lines that are IPython's."""
-    return ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in cell.source.splitlines()))
+    return ast.parse(
+        "\n".join(
+            "" if line.lstrip().startswith(("%", "!")) else line
+            for line in cell.source.splitlines()
+        )
+    )
 
 
 def strings(value):
@@ -70,21 +79,37 @@ def test_begins_with_title_badges_bootstrap_and_imports(path):
     cells = read(path).cells
     assert cells[0].cell_type == "markdown"
     number = path.name[:2] if path.name[:2].isdigit() else ""
-    assert re.match(rf"# {number}\b", cells[0].source), "the title starts with the notebook's number, if it has one"
+    assert re.match(rf"# {number}\b", cells[0].source), (
+        "the title starts with the notebook's number, if it has one"
+    )
     assert "?**" in cells[0].source, "the header asks the one question that the notebook answers"
     assert all(word in cells[0].source for word in ("Reads:", "Writes:", "Takes:"))
-    tagged = [i for i, cell in enumerate(code_cells(path)) if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [
+        i
+        for i, cell in enumerate(code_cells(path))
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
     assert tagged == [2], "bootstrap, imports, parameters"
 
 
 @each_notebook
 def test_badges_open_this_notebook_of_this_repository(path):
-    repository = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"].rstrip("/")
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "urls"
+    ]["Repository"].rstrip("/")
     owner_and_name = repository.removeprefix("https://github.com/")
     header = read(path).cells[0].source
-    assert f"(https://colab.research.google.com/github/{owner_and_name}/blob/main/notebooks/{path.name})" in header
-    assert f"(https://mybinder.org/v2/gh/{owner_and_name}/main?urlpath=lab/tree/notebooks/{path.name})" in header
-    assert f'"{repository}"' in code_cells(path)[0].source, "the bootstrap cell clones another repository"
+    assert (
+        f"(https://colab.research.google.com/github/{owner_and_name}/blob/main/notebooks/{path.name})"
+        in header
+    )
+    assert (
+        f"(https://mybinder.org/v2/gh/{owner_and_name}/main?urlpath=lab/tree/notebooks/{path.name})"
+        in header
+    )
+    assert f'"{repository}"' in code_cells(path)[0].source, (
+        "the bootstrap cell clones another repository"
+    )
 
 
 def test_bootstrap_is_the_same_in_all():
@@ -108,7 +133,12 @@ def test_is_short(path):
 
 @each_notebook
 def test_defines_no_class(path):
-    defined = [node.name for cell in code_cells(path) for node in ast.walk(parse(cell)) if isinstance(node, ast.ClassDef)]
+    defined = [
+        node.name
+        for cell in code_cells(path)
+        for node in ast.walk(parse(cell))
+        if isinstance(node, ast.ClassDef)
+    ]
     assert not defined, "classes belong in lib"
 
 
@@ -127,13 +157,19 @@ def test_no_function_is_defined_in_two():
 def test_imports_nothing_that_it_does_not_use(path):
     trees = [parse(cell) for cell in code_cells(path)[1:]]
     imported = {
-        a.asname or a.name.split(".")[0] for t in trees for n in ast.walk(t) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names
+        a.asname or a.name.split(".")[0]
+        for t in trees
+        for n in ast.walk(t)
+        if isinstance(n, ast.Import | ast.ImportFrom)
+        for a in n.names
     }
     used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert imported - used == set()
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "_train_" in p.name], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in NOTEBOOKS if "_train_" in p.name], ids=lambda path: path.stem
+)
 def test_training_opens_no_label(path):
     """For unsupervised clustering the labels are removed: what training reads is images.npy."""
     source = "\n".join(cell.source for cell in code_cells(path)[1:])
@@ -143,17 +179,23 @@ def test_training_opens_no_label(path):
 
 @each_notebook
 def test_checks_its_results(path):
-    assert any(isinstance(node, ast.Assert) for cell in code_cells(path) for node in ast.walk(parse(cell)))
+    assert any(
+        isinstance(node, ast.Assert) for cell in code_cells(path) for node in ast.walk(parse(cell))
+    )
 
 
 @each_notebook
 def test_was_run_from_top_to_bottom_and_saved_with_outputs(path):
     cells = code_cells(path)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "Restart Kernel and Run All Cells, then save"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), (
+        "Restart Kernel and Run All Cells, then save"
+    )
     kinds = {kind for cell in cells for output in cell.outputs for kind in output.get("data", {})}
     assert kinds & {"image/png", "image/svg+xml"}, "no figure is saved in it"
     for number, cell in enumerate(cells, 1):
-        last = parse(cell).body[-1:]  # a cell that ends in a name shows it: nothing saved means it was not run
+        last = parse(cell).body[
+            -1:
+        ]  # a cell that ends in a name shows it: nothing saved means it was not run
         if last and isinstance(last[0], ast.Expr) and isinstance(last[0].value, ast.Name):
             assert cell.outputs, f"cell {number} has no output"
 
@@ -166,7 +208,9 @@ def test_outputs_hold_no_error_no_warning_and_no_widget(path):
             text = output.get("text", "") if output.get("name") == "stderr" else ""
             assert "Warning" not in text, f"cell {number}: {text}"
             assert "Traceback" not in text, f"cell {number}: {text}"
-            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), f"cell {number}: a frozen widget"
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), (
+                f"cell {number}: a frozen widget"
+            )
 
 
 @each_notebook
@@ -176,8 +220,15 @@ def test_tells_nothing_of_the_machine_it_ran_on(path):
     private |= {user} if len(user) > 4 and user not in {"runner", "admin", "jovyan"} else set()
     for number, cell in enumerate(read(path).cells):
         for text in [cell.source, *strings(cell.get("outputs", []))]:
-            found = [match.group() for pattern in (MACHINE_PATH, SECRET) for match in [pattern.search(text)] if match]
-            found += [word for word in private if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text)]
+            found = [
+                match.group()
+                for pattern in (MACHINE_PATH, SECRET)
+                for match in [pattern.search(text)]
+                if match
+            ]
+            found += [
+                word for word in private if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text)
+            ]
             assert not found, f"cell {number} holds {found}"
 
 
@@ -200,12 +251,16 @@ def test_the_patterns_find_what_they_should(pattern, text, expected):
 def test_presets_have_the_same_keys_and_only_those_of_the_notebooks():
     assert [path.stem for path in PRESETS] == ["paper", "quick", "smoke", "study"]
     values = {path.stem: read_preset(path, find_notebooks()) for path in PRESETS}
-    assert set(values["paper"]) == set(values["quick"]) == set(values["smoke"]) == set(values["study"])
+    assert (
+        set(values["paper"]) == set(values["quick"]) == set(values["smoke"]) == set(values["study"])
+    )
 
 
 @each_notebook
 def test_no_parameter_takes_the_place_of_an_import(path):
-    """Papermill puts every parameter of a preset into every notebook, also those that it does not have."""
+    """Papermill puts every parameter of a preset into every notebook, also those that it does not
+    have.
+    """
     injected = {name for notebook in find_notebooks() for name in read_parameters(notebook)}
     imported = {
         alias.asname or alias.name.split(".")[0]
@@ -221,7 +276,9 @@ def test_no_parameter_takes_the_place_of_an_import(path):
 @each_notebook
 def test_defaults_are_the_smoke_preset(path):
     """The tests run notebooks as they are saved, without papermill."""
-    smoke = yaml.safe_load((ROOT / "notebooks" / "params" / "smoke.yaml").read_text(encoding="utf-8"))
+    smoke = yaml.safe_load(
+        (ROOT / "notebooks" / "params" / "smoke.yaml").read_text(encoding="utf-8")
+    )
     defaults = read_parameters(path)
     shared = set(defaults) & set(smoke)
     assert shared
@@ -229,7 +286,9 @@ def test_defaults_are_the_smoke_preset(path):
 
 
 def test_paper_preset_is_the_papers():
-    paper = yaml.safe_load((ROOT / "notebooks" / "params" / "paper.yaml").read_text(encoding="utf-8"))
+    paper = yaml.safe_load(
+        (ROOT / "notebooks" / "params" / "paper.yaml").read_text(encoding="utf-8")
+    )
     published = {
         "n_clusters": 200,
         "pca_dim": 64,

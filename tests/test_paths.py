@@ -15,7 +15,9 @@ from lib import paths
 def test_folders_follow_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "d"))
     monkeypatch.setenv("CXR_FIGURES_DIR", str(tmp_path / "f"))
-    assert paths.run_dir("phantom", "p4m", 3) == tmp_path / "d" / "runs" / "phantom" / "p4m" / "seed3"
+    assert (
+        paths.run_dir("phantom", "p4m", 3) == tmp_path / "d" / "runs" / "phantom" / "p4m" / "seed3"
+    )
     assert paths.dataset_dir("x") == tmp_path / "d" / "x"
     assert paths.raw_dir("x") == tmp_path / "d" / "raw" / "x"
     assert paths.figures_dir("x") == tmp_path / "f" / "x"
@@ -31,7 +33,9 @@ def test_names_that_cannot_be_folders_are_refused(name):
 
 def test_shown_paths_name_no_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "somewhere"))
-    assert paths.show(tmp_path / "somewhere" / "phantom" / "images.npy") == "data/phantom/images.npy"
+    assert (
+        paths.show(tmp_path / "somewhere" / "phantom" / "images.npy") == "data/phantom/images.npy"
+    )
     assert paths.show(paths.ROOT / "README.md") == "README.md"
     assert paths.show(tmp_path / "secret" / "x-rays") == "(outside the project)/x-rays"
 
@@ -63,7 +67,9 @@ def test_full_disk_is_named_and_leaves_the_old_file(tmp_path):
             handle.write(b"x")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match=r"could not write .*features\.npy: No space left.*free some space") as caught:
+    with pytest.raises(
+        OSError, match=r"could not write .*features\.npy: No space left.*free some space"
+    ) as caught:
         fill_the_disk()
     assert caught.value.errno == errno.ENOSPC
     assert np.load(path).shape == (3,)
@@ -72,7 +78,16 @@ def test_full_disk_is_named_and_leaves_the_old_file(tmp_path):
 
 def test_json_round_trip_and_what_json_has_not(tmp_path):
     path = tmp_path / "x.json"
-    paths.save_json(path, {"a": np.float32(0.5), "n": float("nan"), "b": [np.int64(2), (True,)], 3: np.arange(2), "s": "ß"})
+    paths.save_json(
+        path,
+        {
+            "a": np.float32(0.5),
+            "n": float("nan"),
+            "b": [np.int64(2), (True,)],
+            3: np.arange(2),
+            "s": "ß",
+        },
+    )
     assert paths.load_json(path) == {"a": 0.5, "n": None, "b": [2, [True]], "3": [0, 1], "s": "ß"}
     json.loads(path.read_text(encoding="utf-8"))
     path.write_text('{"a": ')
@@ -95,14 +110,19 @@ with paths.alone(sys.argv[1]):
 """
 
 
-def test_a_second_process_is_told_who_is_at_work_and_a_killed_one_blocks_nobody(tmp_path, monkeypatch):
+def test_a_second_process_is_told_who_is_at_work_and_a_killed_one_blocks_nobody(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(paths, "_PATIENCE", 0.1)
     folder = tmp_path / "store"
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, cwd=paths.ROOT) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, cwd=paths.ROOT
+    ) as holder:
         try:
             assert holder.stdout.readline().strip() == b"in"
             with pytest.raises(
-                paths.BusyError, match=r"^another process is at work in .*store: wait until it is done, then give"
+                paths.BusyError,
+                match=r"^another process is at work in .*store: wait until it is done, then give",
             ) as caught:
                 with paths.alone(folder):
                     pytest.fail("two at once")
@@ -133,7 +153,8 @@ def test_a_file_in_use_is_named_and_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(
-        OSError, match=r"could not write .*a\.json: The process cannot .*; its folder is read-only, or a notebook has it open"
+        OSError,
+        match=r"could not write .*a\.json: The process cannot .*; its folder is read-only, or a notebook has it open",
     ):
         paths.save_json(tmp_path / "a.json", 2)
     assert paths.load_json(tmp_path / "a.json") == 1

@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from lib import phantom
-from lib.phantom import FINDINGS, make_phantoms
+from lib.data import phantom
+from lib.data.phantom import FINDINGS, make_phantoms
 
 # Images of 112,120 in NIH ChestX-ray14 (Data_Entry_2017).
 NIH = {
@@ -38,9 +38,14 @@ def has(metadata, name):
 
 
 def anatomies(n=32, side="both"):
-    """Parameters of `n` anatomies squarely in the frame, focal findings in mid-lung, no leads or tubes."""
+    """Parameters of `n` anatomies squarely in the frame, focal findings in mid-lung, no leads or
+    tubes.
+    """
     p = {k: v[:n] for k, v in phantom._cohort(n, seed=5)[1].items()}
-    p |= {k: np.zeros(n) for k in ("shift_x", "shift_y", "tilt", "twist", "ramp")} | {"zoom": np.ones(n), "device": np.ones((n, 8))}
+    p |= {k: np.zeros(n) for k in ("shift_x", "shift_y", "tilt", "twist", "ramp")} | {
+        "zoom": np.ones(n),
+        "device": np.ones((n, 8)),
+    }
     p["right"], p["left"] = np.full(n, side != "L"), np.full(n, side != "R")
     return p
 
@@ -69,7 +74,17 @@ def test_shapes_types_and_names(cohort):
     images, metadata = cohort
     assert images.shape == (1500, 64, 64)
     assert images.dtype == np.uint8
-    assert list(metadata.columns) == ["image_id", "patient_id", "findings", "view_position", "age", "sex", "side", "angle", "mirrored"]
+    assert list(metadata.columns) == [
+        "image_id",
+        "patient_id",
+        "findings",
+        "view_position",
+        "age",
+        "sex",
+        "side",
+        "angle",
+        "mirrored",
+    ]
     assert metadata["image_id"].is_unique
     expected = [f"{p:08d}" for p in metadata["patient_id"]]
     assert metadata["image_id"].str[:8].tolist() == expected
@@ -84,7 +99,10 @@ def test_shapes_types_and_names(cohort):
         assert found == ["No Finding"] or (found == sorted(found) and set(found) <= set(FINDINGS))
     one_sided = np.any([has(metadata, name) for name in LATERAL], axis=0)
     np.testing.assert_array_equal(metadata["side"] != "", one_sided)
-    for column in ("sex", "age"):  # sex never changes, age never falls and by a year at most from image to image
+    for column in (
+        "sex",
+        "age",
+    ):  # sex never changes, age never falls and by a year at most from image to image
         change = metadata.groupby("patient_id")[column].agg(
             "nunique" if column == "sex" else lambda a: a.diff().fillna(0).between(0, 1).all()
         )
@@ -110,14 +128,17 @@ def test_frequencies_are_those_of_nih(census):
     sizes = census.groupby("patient_id").size()
     assert sizes.mean() == pytest.approx(3.64, abs=0.3)
     assert (sizes == 1).mean() == pytest.approx(0.57, abs=0.02)
-    np.testing.assert_allclose(census["age"].quantile([0.05, 0.25, 0.5, 0.75, 0.95]), [18, 36, 49, 59, 72], atol=4)
+    np.testing.assert_allclose(
+        census["age"].quantile([0.05, 0.25, 0.5, 0.75, 0.95]), [18, 36, 49, 59, 72], atol=4
+    )
     few = census.iloc[:5000]
     for name, count in NIH.items():
         assert has(few, name).mean() == pytest.approx(count / 112_120, rel=0.5, abs=0.003), name
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "lift"), [("Atelectasis", "Effusion", 1.8), ("Cardiomegaly", "Edema", 1.7), ("Edema", "Pneumonia", 4.0)]
+    ("a", "b", "lift"),
+    [("Atelectasis", "Effusion", 1.8), ("Cardiomegaly", "Edema", 1.7), ("Edema", "Pneumonia", 4.0)],
 )
 def test_findings_that_go_together(census, a, b, lift):
     both = (has(census, a) & has(census, b)).mean()
@@ -129,7 +150,8 @@ def test_edema_is_a_finding_of_portable_views(census):
     assert has(census, "Edema")[ap].mean() > 5 * has(census, "Edema")[~ap].mean()
 
 
-# Where each sign lies on the image's left half (the patient's right), in pixels, and whether it is brighter there.
+# Where each sign lies on the image's left half (the patient's right), in pixels, and whether it is
+# brighter there.
 SIGNS = {
     "Atelectasis": (slice(36, 46), slice(14, 28), +1),
     "Consolidation": (slice(24, 44), slice(14, 28), +1),
@@ -233,18 +255,24 @@ def test_quarter_turns_and_mirror_are_exact():
     for turns in range(4):
         for mirrored in (False, True):
             expected = np.rot90(upright[:, :, ::-1] if mirrored else upright, turns, axes=(1, 2))
-            np.testing.assert_allclose(draw(p, angle=90.0 * turns, mirrored=mirrored), expected, atol=0.5)
+            np.testing.assert_allclose(
+                draw(p, angle=90.0 * turns, mirrored=mirrored), expected, atol=0.5
+            )
 
 
 def test_any_orientation_is_the_upright_phantom_turned():
     upright, metadata = make_phantoms(48, 2)
     turned, moved = make_phantoms(48, 2, "any")
-    pd.testing.assert_frame_equal(metadata.drop(columns=["angle", "mirrored"]), moved.drop(columns=["angle", "mirrored"]))
+    pd.testing.assert_frame_equal(
+        metadata.drop(columns=["angle", "mirrored"]), moved.drop(columns=["angle", "mirrored"])
+    )
     assert 0.2 < moved["mirrored"].mean() < 0.8
     assert moved["angle"].between(0, 360).all()
     assert moved["angle"].std() > 60
     disc = np.hypot(*(np.mgrid[:64, :64] - 31.5)) < 29
-    for image, result, angle, mirrored in zip(upright, turned, moved["angle"], moved["mirrored"], strict=True):
+    for image, result, angle, mirrored in zip(
+        upright, turned, moved["angle"], moved["mirrored"], strict=True
+    ):
         source = (image[:, ::-1] if mirrored else image).astype(float)
         expected = ndimage.rotate(source, angle, reshape=False, order=1)
         wrong = ndimage.rotate(source, -angle, reshape=False, order=1)
@@ -260,7 +288,9 @@ def test_full_turns_are_uniform_and_do_not_blur():
     assert octants.min() > 25
 
     def detail(x):
-        return np.median(np.abs(ndimage.laplace(x.astype(float), axes=(1, 2)))[:, 16:48, 16:48].mean((1, 2)))
+        return np.median(
+            np.abs(ndimage.laplace(x.astype(float), axes=(1, 2)))[:, 16:48, 16:48].mean((1, 2))
+        )
 
     assert detail(images) == pytest.approx(detail(upright), rel=0.1)
 
@@ -268,13 +298,21 @@ def test_full_turns_are_uniform_and_do_not_blur():
 def test_findings_are_neither_trivial_nor_hidden(cohort):
     """Logistic regression on 50 principal components of the pixels, patients kept apart."""
     images, metadata = cohort
-    z = PCA(50, svd_solver="randomized", random_state=0).fit_transform(images.reshape(len(images), -1) / 255.0)
+    z = PCA(50, svd_solver="randomized", random_state=0).fit_transform(
+        images.reshape(len(images), -1) / 255.0
+    )
     z /= z.std(0)
     scores = []
     for name in ("Consolidation", "Effusion", "Infiltration"):
         y = has(metadata, name)
         folds = GroupKFold(5).split(z, y, metadata["patient_id"])
-        score = cross_val_predict(LogisticRegression(C=0.03, max_iter=500), z, y, cv=list(folds), method="decision_function")
+        score = cross_val_predict(
+            LogisticRegression(C=0.03, max_iter=500),
+            z,
+            y,
+            cv=list(folds),
+            method="decision_function",
+        )
         scores.append(roc_auc_score(y, score))
     assert 0.6 < np.mean(scores) < 0.9
 
@@ -283,7 +321,9 @@ def test_ten_thousand_in_seconds():
     make_phantoms(32, 0)
     start = time.process_time()
     make_phantoms(640, 0)
-    assert (time.process_time() - start) / 640 * 10_000 < 30  # measured 12 s; the bound allows for slow machines
+    assert (
+        time.process_time() - start
+    ) / 640 * 10_000 < 30  # measured 12 s; the bound allows for slow machines
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,18 @@
 import pandas as pd
 import pytest
 
-from lib.plots_bench import METHOD_TITLES, kmeans_quality
+from lib.plots.bench import METHOD_TITLES, kmeans_quality
 
 
 def table():
     rows = [
-        {"method": name, "points": n, "seconds": n / 1e4 * (i + 1), "inertia_ratio": 1 + i / 10, "nmi": 0.9 - i / 10}
+        {
+            "method": name,
+            "points": n,
+            "seconds": n / 1e4 * (i + 1),
+            "inertia_ratio": 1 + i / 10,
+            "nmi": 0.9 - i / 10,
+        }
         for i, name in enumerate(METHOD_TITLES)
         for n in (10_000, 100_000)
     ]
@@ -20,10 +26,14 @@ def test_each_method_has_its_marker_at_each_number_of_points():
     for axis, column in zip(figure.axes, ("inertia_ratio", "nmi"), strict=True):
         points = [line for line in axis.lines if line.get_linestyle() == "None"]
         drawn = {(line.get_xdata()[0], line.get_ydata()[0], line.get_marker()) for line in points}
-        assert {(x, y) for x, y, _ in drawn} == set(zip(table().seconds, table()[column], strict=True))
+        assert {(x, y) for x, y, _ in drawn} == set(
+            zip(table().seconds, table()[column], strict=True)
+        )
         assert len({marker for _, _, marker in drawn}) == len(METHOD_TITLES)
         assert axis.get_xscale() == "log"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(METHOD_TITLES.values())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(
+        METHOD_TITLES.values()
+    )
     assert "synthetic embeddings" in figure.get_supxlabel()
 
 

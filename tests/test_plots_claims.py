@@ -1,4 +1,6 @@
-"""Figures of the claims draw what they are given, name dataset and seeds, and stand missing arms and single seeds."""
+"""Figures of the claims draw what they are given, name dataset and seeds, and stand missing arms
+and single seeds.
+"""
 
 import math
 
@@ -6,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import claims, plots, plots_claims
-from lib.enrichment import enrichment
+from lib.plots import claims as plots_claims
+from lib.plots import style
+from lib.study import claims
+from lib.study.enrichment import enrichment
 from tests.drawing import drawn_texts
 from tests.test_claims import HEAD, entry, simulated_study
 
@@ -15,7 +19,11 @@ LABEL = "synthetic phantom, 64 images"
 
 
 def texts(figure):
-    found = [t.get_text() for axes in figure.axes for t in axes.findobj(match=lambda a: hasattr(a, "get_text"))]
+    found = [
+        t.get_text()
+        for axes in figure.axes
+        for t in axes.findobj(match=lambda a: hasattr(a, "get_text"))
+    ]
     found += [t.get_text() for legend in figure.legends for t in legend.get_texts()]
     return "\n".join([*found, figure._supxlabel.get_text()])
 
@@ -33,8 +41,10 @@ def test_forest(n_seeds, tmp_path):
     assert f"({n_seeds} seed{'s' * (n_seeds > 1)})" in told
     assert HEAD["dataset_label"] in told
     assert ("supported" in told) is (n_seeds == 5)
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [c.title for c in claims.CLAIMS]
-    assert {p.suffix for p in plots.save(figure, tmp_path / "fig5")} == {".png", ".svg"}
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [
+        c.title for c in claims.CLAIMS
+    ]
+    assert {p.suffix for p in style.save(figure, tmp_path / "fig5")} == {".png", ".svg"}
 
 
 def test_forest_without_a_pair():
@@ -42,13 +52,19 @@ def test_forest_without_a_pair():
 
 
 def curve(n_seeds, height):
-    rows = [{"epoch": e, "seed": s, "nmi_prev": math.nan if e == 1 else height + 0.01 * s} for e in range(1, 6) for s in range(n_seeds)]
+    rows = [
+        {"epoch": e, "seed": s, "nmi_prev": math.nan if e == 1 else height + 0.01 * s}
+        for e in range(1, 6)
+        for s in range(n_seeds)
+    ]
     return pd.DataFrame(rows)
 
 
 def test_controls_stand_in_the_same_axes():
     curves = {"p4m": curve(3, 0.5), "p4m-index": curve(2, 0.7), "p4m-shuffled": curve(1, 0.6)}
-    figure = plots_claims.control_curves(curves, {"p4m": 0.1}, {"p4m": "P4M", "alexnet": "AlexNet"}, LABEL)
+    figure = plots_claims.control_curves(
+        curves, {"p4m": 0.1}, {"p4m": "P4M", "alexnet": "AlexNet"}, LABEL
+    )
     left, right = figure.axes
     assert "no run of this arm" in "\n".join(t.get_text() for t in left.texts)
     assert [t.get_text() for t in right.get_legend().get_texts()] == [
@@ -63,7 +79,10 @@ def test_controls_stand_in_the_same_axes():
 
 def test_invariance_closes_the_circle_and_draws_the_price():
     angles = [0, 90, 180, 270]
-    curves = {arm: {"kept": [1, 0.5, 0.4, None], "distance": [0, 0.2, 0.3, 0.2]} for arm in ("p4m", "alexnet")}
+    curves = {
+        arm: {"kept": [1, 0.5, 0.4, None], "distance": [0, 0.2, 0.3, 0.2]}
+        for arm in ("p4m", "alexnet")
+    }
     numbers = {"tells_mirrored": {"mean": 0.5, "n": 2, "by_seed": {0: 0.5, 1: 0.5}}}
     arms = {arm: {**entry(arm), "seeds": [0, 1], "measures": numbers} for arm in curves}
     figure = plots_claims.invariance(curves, arms, angles, LABEL, 96)
@@ -73,19 +92,38 @@ def test_invariance_closes_the_circle_and_draws_the_price():
     assert "means over 2 seeds" in texts(figure)
     assert [p.get_height() for p in figure.axes[2].patches] == [0.5, 0.5]
     arms = {arm: {**a, "measures": {}} for arm, a in arms.items()}
-    assert "no patients to test on" in texts(plots_claims.invariance(curves, arms, angles, LABEL, 96))
+    assert "no patients to test on" in texts(
+        plots_claims.invariance(curves, arms, angles, LABEL, 96)
+    )
 
 
 def test_roc_names_every_arm_the_guess_and_the_areas(monkeypatch):
     grid = np.linspace(0, 1, 11)
     curves = {arm: {"macro": grid**0.5, "micro": grid**0.2} for arm in ("p4m", "pixels", "guess")}
-    arms = {arm: {**entry(arm), "title": f"title of {arm}", "seeds": [0, 1, 2]} for arm in ("p4m", "pixels")}
+    arms = {
+        arm: {**entry(arm), "title": f"title of {arm}", "seeds": [0, 1, 2]}
+        for arm in ("p4m", "pixels")
+    }
     for number, arm in enumerate(arms.values(), 1):
-        areas = {"macro": 0.1 * number, "micro": 0.2 * number, "macro_prevalence": 0.5, "micro_prevalence": 0.9}
+        areas = {
+            "macro": 0.1 * number,
+            "micro": 0.2 * number,
+            "macro_prevalence": 0.5,
+            "micro_prevalence": 0.9,
+        }
         arm["measures"] = {f"auroc_{name}": {"mean": value} for name, value in areas.items()}
     figure = plots_claims.roc(curves, arms, grid, LABEL, 321)
     told = texts(figure)
-    assert all(text in told for text in ("title of p4m", "title of pixels", "guess: how frequent", "321 test images", "means over 3 seeds"))
+    assert all(
+        text in told
+        for text in (
+            "title of p4m",
+            "title of pixels",
+            "guess: how frequent",
+            "321 test images",
+            "means over 3 seeds",
+        )
+    )
     areas_told = [[t.get_text() for t in axes.get_legend().get_texts()] for axes in figure.axes]
     assert areas_told == [["0.100", "0.200", "0.500"], ["0.200", "0.400", "0.900"]]
     assert figure.axes[1].get_lines()[0].get_ydata().tolist() == (grid**0.2).tolist()
@@ -106,7 +144,11 @@ def test_enrichment_dots_mark_the_discoveries(monkeypatch):
     assert len(dots.get_xdata()) == (table["q"] <= 0.05).sum() > 0
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["Mass", "Hernia", "AP view"]
     drawn = figure.axes[0].get_images()[0].get_array()
-    assert drawn.mask.all(axis=1).tolist() == [False, True, False]  # of four images a ratio says nothing
+    assert drawn.mask.all(axis=1).tolist() == [
+        False,
+        True,
+        False,
+    ]  # of four images a ratio says nothing
     assert "gray: fewer than 5 images" in texts(figure)
     drawn_texts(figure, monkeypatch)
     assert "no clusters" in texts(plots_claims.enrichment_maps({}, {}, LABEL))
@@ -116,14 +158,23 @@ def test_retrieval_tells_the_same_patient_apart():
     images = np.random.default_rng(0).integers(0, 255, (6, 64, 64), dtype=np.uint8)
     findings = ["Mass", "Mass|Edema", "No Finding", "Edema", "Mass", ""]
     figure = plots_claims.retrieval_panels(
-        images, [0], {"p4m": np.array([[1, 2, 4, -1]])}, findings, [1, 2, 3, 4, 1, 6], {"p4m": "P4M, no augmentation"}, LABEL
+        images,
+        [0],
+        {"p4m": np.array([[1, 2, 4, -1]])},
+        findings,
+        [1, 2, 3, 4, 1, 6],
+        {"p4m": "P4M, no augmentation"},
+        LABEL,
     )
     told = [axes.get_xlabel() for axes in figure.axes]
     assert told == ["Mass", "Edema, Mass", "no finding", "Mass (same patient)", ""]
     assert plots_claims.retrieval_panels(images, [], {}, findings, range(6), {}, LABEL)
 
 
-@pytest.mark.parametrize("draw", [plots_claims.forest, lambda r: plots_claims.control_curves({}, {}, {}, r["dataset_label"])])
+@pytest.mark.parametrize(
+    "draw",
+    [plots_claims.forest, lambda r: plots_claims.control_curves({}, {}, {}, r["dataset_label"])],
+)
 def test_a_figure_without_a_dataset_is_refused(draw):
     with pytest.raises(ValueError, match="dataset_label must name the dataset"):
         draw({**assembled(3), "dataset_label": ""})

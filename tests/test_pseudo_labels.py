@@ -32,7 +32,12 @@ def test_clusters_are_trained_on_unless_asked_otherwise(tmp_path, trained_on):
 
 
 def test_index_is_the_same_for_all_images_whatever_they_show(tmp_path, trained_on):
-    run = fit(pictures(), dataclasses.replace(SMALL, pseudo_labels="index"), tmp_path / "run", progress=False)
+    run = fit(
+        pictures(),
+        dataclasses.replace(SMALL, pseudo_labels="index"),
+        tmp_path / "run",
+        progress=False,
+    )
     assert all(np.array_equal(labels, np.arange(40) % SMALL.n_clusters) for labels in trained_on)
     # what is recorded is the clustering
     assert not np.array_equal(run.assignments[0], trained_on[0])
@@ -50,7 +55,9 @@ def test_shuffled_keeps_one_shuffle_of_the_first_clusters_also_when_resumed(tmp_
     resumed = fit(pictures(), config, tmp_path / "parts", progress=False)
     assert all(np.array_equal(labels, first) for labels in trained_on)
     assert np.array_equal(resumed.features, whole.features)
-    other = labels_to_train_on(whole.assignments[0], whole.assignments[:0], dataclasses.replace(config, seed=1))
+    other = labels_to_train_on(
+        whole.assignments[0], whole.assignments[:0], dataclasses.replace(config, seed=1)
+    )
     assert not np.array_equal(other, first)
 
 
@@ -61,7 +68,10 @@ def test_runs_from_before_the_setting_are_read_and_go_on(tmp_path):
     del stored["pseudo_labels"]
     path.write_text(json.dumps(stored))
     assert load_run(run.path).config == SMALL
-    assert len(fit(pictures(), dataclasses.replace(SMALL, epochs=3), run.path, progress=False).metrics) == 3
+    assert (
+        len(fit(pictures(), dataclasses.replace(SMALL, epochs=3), run.path, progress=False).metrics)
+        == 3
+    )
 
 
 def test_a_misspelt_setting_is_named():

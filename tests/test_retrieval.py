@@ -1,12 +1,14 @@
-"""R-MAC against its definition, the same for turned maps, and precision that finds what was planted."""
+"""R-MAC against its definition, the same for turned maps, and precision that finds what was
+planted.
+"""
 
 import numpy as np
 import pytest
 import torch
 
-from lib import retrieval
 from lib.models import build
-from lib.retrieval import nearest, precision_at_k, regions, rmac
+from lib.study import retrieval
+from lib.study.retrieval import nearest, precision_at_k, regions, rmac
 
 
 def test_regions_follow_the_paper():
@@ -31,7 +33,9 @@ def test_rmac_is_its_definition_and_the_same_for_turned_maps():
     maps = torch.rand(3, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(3, 5)
     for top, left, side in regions(8, 8):
-        vector = maps[:, :, top : top + side, left : left + side].reshape(3, 5, -1).max(dim=2).values
+        vector = (
+            maps[:, :, top : top + side, left : left + side].reshape(3, 5, -1).max(dim=2).values
+        )
         expected += vector / vector.norm(dim=1, keepdim=True)
     expected /= expected.norm(dim=1, keepdim=True)
     torch.testing.assert_close(rmac(maps), expected)
@@ -54,7 +58,9 @@ def test_nearest_leaves_out_the_query_and_its_patient():
     vectors = np.array([[1, 0], [1, 0.1], [0, 1], [1, 0.2]])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     assert nearest(vectors, np.array([0]), 2).tolist() == [[1, 3]]
-    assert nearest(vectors, np.array([0]), 3, patients=np.array([0, 0, 1, 2])).tolist() == [[3, 2, -1]]
+    assert nearest(vectors, np.array([0]), 3, patients=np.array([0, 0, 1, 2])).tolist() == [
+        [3, 2, -1]
+    ]
 
 
 def test_precision_finds_planted_findings_and_counts_patients_apart():
@@ -70,7 +76,9 @@ def test_precision_finds_planted_findings_and_counts_patients_apart():
     assert blind["precision"] == pytest.approx(blind["chance"], abs=0.05)
     assert blind["chance"] == pytest.approx(targets.mean(axis=0), abs=0.03)
     assert blind["same_patient"] == pytest.approx(blind["same_patient_chance"], abs=0.01)
-    told = precision_at_k(unit(0.1 * noise + 5 * np.pad(targets, ((0, 0), (0, 6)))), targets, patients)
+    told = precision_at_k(
+        unit(0.1 * noise + 5 * np.pad(targets, ((0, 0), (0, 6)))), targets, patients
+    )
     assert told["precision"].min() > 0.9
     # a code that knows the patient alone: it finds the patient again, and no finding of others
     of_patient = rng.normal(size=(n // 4, 8))[patients]

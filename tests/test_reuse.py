@@ -1,4 +1,6 @@
-"""A finished run used again: the same numbers as in training, from the export too; errors that quote; far images are called far."""
+"""A finished run used again: the same numbers as in training, from the export too; errors that
+quote; far images are called far.
+"""
 
 import json
 import re
@@ -10,8 +12,9 @@ import pytest
 import safetensors
 from PIL import Image
 
-from lib import data, paths, reuse, runs
-from lib.phantom import make_phantoms
+from lib import data, paths, runs
+from lib.data.phantom import make_phantoms
+from lib.explore import reuse
 from lib.run import Options, parse_args
 from lib.run import main as run_main
 from tests import finished
@@ -69,8 +72,14 @@ def test_every_exported_file_says_what_it_is(images, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     with safetensors.safe_open(tmp_path / "model.safetensors", "numpy") as weights:
         notes = [config, weights.metadata()]
-    tables = [pyarrow.parquet.read_table(tmp_path / name) for name in (reuse.ASSIGNMENTS, reuse.EMBEDDINGS)]
-    notes += [{key.decode(): value.decode() for key, value in table.schema.metadata.items()} for table in tables]
+    tables = [
+        pyarrow.parquet.read_table(tmp_path / name)
+        for name in (reuse.ASSIGNMENTS, reuse.EMBEDDINGS)
+    ]
+    notes += [
+        {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+        for table in tables
+    ]
     for note in notes:
         assert note["notice"] == "Not for clinical use."
         assert note["attribution"] == data.PHANTOM_ATTRIBUTION
@@ -80,7 +89,9 @@ def test_every_exported_file_says_what_it_is(images, tmp_path):
     assert assignments["image_id"] == embeddings["image_id"] == ids
     run = runs.load_run(folder())
     assert assignments["cluster"] == run.final_assignments.tolist()
-    np.testing.assert_allclose(embeddings["embedding"], runs.embed(run, np.asarray(run.features)), atol=1e-4)
+    np.testing.assert_allclose(
+        embeddings["embedding"], runs.embed(run, np.asarray(run.features)), atol=1e-4
+    )
     assert not {"patient_id", "findings", "age", "sex"} & (set(assignments) | set(embeddings))
     assert str(tmp_path) not in (tmp_path / "config.json").read_text(encoding="utf-8")
     assert pd.read_parquet(tmp_path / reuse.ASSIGNMENTS).shape == (72, 3)
@@ -156,7 +167,9 @@ def test_a_folder_is_assigned_from_the_command_line(root, images, capsys):
     mine = root / "My Films"
     mine.mkdir()
     for number, image in enumerate(make_phantoms(12, 3)[0]):
-        Image.fromarray(image).resize((128, 128), Image.Resampling.NEAREST).save(mine / f"film{number:02d}.png")
+        Image.fromarray(image).resize((128, 128), Image.Resampling.NEAREST).save(
+            mine / f"film{number:02d}.png"
+        )
     status = run_main(["--data", "My Films", "--reuse", "phantom-tiny/p4m/seed0"])
     shown = capsys.readouterr()
     assert status == 0, shown.err
@@ -165,14 +178,20 @@ def test_a_folder_is_assigned_from_the_command_line(root, images, capsys):
     expected = reuse.load(folder()).assign(make_phantoms(12, 3)[0])
     assert table["cluster"].tolist() == expected.tolist()
     assert table["image_id"].tolist() == [f"film{number:02d}.png" for number in range(12)]
-    assert pyarrow.parquet.read_table(out / reuse.ASSIGNMENTS).column("cluster").to_pylist() == expected.tolist()
+    assert (
+        pyarrow.parquet.read_table(out / reuse.ASSIGNMENTS).column("cluster").to_pylist()
+        == expected.tolist()
+    )
     text = (out / "summary.md").read_text(encoding="utf-8")
     assert text in shown.out
     assert "12 images in the clusters of phantom-tiny/p4m/seed0" in text
     assert "of 12 images" in text
     assert "Not for clinical use." in text
     assert str(root) not in text
-    counts = {int(row[0]): int(row[1]) for row in re.findall(r"^\| (\d+) \| ([\d,]+) \|", text, re.MULTILINE)}
+    counts = {
+        int(row[0]): int(row[1])
+        for row in re.findall(r"^\| (\d+) \| ([\d,]+) \|", text, re.MULTILINE)
+    }
     assert counts == dict(enumerate(np.bincount(expected, minlength=4)))
 
 
@@ -189,8 +208,14 @@ def test_the_export_is_a_run_for_the_command_line(root, images, capsys):
             ["--reuse", "phantom-tiny/p4m/seed9", "--data", "."],
             "seed9' is no run; finished runs: phantom-tiny/alexnet/seed0, ",
         ),
-        (["--reuse", "phantom-tiny/p4m/seed0", "--data", "nowhere"], "--data 'nowhere' is not there"),
-        (["--reuse", "phantom-tiny/p4m/seed0", "--data", "phantom"], "not --data phantom: give its path"),
+        (
+            ["--reuse", "phantom-tiny/p4m/seed0", "--data", "nowhere"],
+            "--data 'nowhere' is not there",
+        ),
+        (
+            ["--reuse", "phantom-tiny/p4m/seed0", "--data", "phantom"],
+            "not --data phantom: give its path",
+        ),
         (["--reuse", "phantom-tiny/p4m/seed0"], "one of the arguments --data --export is required"),
         (["--data", "."], "--reuse"),
     ],

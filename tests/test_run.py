@@ -1,4 +1,6 @@
-"""The command line: arguments, parameters, what is run again and what is not, errors in one line, and the way to an environment."""
+"""The command line: arguments, parameters, what is run again and what is not, errors in one line,
+and the way to an environment.
+"""
 
 import json
 import os
@@ -16,37 +18,62 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lib import paths, run
 from lib.paths import ROOT
-from lib.run import Options, RunError, UsageError, dataset_name, parse_args, read_parameters, read_preset
+from lib.run import (
+    Options,
+    RunError,
+    UsageError,
+    dataset_name,
+    parse_args,
+    read_parameters,
+    read_preset,
+)
 
 posix = pytest.mark.skipif(os.name == "nt", reason="run_all.sh needs bash, and signals are POSIX's")
 
 COMMON = 'dataset = "phantom-smoke"\nsource = "phantom"\nrestart = False\n'
 WRITE = "from lib import paths\npaths.save_json(paths.{}(dataset) / '{}', {})"
-TABLE = (
-    "out = paths.figures_dir(dataset)\n(out / 'table1_linear_probe.md').write_text('| probe | 0.5 |')\n(out / 'fig1.svg').write_text('')"
-)
+TABLE = "out = paths.figures_dir(dataset)\n(out / 'table1_linear_probe.md').write_text('| probe | 0.5 |')\n(out / 'fig1.svg').write_text('')"
 
 
 def write_notebook(path, parameters, *cells):
     tagged = new_code_cell(parameters, metadata={"tags": ["parameters"]})
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(new_notebook(cells=[new_markdown_cell("# Title"), tagged, *map(new_code_cell, cells)], metadata=metadata), path)
+    nbformat.write(
+        new_notebook(
+            cells=[new_markdown_cell("# Title"), tagged, *map(new_code_cell, cells)],
+            metadata=metadata,
+        ),
+        path,
+    )
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with three tiny notebooks and the presets' names, its data beside it; the path has a space."""
+    """A folder with three tiny notebooks and the presets' names, its data beside it; the path has a
+    space.
+    """
     root = tmp_path / "my project"
     (root / "notebooks" / "params").mkdir(parents=True)
     for preset, n in (("smoke", 1), ("quick", 2), ("paper", 3)):
-        (root / "notebooks" / "params" / f"{preset}.yaml").write_text(f"n: {n}\nlr: 1.0e-3\nseeds: [0]\ndevice: cpu\n")
-    write_notebook(root / "notebooks" / "00_get.ipynb", COMMON + "n = 1", WRITE.format("dataset_dir", "images.json", "[n, source]"))
+        (root / "notebooks" / "params" / f"{preset}.yaml").write_text(
+            f"n: {n}\nlr: 1.0e-3\nseeds: [0]\ndevice: cpu\n"
+        )
+    write_notebook(
+        root / "notebooks" / "00_get.ipynb",
+        COMMON + "n = 1",
+        WRITE.format("dataset_dir", "images.json", "[n, source]"),
+    )
     write_notebook(
         root / "notebooks" / "01_train.ipynb",
         COMMON + "lr = 1e-3\nseeds = [0]\ndevice = 'auto'",
-        WRITE.format("runs_dir", "run.json", "[lr, seeds, device, restart]") + "\n(paths.runs_dir(dataset) / 'w.pt').write_text('')",
+        WRITE.format("runs_dir", "run.json", "[lr, seeds, device, restart]")
+        + "\n(paths.runs_dir(dataset) / 'w.pt').write_text('')",
     )
-    write_notebook(root / "notebooks" / "02_draw.ipynb", COMMON, WRITE.format("figures_dir", "fig0.json", "1") + "\n" + TABLE)
+    write_notebook(
+        root / "notebooks" / "02_draw.ipynb",
+        COMMON,
+        WRITE.format("figures_dir", "fig0.json", "1") + "\n" + TABLE,
+    )
     monkeypatch.setenv("CXR_DATA_DIR", str(root / "data"))
     monkeypatch.setenv("CXR_FIGURES_DIR", str(root / "figures"))
     monkeypatch.chdir(tmp_path)
@@ -55,19 +82,27 @@ def project(tmp_path, monkeypatch):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """Stands for papermill: runs a notebook's cells in this process; returns the list of the notebooks that were run."""
+    """Stands for papermill: runs a notebook's cells in this process; returns the list of the
+    notebooks that were run.
+    """
     done = []
 
     def call(command, log, environment):
         notebook, overrides = Path(command[3]), json.loads(command[command.index("-y") + 1])
-        preset = dict(re.findall(r"(\w+): (.+)", Path(command[command.index("-f") + 1]).read_text()))
+        preset = dict(
+            re.findall(r"(\w+): (.+)", Path(command[command.index("-f") + 1]).read_text())
+        )
         log.write_text("")
         done.append(notebook.stem)
         scope = {}
         for cell in nbformat.read(notebook, as_version=4).cells[1:]:
             exec(cell.source, scope)
             if "parameters" in cell.metadata.get("tags", []):
-                scope |= {name: json.loads(value) for name, value in preset.items() if value[0] in "0123456789["} | overrides
+                scope |= {
+                    name: json.loads(value)
+                    for name, value in preset.items()
+                    if value[0] in "0123456789["
+                } | overrides
         return 0
 
     monkeypatch.setattr(run, "_call", call)
@@ -85,14 +120,30 @@ def run_again(project, executed, *arguments):
 
 
 def test_defaults(project):
-    assert parse_args([], project) == Options("quick", "phantom", "phantom", None, None, None, False)
+    assert parse_args([], project) == Options(
+        "quick", "phantom", "phantom", None, None, None, False
+    )
 
 
 def test_all_options(project, tmp_path):
     (tmp_path / "NIH Sample").mkdir()
-    arguments = ["--preset", "smoke", "--data", "NIH Sample", "--seeds", "0,7", "--device", "cpu", "--from", "1", "--restart"]
+    arguments = [
+        "--preset",
+        "smoke",
+        "--data",
+        "NIH Sample",
+        "--seeds",
+        "0,7",
+        "--device",
+        "cpu",
+        "--from",
+        "1",
+        "--restart",
+    ]
     options = parse_args(arguments, project, tmp_path)
-    assert options == Options("smoke", str(tmp_path / "NIH Sample"), "nih-sample-smoke", (0, 7), "cpu", "01", True)
+    assert options == Options(
+        "smoke", str(tmp_path / "NIH Sample"), "nih-sample-smoke", (0, 7), "cpu", "01", True
+    )
     assert parse_args(["--nproc", "4"], project) == Options(nproc=4)
 
 
@@ -102,7 +153,12 @@ def test_what_follows_test_is_pytests(project):
 
 
 def test_what_follows_study_is_the_studys(project):
-    assert parse_args(["--study", "--jobs", "2", "--seeds", "0"], project).study == ("--jobs", "2", "--seeds", "0")
+    assert parse_args(["--study", "--jobs", "2", "--seeds", "0"], project).study == (
+        "--jobs",
+        "2",
+        "--seeds",
+        "0",
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,13 +179,18 @@ def test_what_follows_study_is_the_studys(project):
         (["--seeds", "1,1"], "names a seed twice"),
         (["--nproc", "0"], "--nproc '0' is not a number of processes"),
         (["--nproc", "two"], "--nproc 'two'"),
-        (["--data", "nowhere"], "--data 'nowhere' is not there; valid: phantom, chestmnist, kaggle,"),
+        (
+            ["--data", "nowhere"],
+            "--data 'nowhere' is not there; valid: phantom, chestmnist, kaggle,",
+        ),
         (["--data", ""], "--data '' is not there"),
         (["--data", __file__], "is not a folder"),
         (["--preset", "smoke", "--test"], "--test takes no other option"),
     ],
 )
-def test_bad_arguments_end_in_one_line_that_names_the_valid_ones(project, arguments, message, monkeypatch, capsys):
+def test_bad_arguments_end_in_one_line_that_names_the_valid_ones(
+    project, arguments, message, monkeypatch, capsys
+):
     monkeypatch.setattr(run.parse_args, "__defaults__", (project, None))
     assert run.main(arguments) == 2
     out, error = capsys.readouterr()
@@ -202,12 +263,15 @@ def test_sources_by_word_and_by_path(given, source, command, tmp_path):
 def test_a_source_that_is_not_there(given, reason, tmp_path):
     (tmp_path / "own.npz").touch()
     (tmp_path / "box").mkdir()
-    with pytest.raises(UsageError, match=f"^--data '{given}' is {reason}; valid: phantom, chestmnist, kaggle, kaggle-sample, "):
+    with pytest.raises(
+        UsageError,
+        match=f"^--data '{given}' is {reason}; valid: phantom, chestmnist, kaggle, kaggle-sample, ",
+    ):
         parse_args(["--data", given], folder=tmp_path)
 
 
 def test_what_is_downloaded_comes_before_the_first_notebook(monkeypatch):
-    from lib import download
+    from lib.data import sources as download
 
     asked = []
 
@@ -249,7 +313,9 @@ def test_reads_parameters_of_a_notebook(project):
     }
 
 
-@pytest.mark.parametrize("code", ["n = 1 + len('a')", "import os", "a = b = 1", "a, b = 1, 2", "for i in [1]: n = i"])
+@pytest.mark.parametrize(
+    "code", ["n = 1 + len('a')", "import os", "a = b = 1", "a, b = 1, 2", "for i in [1]: n = i"]
+)
 def test_parameters_must_be_literals(project, code):
     write_notebook(project / "notebooks" / "00_get.ipynb", "n = 1\n" + code)
     with pytest.raises(RunError, match=r"00_get.ipynb, parameters, line 2: only `name = literal`"):
@@ -267,9 +333,15 @@ def test_one_cell_of_parameters(project):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("n_clusters: 2", r"quick.yaml: unknown parameter 'n_clusters'; valid: dataset, device, lr, n, restart, seeds, source$"),
+        (
+            "n_clusters: 2",
+            r"quick.yaml: unknown parameter 'n_clusters'; valid: dataset, device, lr, n, restart, seeds, source$",
+        ),
         ("seed: [0]", r"unknown parameter 'seed' \(did you mean seeds\?\)"),
-        ("lr: 1e-3", r"lr is '1e-3', which is no number like 0.001; YAML takes 1e-3 for text, write 1.0e-3"),
+        (
+            "lr: 1e-3",
+            r"lr is '1e-3', which is no number like 0.001; YAML takes 1e-3 for text, write 1.0e-3",
+        ),
         ("seeds: 0", r"seeds is 0, which is no list like \[0\]"),
         ("restart: 1", "restart is 1, which is no true or false"),
         ("n:", "n is None, which is no number"),
@@ -286,9 +358,16 @@ def test_bad_presets(project, text, message):
 
 
 def test_presets_and_options_reach_the_notebooks(project, executed):
-    assert run_again(project, executed, "--preset", "paper", "--seeds", "3,4", "--device", "auto") == ["00", "01", "02"]
+    assert run_again(
+        project, executed, "--preset", "paper", "--seeds", "3,4", "--device", "auto"
+    ) == ["00", "01", "02"]
     assert paths.load_json(paths.dataset_dir("phantom-paper") / "images.json") == [3, "phantom"]
-    assert paths.load_json(paths.runs_dir("phantom-paper") / "run.json") == [1e-3, [3, 4], "auto", False]
+    assert paths.load_json(paths.runs_dir("phantom-paper") / "run.json") == [
+        1e-3,
+        [3, 4],
+        "auto",
+        False,
+    ]
 
 
 def test_the_command_in_the_results_hides_the_callers_path(project, tmp_path):
@@ -305,7 +384,11 @@ def test_a_second_call_runs_nothing(project, executed, capsys):
     capsys.readouterr()
     assert run_again(project, executed) == []
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:4] == ["[1/3] 00_get ... already done", "[2/3] 01_train ... already done", "[3/3] 02_draw ... already done"]
+    assert lines[1:4] == [
+        "[1/3] 00_get ... already done",
+        "[2/3] 01_train ... already done",
+        "[3/3] 02_draw ... already done",
+    ]
     assert "| probe | 0.5 |" in lines
     assert lines[-1].strip() == "table1_linear_probe.md"
     assert "  fig1.svg" in lines
@@ -359,12 +442,16 @@ def test_from(project, executed):
     run_again(project, executed)
     assert run_again(project, executed, "--from", "1") == ["01", "02"]
     write_notebook(project / "notebooks" / "00_get.ipynb", COMMON + "n = 1", "x = 1")
-    assert run_again(project, executed, "--from", "02") == ["02"]  # earlier results are taken as they are
+    assert run_again(project, executed, "--from", "02") == [
+        "02"
+    ]  # earlier results are taken as they are
     assert run_again(project, executed) == ["00", "01", "02"]
 
 
 def test_from_needs_the_earlier_ones(project, executed):
-    with pytest.raises(UsageError, match="--from 01: 00_get is not done for phantom with these parameters"):
+    with pytest.raises(
+        UsageError, match="--from 01: 00_get is not done for phantom with these parameters"
+    ):
         run_again(project, executed, "--from", "01")
     run_again(project, executed)
     with pytest.raises(UsageError, match="--from 02: 01_train is not done"):
@@ -381,14 +468,20 @@ def test_restart_runs_everything_and_tells_the_notebooks(project, executed):
 def test_after_a_failure_the_rest_is_run(project, executed, monkeypatch):
     run_again(project, executed)
     works = run._call
-    monkeypatch.setattr(run, "_call", lambda command, *rest: 1 if "01_train" in command[3] else works(command, *rest))
+    monkeypatch.setattr(
+        run,
+        "_call",
+        lambda command, *rest: 1 if "01_train" in command[3] else works(command, *rest),
+    )
     with pytest.raises(RunError, match="01_train: "):
         run_again(project, executed, "--from", "01")
     monkeypatch.setattr(run, "_call", works)
     assert run_again(project, executed) == ["01", "02"]
 
 
-def test_what_follows_a_changed_notebook_is_run_even_after_an_interruption(project, executed, monkeypatch):
+def test_what_follows_a_changed_notebook_is_run_even_after_an_interruption(
+    project, executed, monkeypatch
+):
     run_again(project, executed)
     works = paths.save_json
 
@@ -411,7 +504,10 @@ def test_new_images_are_noticed_and_other_folders_refused(project, executed, tmp
     assert run_again(project, executed, "--data", "one/scans") == []
     (tmp_path / "one/scans/a.png").write_bytes(b"x")
     assert run_again(project, executed, "--data", "one/scans") == ["00", "01", "02"]
-    with pytest.raises(UsageError, match=r"data/runs/scans holds the results of .*one.scans; rename your folder, or .* --restart"):
+    with pytest.raises(
+        UsageError,
+        match=r"data/runs/scans holds the results of .*one.scans; rename your folder, or .* --restart",
+    ):
         run_again(project, executed, "--data", "two/scans")
     assert run_again(project, executed, "--data", "two/scans", "--restart") == ["00", "01", "02"]
 
@@ -421,7 +517,9 @@ def test_new_images_are_noticed_and_other_folders_refused(project, executed, tmp
 
 def test_no_kernel(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel", None)
-    with pytest.raises(RunError, match=r"the Jupyter kernel python3 is not installed.*-m pip install ipykernel") as error:
+    with pytest.raises(
+        RunError, match=r"the Jupyter kernel python3 is not installed.*-m pip install ipykernel"
+    ) as error:
         run.check_kernel()
     assert "\n" not in str(error.value)
 
@@ -430,7 +528,11 @@ def test_a_kernel_of_another_python(monkeypatch, tmp_path):
     run.check_kernel()
     spec = tmp_path / "kernels" / "python3"
     spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(json.dumps({"argv": [str(tmp_path / "gone" / "python")], "display_name": "x", "language": "python"}))
+    (spec / "kernel.json").write_text(
+        json.dumps(
+            {"argv": [str(tmp_path / "gone" / "python")], "display_name": "x", "language": "python"}
+        )
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     with pytest.raises(RunError, match=r"starts .*gone.python, not this Python"):
         run.check_kernel()
@@ -439,7 +541,9 @@ def test_a_kernel_of_another_python(monkeypatch, tmp_path):
 def test_a_folder_that_cannot_be_written(project, executed, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "file" / "data"))
-    with pytest.raises(RunError, match=r"cannot write to .*file.data.*; choose other folders with CXR_DATA_DIR") as error:
+    with pytest.raises(
+        RunError, match=r"cannot write to .*file.data.*; choose other folders with CXR_DATA_DIR"
+    ) as error:
         run_again(project, executed)
     assert "\n" not in str(error.value)
     assert executed == []
@@ -451,7 +555,9 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     (tmp_path / "pyproject.toml").write_text(text)
     assert run.missing_packages(root=tmp_path) == ["numpy>=999", "no-such-package"]
     assert run.missing_packages(True, tmp_path) == ["numpy>=999", "no-such-package", "pytest>=999"]
-    monkeypatch.setitem(sys.modules, "packaging.requirements", None)  # a bare Python: everything is missing
+    monkeypatch.setitem(
+        sys.modules, "packaging.requirements", None
+    )  # a bare Python: everything is missing
     assert len(run.missing_packages(root=tmp_path)) == 3
 
 
@@ -462,7 +568,13 @@ def test_last_error_is_short(tmp_path):
         "evalue": "\x1b[31mfirst\x1b[0m\nsecond\nthird\nfourth",
         "traceback": ["x"] * 200,
     }
-    cell = {"cell_type": "code", "execution_count": 4, "metadata": {}, "source": "", "outputs": [error]}
+    cell = {
+        "cell_type": "code",
+        "execution_count": 4,
+        "metadata": {},
+        "source": "",
+        "outputs": [error],
+    }
     copy, log = tmp_path / "a.ipynb", tmp_path / "a.log"
     copy.write_text(json.dumps({"cells": [cell]}))
     assert run.last_error(copy, log) == "In [4]: ValueError: first\n  second\n  third"
@@ -472,7 +584,10 @@ def test_last_error_is_short(tmp_path):
     assert run.last_error(tmp_path / "none.ipynb", log) == "two\n  three\n  four"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (41, "41 s"), (754, "12 min 34 s"), (7500, "2 h 5 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (41, "41 s"), (754, "12 min 34 s"), (7500, "2 h 5 min")],
+)
 def test_duration(seconds, text):
     assert run._duration(seconds) == text
 
@@ -482,9 +597,21 @@ def test_duration(seconds, text):
 
 def shell(folder, *arguments, cwd=None, **environment):
     """Call run_all.sh of `folder`."""
-    clean = {k: v for k, v in os.environ.items() if k not in {"PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH"}}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in {"PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH"}
+    }
     command = ["bash", str(folder / "run_all.sh"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=100)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=100,
+    )
 
 
 @pytest.fixture
@@ -501,31 +628,56 @@ def test_notebooks_run_in_earnest(checkout, tmp_path):
     (tmp_path / "x rays ü").mkdir()
     inline = "import os\nassert 'inline' in os.environ['MPLBACKEND']"
     write_notebook(
-        checkout / "notebooks" / "00_get.ipynb", COMMON + "n = 1", WRITE.format("dataset_dir", "images.json", "[n, source]"), inline
+        checkout / "notebooks" / "00_get.ipynb",
+        COMMON + "n = 1",
+        WRITE.format("dataset_dir", "images.json", "[n, source]"),
+        inline,
     )
-    arguments = {"cwd": tmp_path, "PYTHON": sys.executable, "CXR_DATA_DIR": "kept here", "MPLBACKEND": "no-such-backend"}
+    arguments = {
+        "cwd": tmp_path,
+        "PYTHON": sys.executable,
+        "CXR_DATA_DIR": "kept here",
+        "MPLBACKEND": "no-such-backend",
+    }
     done = shell(checkout, "--preset", "smoke", "--data", "x rays ü", **arguments)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\[1/3\] 00_get \.\.\. done in \d+ s\n\[2/3\] 01_train \.\.\. done in", done.stdout)
+    assert re.search(
+        r"\[1/3\] 00_get \.\.\. done in \d+ s\n\[2/3\] 01_train \.\.\. done in", done.stdout
+    )
     assert done.stdout.rstrip().endswith("table1_linear_probe.md")
     data = tmp_path / "kept here"
-    assert json.loads((data / "x-rays-smoke" / "images.json").read_text()) == [1, str(tmp_path / "x rays ü")]
-    copy = nbformat.read(data / "runs" / "x-rays-smoke" / "notebooks" / "01_train.ipynb", as_version=4)
+    assert json.loads((data / "x-rays-smoke" / "images.json").read_text()) == [
+        1,
+        str(tmp_path / "x rays ü"),
+    ]
+    copy = nbformat.read(
+        data / "runs" / "x-rays-smoke" / "notebooks" / "01_train.ipynb", as_version=4
+    )
     assert copy.cells[-1].execution_count
     begin = time.monotonic()
-    assert shell(checkout, "--preset", "smoke", "--data", "x rays ü", **arguments).stdout.count("already done") == 3
+    assert (
+        shell(checkout, "--preset", "smoke", "--data", "x rays ü", **arguments).stdout.count(
+            "already done"
+        )
+        == 3
+    )
     assert time.monotonic() - begin < 5
 
 
 @posix
 def test_a_failing_notebook_ends_in_a_few_lines(checkout):
     write_notebook(
-        checkout / "notebooks" / "00_get.ipynb", COMMON + "n = 1", "def deep():\n    raise ValueError('no images in it')", "deep()"
+        checkout / "notebooks" / "00_get.ipynb",
+        COMMON + "n = 1",
+        "def deep():\n    raise ValueError('no images in it')",
+        "deep()",
     )
     done = shell(checkout, PYTHON=sys.executable)
     assert done.returncode == 1
     assert "[1/3] 00_get ... failed after" in done.stdout
-    assert re.fullmatch(r"error: 00_get: In \[\d\]: ValueError: no images in it\n  log: .*00_get.log\n", done.stderr)
+    assert re.fullmatch(
+        r"error: 00_get: In \[\d\]: ValueError: no images in it\n  log: .*00_get.log\n", done.stderr
+    )
 
 
 @posix
@@ -541,7 +693,9 @@ def test_nothing_runs_on_when_it_is_ended(checkout, by):
     # a background job of a script ignores SIGINT, and so would all that it starts
     ignoring = None if by == signal.SIGINT else lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": ignoring}
-    process = subprocess.Popen(["bash", str(checkout / "run_all.sh")], env=os.environ | {"PYTHON": sys.executable}, **pipes)
+    process = subprocess.Popen(
+        ["bash", str(checkout / "run_all.sh")], env=os.environ | {"PYTHON": sys.executable}, **pipes
+    )
     try:
         pid = checkout / "notebooks" / "pid"
         wait_until(lambda: pid.exists() and pid.read_text(), 40)
@@ -574,17 +728,25 @@ def is_alive(pid):
 def test_tests_give_one_total(project, capfd):
     (project / "tests").mkdir()
     (project / "ruff.toml").write_text('extend-exclude = ["notebooks"]')
-    (project / "tests" / "test_x.py").write_text("def test_x():\n    pass\n\n\ndef test_y():\n    pass\n")
+    (project / "tests" / "test_x.py").write_text(
+        "def test_x():\n    pass\n\n\ndef test_y():\n    pass\n"
+    )
     for name in ("01_train", "02_draw"):
         (project / "notebooks" / f"{name}.ipynb").unlink()
     assert run.run_tests(["-k", "test_y"], root=project) is True
-    assert re.fullmatch(r"All passed: 1 tests, notebooks left out, 0 skipped, in \d+ s", capfd.readouterr().out.splitlines()[-1])
+    assert re.fullmatch(
+        r"All passed: 1 tests, notebooks left out, 0 skipped, in \d+ s",
+        capfd.readouterr().out.splitlines()[-1],
+    )
     (project / "tests" / "test_x.py").write_text("import os\ndef test_x():\n    assert False\n")
     cells = (WRITE.format("dataset_dir", "images.json", "1"), "1 / 0")
     write_notebook(project / "notebooks" / "00_get.ipynb", COMMON, *cells)
     assert run.run_tests(root=project) is False
     last = capfd.readouterr().out.splitlines()[-1]
-    assert re.match(r"FAILED: ruff check \(status 1\), ruff format \(status 1\), 1 tests, 1 cells; of 1 tests, 3 notebook cells", last)
+    assert re.match(
+        r"FAILED: ruff check \(status 1\), ruff format \(status 1\), 1 tests, 1 cells; of 1 tests, 3 notebook cells",
+        last,
+    )
     assert not (project / "data").exists(), "notebooks under test write to a fresh folder"
 
 
@@ -606,17 +768,30 @@ esac
 
 @pytest.fixture
 def bare(checkout, tmp_path):
-    """Call run_all.sh where Python is a stand-in without packages; returns the result and what the stand-in was called with."""
+    """Call run_all.sh where Python is a stand-in without packages; returns the result and what the
+    stand-in was called with.
+    """
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14", "python", "mine"):
+    for name in (
+        "python3",
+        "python3.11",
+        "python3.12",
+        "python3.13",
+        "python3.14",
+        "python",
+        "mine",
+    ):
         (programs / name).write_text(STAND_IN % sys.executable)
         (programs / name).chmod(0o755)
 
     def call(*arguments, **environment):
         calls = tmp_path / "calls"
         calls.write_text("")
-        environment = {"CALLS": str(calls), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"} | environment
+        environment = {
+            "CALLS": str(calls),
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        } | environment
         return shell(checkout, *arguments, **environment), calls.read_text()
 
     return call
@@ -670,7 +845,9 @@ def test_two_installs_do_not_meet(bare, checkout):
 
 
 @posix
-def test_a_dot_venv_made_by_hand_is_used_if_it_is_complete_and_never_deleted(bare, checkout, tmp_path):
+def test_a_dot_venv_made_by_hand_is_used_if_it_is_complete_and_never_deleted(
+    bare, checkout, tmp_path
+):
     (checkout / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(tmp_path / "bin" / "python3", checkout / ".venv" / "bin" / "python")
     (checkout / ".venv" / "own").write_text("")
@@ -700,7 +877,9 @@ def test_python_is_what_the_caller_names(bare, tmp_path):
     assert bare(PYTHON="nosuchpython")[0].stderr == "error: PYTHON=nosuchpython is not a program\n"
     done = bare(PYTHON="mine", NEW="False")[0]
     assert done.returncode == 1
-    assert re.fullmatch(r"error: PYTHON=mine is not Python 3.11 or newer \(it says: 3\.\d+\)\n", done.stderr)
+    assert re.fullmatch(
+        r"error: PYTHON=mine is not Python 3.11 or newer \(it says: 3\.\d+\)\n", done.stderr
+    )
     assert "bin/mine lacks torch>=2.9: making .venv" in bare(PYTHON="mine")[0].stdout
 
 
@@ -708,7 +887,9 @@ def test_python_is_what_the_caller_names(bare, tmp_path):
 def test_a_python_too_old_or_without_venv(bare, checkout):
     done, _ = bare(NEW="False")
     assert done.returncode == 1
-    assert re.match(r"error: Python 3.11 or newer is needed, and python3 here is 3\.\d+; ", done.stderr)
+    assert re.match(
+        r"error: Python 3.11 or newer is needed, and python3 here is 3\.\d+; ", done.stderr
+    )
     done, _ = bare(NO_VENV="1")
     assert done.returncode == 1
     assert "lacks venv or ensurepip" in done.stderr
@@ -735,7 +916,10 @@ def test_a_mistyped_option_costs_no_install(bare, checkout):
 def test_run_all_works_through_a_link(bare, checkout, tmp_path):
     (tmp_path / "link").symlink_to(checkout / "run_all.sh")
     done = subprocess.run(
-        ["bash", str(tmp_path / "link"), "--preset", "none"], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
+        ["bash", str(tmp_path / "link"), "--preset", "none"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable},
     )
     assert done.returncode == 2
     assert "valid: paper, quick, smoke" in done.stderr
@@ -748,9 +932,24 @@ def test_options_of_a_folder_reach_the_notebooks(project, tmp_path):
     folder = tmp_path / "xrays"
     folder.mkdir()
     (folder / "labels.csv").write_text("scan,dx\n")
-    arguments = ["--data", "xrays", "--csv", "labels.csv", "--image-column", "scan", "--label-column", "my dx", "--fit", "crop"]
+    arguments = [
+        "--data",
+        "xrays",
+        "--csv",
+        "labels.csv",
+        "--image-column",
+        "scan",
+        "--label-column",
+        "my dx",
+        "--fit",
+        "crop",
+    ]
     options = parse_args([*arguments, "--drop-outliers"], project, tmp_path)
-    assert (options.csv, options.image_column, options.label_column) == (str(folder / "labels.csv"), "scan", "my dx")
+    assert (options.csv, options.image_column, options.label_column) == (
+        str(folder / "labels.csv"),
+        "scan",
+        "my dx",
+    )
     assert (options.fit, options.drop_outliers) == ("crop", True)
     shown = "--csv labels.csv --image-column scan --label-column 'my dx' --fit crop --drop-outliers"
     assert run._command(options) == f"./run_all.sh --preset quick --data PATH/xrays {shown}"
@@ -766,7 +965,10 @@ def test_options_of_a_folder_reach_the_notebooks(project, tmp_path):
     [
         (["--fit", "squeeze"], "unknown --fit 'squeeze'; valid: pad, crop, stretch"),
         (["--csv", "nowhere.csv", "--data", "."], "--csv 'nowhere.csv' is no file here"),
-        (["--label-column", "dx"], "--label-column describes a folder of X-rays: name it with --data PATH"),
+        (
+            ["--label-column", "dx"],
+            "--label-column describes a folder of X-rays: name it with --data PATH",
+        ),
     ],
 )
 def test_options_of_a_folder_that_cannot_be_met(arguments, message, project, tmp_path):

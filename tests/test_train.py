@@ -1,4 +1,6 @@
-"""Several processes by the launcher: bad input is named, a process that dies ends the job at once, and the run goes on."""
+"""Several processes by the launcher: bad input is named, a process that dies ends the job at once,
+and the run goes on.
+"""
 
 import dataclasses
 import json
@@ -16,7 +18,9 @@ from lib.paths import save_json
 from lib.train import launch, main, read_config
 from tests.test_deepcluster import SMALL, bytes_of, pictures
 
-LONG = TrainConfig("alexnet", 4, 3, 8, 40, width=(8, 16, 16, 16, 16, 64), kmeans_engine="torch", device="cpu")
+LONG = TrainConfig(
+    "alexnet", 4, 3, 8, 40, width=(8, 16, 16, 16, 16, 64), kmeans_engine="torch", device="cpu"
+)
 
 
 @pytest.fixture
@@ -43,10 +47,13 @@ def test_process_that_dies_ends_the_job_and_the_run_goes_on(images, tmp_path, mo
         patch.setenv("PYTHONPATH", str(tmp_path / "site"))
         begin = time.monotonic()
         with pytest.raises(
-            RuntimeError, match=r"(?s)training with 2 processes failed .*goes on from the last epoch\n.*Signal 9 \(SIGKILL\)"
+            RuntimeError,
+            match=r"(?s)training with 2 processes failed .*goes on from the last epoch\n.*Signal 9 \(SIGKILL\)",
         ):
             launch(images, LONG, run_dir, nproc=2, timeout=60)
-        assert time.monotonic() - begin < 50  # less than the timeout: nobody waited for the dead one
+        assert (
+            time.monotonic() - begin < 50
+        )  # less than the timeout: nobody waited for the dead one
     done = len((run_dir / "metrics.csv").read_text().splitlines()) - 1
     assert 1 <= done < LONG.epochs
     run = launch(images, LONG, run_dir, nproc=2, timeout=60)
@@ -58,7 +65,10 @@ def test_process_that_dies_ends_the_job_and_the_run_goes_on(images, tmp_path, mo
 
 def test_error_of_a_process_is_shown(images, tmp_path):
     launch(images, dataclasses.replace(LONG, epochs=1), tmp_path / "run")
-    with pytest.raises(RuntimeError, match=r"(?s)Traceback .*RunMismatchError: .* holds another run \(lr 0\.001, now 0\.01\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)Traceback .*RunMismatchError: .* holds another run \(lr 0\.001, now 0\.01\)",
+    ):
         launch(images, dataclasses.replace(LONG, lr=0.01), tmp_path / "run", nproc=2)
 
 
@@ -78,8 +88,16 @@ def test_bad_calls_are_named(images, tmp_path):
     for part in (np.array(images), images[:100]):
         with pytest.raises(ValueError, match="give the memory map"):
             launch(part, SMALL, tmp_path / "run", nproc=2)
-    with pytest.raises(FileNotFoundError, match=r"images\.npy is not there: run notebook 01_preprocess"):
-        main([str(tmp_path / "config.json"), str(tmp_path / "nowhere" / "images.npy"), str(tmp_path / "run")])
+    with pytest.raises(
+        FileNotFoundError, match=r"images\.npy is not there: run notebook 01_preprocess"
+    ):
+        main(
+            [
+                str(tmp_path / "config.json"),
+                str(tmp_path / "nowhere" / "images.npy"),
+                str(tmp_path / "run"),
+            ]
+        )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +106,10 @@ def test_bad_calls_are_named(images, tmp_path):
         ("{", "config.json is not a JSON file"),
         ("[]", "config.json must hold an object"),
         ('{"lr": 0.1}', "backbone has no default"),
-        ('{"backbone": "p4m", "n_cluster": 5}', r"unknown setting 'n_cluster' \(did you mean n_clusters\?\)"),
+        (
+            '{"backbone": "p4m", "n_cluster": 5}',
+            r"unknown setting 'n_cluster' \(did you mean n_clusters\?\)",
+        ),
         ('{"backbone": "p4m", "lr": -1}', "config.json: lr must be above 0"),
         ('{"backbone": "p4m", "epochs": "three"}', "config.json: "),
     ],
@@ -106,9 +127,12 @@ def test_config_survives_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("system", "libuv", "ending"), [("linux", None, "SIGTERM"), ("darwin", None, "SIGTERM"), ("win32", "0", "CTRL_BREAK_EVENT")]
+    ("system", "libuv", "ending"),
+    [("linux", None, "SIGTERM"), ("darwin", None, "SIGTERM"), ("win32", "0", "CTRL_BREAK_EVENT")],
 )
-def test_on_every_system_the_launcher_is_started_and_ended_its_way(monkeypatch, system, libuv, ending):
+def test_on_every_system_the_launcher_is_started_and_ended_its_way(
+    monkeypatch, system, libuv, ending
+):
     for name in ("USE_LIBUV", "PYTHONUTF8"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "platform", system)
@@ -121,6 +145,8 @@ def test_on_every_system_the_launcher_is_started_and_ended_its_way(monkeypatch, 
 
 def test_what_the_launcher_says_is_read_whatever_its_bytes_are(capsys):
     code = "import sys; sys.stdout.buffer.write('caf\u00e9 \u2588 '.encode() + b'\\xff\\n'); sys.exit(3)"
-    status, tail = train._run([sys.executable, "-c", code], {**os.environ, "PYTHONIOENCODING": "ascii"})
+    status, tail = train._run(
+        [sys.executable, "-c", code], {**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
     assert (status, tail) == (3, "caf\u00e9 \u2588 \ufffd\n")
     assert tail in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Work for processes that tests start: ``python -m tests.workers kill|ranks FOLDER``. It forks, so that PyTorch is imported once.
+"""Work for processes that tests start: ``python -m tests.workers kill|ranks FOLDER``. It forks, so
+that PyTorch is imported once.
 
 Nothing is computed before a fork: threads do not survive one.
 """
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib import distributed
+from lib import parallel as distributed
 from lib.deepcluster import TrainConfig, cluster, fit
 from lib.gconv import GroupBatchNorm
 from tests.test_deepcluster import SMALL, pictures
@@ -28,7 +29,15 @@ KILLED = dataclasses.replace(SMALL, epochs=4)
 CLUSTERED = TrainConfig("alexnet", 6, 5, kmeans_engine="torch", device="cpu")
 ARMS = {
     "alexnet": TrainConfig(
-        "alexnet", 4, 3, 2, 42, width=(8, 16, 16, 16, 16, 64), rotation_degrees=180, kmeans_engine="torch", device="cpu"
+        "alexnet",
+        4,
+        3,
+        2,
+        42,
+        width=(8, 16, 16, 16, 16, 64),
+        rotation_degrees=180,
+        kmeans_engine="torch",
+        device="cpu",
     ),
     "p4m": TrainConfig("p4m", 4, 3, 2, 42, width=(2, 4, 8), kmeans_engine="torch", device="cpu"),
 }
@@ -58,7 +67,9 @@ def ended(pid):
 
 
 def kill(folder):
-    """An unbroken run, then `KILLS` runs that are killed at moments spread over its length and resumed."""
+    """An unbroken run, then `KILLS` runs that are killed at moments spread over its length and
+    resumed.
+    """
 
     def train(name):
         fit(pictures(), KILLED, folder / name / "run", progress=False)
@@ -71,7 +82,9 @@ def kill(folder):
     killed = []
     for k in range(KILLS):
         name, moment, signalled = f"killed{k}", length * (k + rng.random()) / KILLS, False
-        while not signalled:  # one that was done before its moment is begun anew, and killed earlier
+        while (
+            not signalled
+        ):  # one that was done before its moment is begun anew, and killed earlier
             shutil.rmtree(folder / name, ignore_errors=True)
             pid = forked(train, name)
             time.sleep(moment)
@@ -79,7 +92,9 @@ def kill(folder):
             signalled, moment = ended(pid) == -signal.SIGKILL, 0.8 * moment
         table = folder / name / "run" / "metrics.csv"
         killed.append(len(table.read_text().splitlines()) - 1 if table.exists() else 0)
-        assert ended(forked(train, name)) == 0, f"run {k} did not go on, killed after {killed[-1]} epochs"
+        assert ended(forked(train, name)) == 0, (
+            f"run {k} did not go on, killed after {killed[-1]} epochs"
+        )
     (folder / "killed.json").write_text(json.dumps(killed))
 
 
@@ -87,10 +102,15 @@ def ranks(folder):
     """What two processes compute, and what one does, into `folder`."""
 
     def layers(world):
-        """Batch norm and dropout on shares of a batch of unequal length, beside PyTorch's own on the whole batch."""
+        """Batch norm and dropout on shares of a batch of unequal length, beside PyTorch's own on
+        the whole batch.
+        """
         generator = torch.Generator().manual_seed(0)
         found = {}
-        for name, norm, shape in (("2d", nn.BatchNorm2d(3), (7, 3, 4, 4)), ("group", GroupBatchNorm(2), (7, 2, 8, 3, 3))):
+        for name, norm, shape in (
+            ("2d", nn.BatchNorm2d(3), (7, 3, 4, 4)),
+            ("group", GroupBatchNorm(2), (7, 2, 8, 3, 3)),
+        ):
             x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 5
             up = torch.randn(shape, generator=generator, dtype=torch.float64)
             norm = norm.double()
@@ -108,13 +128,18 @@ def ranks(folder):
                 "dw": shared.weight.grad,
                 "db": shared.bias.grad,
             }
-            found |= {f"{name} {key}": value.numpy() for key, value in {**tensors, **dict(shared.named_buffers())}.items()}
+            found |= {
+                f"{name} {key}": value.numpy()
+                for key, value in {**tensors, **dict(shared.named_buffers())}.items()
+            }
             found[f"{name} eval"] = shared.eval()(x).detach().numpy()
         dropout = distributed.share_layers(nn.Sequential(nn.Dropout(0.3)), world)[0]
         torch.manual_seed(3)
         x = torch.arange(70.0).reshape(7, 10)
         for step in range(2):
-            found[f"dropout {step}"] = world.all_rows(dropout(x[world.share_of_batch(7)]), 7).numpy()
+            found[f"dropout {step}"] = world.all_rows(
+                dropout(x[world.share_of_batch(7)]), 7
+            ).numpy()
         found["dropout eval"] = dropout.eval()(x).numpy()
         return found
 
@@ -123,7 +148,8 @@ def ranks(folder):
             assert world.size == size
             found = layers(world)
             features = (
-                np.random.default_rng(1).normal(size=(301, 9)).astype(np.float32) + 3 * np.eye(9, dtype=np.float32)[np.arange(301) % 6]
+                np.random.default_rng(1).normal(size=(301, 9)).astype(np.float32)
+                + 3 * np.eye(9, dtype=np.float32)[np.arange(301) % 6]
             )
             found["assignments"] = cluster(features[world.share(301)], CLUSTERED, 1, world)[0]
             collected = world.collect(features[world.share(301)], 301, rows=40)

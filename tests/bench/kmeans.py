@@ -1,11 +1,13 @@
-"""How fast K-means is against scikit-learn and faiss, what a warm start saves and does to NMI, and how time and memory grow with N.
+"""How fast K-means is against scikit-learn and faiss, what a warm start saves and does to NMI, and
+how time and memory grow with N.
 
-    python tests/bench/kmeans.py [--device cpu|cuda] [--points 112120] [--clusters 200] [--dims 64 256] [--repeats 5] [--skip growth ...]
+    python tests/bench/kmeans.py [--device cpu|cuda] [--points 112120] [--clusters 200] [--dims 64
+    256] [--repeats 5] [--skip growth ...]
 
-Times are of whole fits of 20 iterations from one start, which all engines get, interleaved in one process: medians over the rounds.
-The embeddings are synthetic: correlated, in overlapping clusters, without clear borders. On a GPU the same code runs on tensors there, and
-scikit-learn and faiss stay on the CPU for the inertia alone.
-"""
+Times are of whole fits of 20 iterations from one start, which all engines get, interleaved in one
+process: medians over the rounds. The embeddings are synthetic: correlated, in overlapping clusters,
+without clear borders. On a GPU the same code runs on tensors there, and scikit-learn and faiss stay
+on the CPU for the inertia alone."""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ ITERATIONS = 20
 
 
 def embeddings(n: int, d: int, seed: int = 0, clusters: int = 300) -> np.ndarray:
-    """Synthetic embeddings (n, d), float32, rows of unit length: clusters of unequal size and width that overlap."""
+    """Synthetic embeddings (n, d), float32, rows of unit length: clusters of unequal size and width
+    that overlap.
+    """
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(clusters, d)).astype(np.float32)
     widths = rng.uniform(0.8, 2.0, clusters).astype(np.float32)
@@ -99,14 +103,20 @@ def speed(x: np.ndarray, k: int, device: str, repeats: int) -> None:
 
     def scikit() -> float:
         with threadpool_limits(2 if device == "cpu" else None):
-            return sklearn.cluster.KMeans(k, init=start, n_init=1, max_iter=ITERATIONS, tol=0.0).fit(x).inertia_
+            return (
+                sklearn.cluster.KMeans(k, init=start, n_init=1, max_iter=ITERATIONS, tol=0.0)
+                .fit(x)
+                .inertia_
+            )
 
     def with_faiss() -> float:
         import faiss
 
         if device == "cpu":
             faiss.omp_set_num_threads(2)
-        engine = faiss.Kmeans(d, k, niter=ITERATIONS, min_points_per_centroid=1, max_points_per_centroid=n)
+        engine = faiss.Kmeans(
+            d, k, niter=ITERATIONS, min_points_per_centroid=1, max_points_per_centroid=n
+        )
         engine.train(x, init_centroids=start)
         return engine
 
@@ -118,13 +128,18 @@ def speed(x: np.ndarray, k: int, device: str, repeats: int) -> None:
     times = {name: [] for name in jobs}
     inertia = {}
     for turn in range(repeats + 1):
-        # in turn forwards and backwards: the threads of one engine may still spin while the next one starts
+        # in turn forwards and backwards: the threads of one engine may still spin while the next
+        # one starts
         for name, job in list(jobs.items())[:: -1 if turn % 2 else 1]:
             elapsed, result = seconds(job, device)
             if turn:  # the first round warms up
                 times[name].append(elapsed)
             if name == "faiss":  # it reports the inertia before its last move
-                result = float(result.index.search(x, 1)[0].sum(dtype=np.float64)) if not turn else inertia.get(name)
+                result = (
+                    float(result.index.search(x, 1)[0].sum(dtype=np.float64))
+                    if not turn
+                    else inertia.get(name)
+                )
             inertia[name] = result
     for name, values in times.items():
         ratio = statistics.median(a / b for a, b in zip(times["scikit-learn"], values, strict=True))
@@ -135,7 +150,9 @@ def speed(x: np.ndarray, k: int, device: str, repeats: int) -> None:
 
 
 def warm_start(n: int, d: int, k: int, device: str, epochs: int) -> None:
-    """Cold and warm fits, to the tolerance, of embeddings that drift from epoch to epoch as a network's do, axes turned at random."""
+    """Cold and warm fits, to the tolerance, of embeddings that drift from epoch to epoch as a
+    network's do, axes turned at random.
+    """
     rng = np.random.default_rng(2)
     base = embeddings(n, d)
     lines: dict[str, list] = {"cold": [], "warm": []}
@@ -147,16 +164,29 @@ def warm_start(n: int, d: int, k: int, device: str, epochs: int) -> None:
         points = torch.from_numpy(base @ turn).to(device) if device == "cuda" else base @ turn
         for name in lines:
             init = last.get("warm") if name == "warm" else None
-            elapsed, model = seconds(lambda init=init, epoch=epoch: KMeans(k, seed=epoch, init=init).fit(points), device)  # noqa: B023
+            elapsed, model = seconds(
+                lambda init=init, epoch=epoch: KMeans(k, seed=epoch, init=init).fit(points), device
+            )  # noqa: B023
             labels = model.labels_
             if epoch:
                 before, now = (np.asarray(torch.as_tensor(a).cpu()) for a in (last[name], labels))
-                lines[name].append((elapsed, model.n_iter_, model.inertia_, normalized_mutual_info_score(before, now)))
+                lines[name].append(
+                    (
+                        elapsed,
+                        model.n_iter_,
+                        model.inertia_,
+                        normalized_mutual_info_score(before, now),
+                    )
+                )
             last[name] = labels
     cold, warm = (np.median(np.array(lines[name]), axis=0) for name in ("cold", "warm"))
     ratio = np.median([a[0] / b[0] for a, b in zip(lines["cold"], lines["warm"], strict=True)])
-    print(f"    d = {d}, {epochs} epochs, cold: {cold[0]:.2f} s, {cold[1]:.0f} iterations, NMI(t, t-1) {cold[3]:.3f}")
-    print(f"    d = {d}, {epochs} epochs, warm: {warm[0]:.2f} s, {warm[1]:.0f} iterations, NMI(t, t-1) {warm[3]:.3f}")
+    print(
+        f"    d = {d}, {epochs} epochs, cold: {cold[0]:.2f} s, {cold[1]:.0f} iterations, NMI(t, t-1) {cold[3]:.3f}"
+    )
+    print(
+        f"    d = {d}, {epochs} epochs, warm: {warm[0]:.2f} s, {warm[1]:.0f} iterations, NMI(t, t-1) {warm[3]:.3f}"
+    )
     print(
         f"    warm is {ratio:.1f} times as fast, inertia {warm[2] / cold[2]:.4f} of cold, NMI(t, t-1) inflated by {warm[3] - cold[3]:+.3f}"
     )
@@ -173,13 +203,20 @@ def growth(n: int, d: int, k: int, device: str, repeats: int) -> None:
     extra = peak_growth(lambda: job(points), device)
     ratios = []
     for _ in range(repeats):
-        small, big = seconds(lambda: job(points[:n]), device)[0], seconds(lambda: job(points), device)[0]
+        small, big = (
+            seconds(lambda: job(points[:n]), device)[0],
+            seconds(lambda: job(points), device)[0],
+        )
         ratios.append(big / small)
-    print(f"    d = {d:<4}{10 * n:,} points take {statistics.median(ratios):5.2f} times as long as {n:,}, {extra / 1e9:.2f} GB extra")
+    print(
+        f"    d = {d:<4}{10 * n:,} points take {statistics.median(ratios):5.2f} times as long as {n:,}, {extra / 1e9:.2f} GB extra"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--points", type=int, default=112_120)
     parser.add_argument("--clusters", type=int, default=200)
@@ -188,15 +225,23 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--skip", nargs="*", choices=["speed", "warm", "growth"], default=[])
     options = parser.parse_args()
-    processor = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, 2 of {os.cpu_count()} cores"
-    print(f"K-means, N = {options.points:,}, K = {options.clusters}, float32, synthetic embeddings; {processor}")
+    processor = (
+        torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else f"{platform.machine()}, 2 of {os.cpu_count()} cores"
+    )
+    print(
+        f"K-means, N = {options.points:,}, K = {options.clusters}, float32, synthetic embeddings; {processor}"
+    )
     if "speed" not in options.skip:
         print(f"  {ITERATIONS} iterations from one start, medians of {options.repeats}")
         for d in options.dims:
             speed(embeddings(options.points, d), options.clusters, options.device, options.repeats)
     if "warm" not in options.skip:
         print("  warm start from the last epoch's labels, drifting embeddings, to the tolerance")
-        warm_start(options.points, options.dims[0], options.clusters, options.device, options.epochs)
+        warm_start(
+            options.points, options.dims[0], options.clusters, options.device, options.epochs
+        )
     if "growth" not in options.skip:
         print(f"  growth, {ITERATIONS} iterations")
         for d in options.dims:

@@ -1,13 +1,14 @@
-"""How much memory each notebook takes at its peak, as it is saved (the smoke run), against what Binder gives.
+"""How much memory each notebook takes at its peak, as it is saved (the smoke run), against what
+Binder gives.
 
     python tests/bench/notebook_memory.py [--bar 1.0] [--like-run-all] [NOTEBOOK ...]
 
-Each notebook runs in a kernel of its own, in order, in a temporary folder, and is told the limit as JupyterHub tells it (``MEM_LIMIT``).
-Every 50 ms the memory of the kernel and of all processes that it has started is added up: on Linux the proportional share (``PSS``),
-in which a page that several of them share counts once, and the resident memory (``RSS``), in which it counts for each of them, so
-that a process that is being started counts twice for a moment. JupyterLab itself is not counted. Exit status 1 if a peak of PSS (of RSS
-where there is no PSS) is above the bar, in GB.
-"""
+Each notebook runs in a kernel of its own, in order, in a temporary folder, and is told the limit as
+JupyterHub tells it (``MEM_LIMIT``). Every 50 ms the memory of the kernel and of all processes that
+it has started is added up: on Linux the proportional share (``PSS``), in which a page that several
+of them share counts once, and the resident memory (``RSS``), in which it counts for each of them,
+so that a process that is being started counts twice for a moment. JupyterLab itself is not counted.
+Exit status 1 if a peak of PSS (of RSS where there is no PSS) is above the bar, in GB."""
 
 from __future__ import annotations
 
@@ -27,15 +28,22 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lib.markdown import table  # noqa: E402
 from lib.run import _environment, find_notebooks  # noqa: E402
+from lib.study.markdown import table  # noqa: E402
 
 
 class Watch:
     """Peak memory in bytes of a process and all below it, from `start` to `stop`."""
 
     def __init__(self, pid: int, interval: float = 0.05) -> None:
-        self.pid, self.interval, self.rss, self.peak, self.processes, self.proportional = pid, interval, 0, 0, 0, False
+        self.pid, self.interval, self.rss, self.peak, self.processes, self.proportional = (
+            pid,
+            interval,
+            0,
+            0,
+            0,
+            False,
+        )
         self.cell, self.where = 0, 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -46,14 +54,25 @@ class Watch:
             rss = pss = count = 0
             try:
                 for process in [root, *root.children(recursive=True)]:
-                    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended meanwhile
+                    with suppress(
+                        psutil.NoSuchProcess, psutil.AccessDenied
+                    ):  # it has ended meanwhile
                         memory = process.memory_full_info()
-                        rss, pss, count = rss + memory.rss, pss + getattr(memory, "pss", 0), count + 1
+                        rss, pss, count = (
+                            rss + memory.rss,
+                            pss + getattr(memory, "pss", 0),
+                            count + 1,
+                        )
             except psutil.NoSuchProcess:
                 return
             self.rss = max(self.rss, rss)
             if (pss or rss) > self.peak:
-                self.peak, self.where, self.processes, self.proportional = pss or rss, self.cell, count, bool(pss)
+                self.peak, self.where, self.processes, self.proportional = (
+                    pss or rss,
+                    self.cell,
+                    count,
+                    bool(pss),
+                )
 
     def start(self) -> None:
         self._thread.start()
@@ -66,7 +85,10 @@ class Watch:
 def measure(path: Path) -> tuple[Watch, float]:
     """Run a notebook and watch its kernel; nbclient.exceptions.CellExecutionError if a cell fails."""
     client = NotebookClient(
-        nbformat.read(path, as_version=4), timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        nbformat.read(path, as_version=4),
+        timeout=None,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
     )
     begin = time.perf_counter()
     with client.setup_kernel():
@@ -82,10 +104,21 @@ def measure(path: Path) -> tuple[Watch, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names such as 06_claims; what they build on must come before")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "notebooks",
+        nargs="*",
+        metavar="NOTEBOOK",
+        help="names such as 06_claims; what they build on must come before",
+    )
     parser.add_argument("--bar", type=float, default=1.0, help="GB (default: %(default)s)")
-    parser.add_argument("--like-run-all", action="store_true", help="with run_all.sh's environment, which lets the C library keep memory")
+    parser.add_argument(
+        "--like-run-all",
+        action="store_true",
+        help="with run_all.sh's environment, which lets the C library keep memory",
+    )
     given = parser.parse_args()
     names = given.notebooks or [path.stem for path in find_notebooks()] + ["equivariance"]
     unknown = [name for name in names if not (ROOT / "notebooks" / f"{name}.ipynb").exists()]
@@ -94,16 +127,34 @@ def main() -> int:
     rows, above = [], False
     with tempfile.TemporaryDirectory(prefix="cxr-memory-", ignore_cleanup_errors=True) as folder:
         os.environ |= _environment() if given.like_run_all else {}
-        os.environ |= {"CXR_DATA_DIR": str(Path(folder, "data")), "CXR_FIGURES_DIR": str(Path(folder, "figures"))}
+        os.environ |= {
+            "CXR_DATA_DIR": str(Path(folder, "data")),
+            "CXR_FIGURES_DIR": str(Path(folder, "figures")),
+        }
         os.environ |= {"MEM_LIMIT": str(int(given.bar * 1e9))}
         os.environ |= {"JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         for name in names:
             watch, seconds = measure(ROOT / "notebooks" / f"{name}.ipynb")
             above |= watch.peak > given.bar * 1e9
             pss = f"{watch.peak / 1e9:.2f}" if watch.proportional else "–"
-            rows.append([name, pss, f"{watch.rss / 1e9:.2f}", str(watch.processes), f"[{watch.where}]", f"{seconds:.0f}"])
+            rows.append(
+                [
+                    name,
+                    pss,
+                    f"{watch.rss / 1e9:.2f}",
+                    str(watch.processes),
+                    f"[{watch.where}]",
+                    f"{seconds:.0f}",
+                ]
+            )
             print(f"{name}: {rows[-1][1]} GB", file=sys.stderr, flush=True)
-    print(table(["notebook", "peak PSS, GB", "peak RSS, GB", "processes then", "cell", "seconds"], rows, figures=True))
+    print(
+        table(
+            ["notebook", "peak PSS, GB", "peak RSS, GB", "processes then", "cell", "seconds"],
+            rows,
+            figures=True,
+        )
+    )
     return int(above)
 
 

@@ -1,11 +1,13 @@
-"""How fast PCA-whitening is against scikit-learn's solvers, how well it agrees with them, and its memory at the paper's full size.
+"""How fast PCA-whitening is against scikit-learn's solvers, how well it agrees with them, and its
+memory at the paper's full size.
 
-    python tests/bench/pca.py [--rows 20000] [--features 2048] [--full-rows 112120] [--full-features 4096] [--components 256] [--repeats 1]
+    python tests/bench/pca.py [--rows 20000] [--features 2048] [--full-rows 112120] [--full-features
+    4096] [--components 256] [--repeats 1]
 
-Fit and transform of float32 features with a falling spectrum, all in one process. scikit-learn's full SVD is run at the smaller size only;
-the full size is a memory map in a temporary folder (1.8 GB, removed afterwards), fitted in a process of its own whose peak memory is
-read from the system (the pages of the memory map that are in memory count).
-"""
+Fit and transform of float32 features with a falling spectrum, all in one process. scikit-learn's
+full SVD is run at the smaller size only; the full size is a memory map in a temporary folder (1.8
+GB, removed afterwards), fitted in a process of its own whose peak memory is read from the system
+(the pages of the memory map that are in memory count)."""
 
 from __future__ import annotations
 
@@ -31,9 +33,14 @@ from lib.features import PCAWhiten  # noqa: E402
 
 
 def fill(x: np.ndarray, seed: int = 0, inner: int = 512) -> np.ndarray:
-    """Write features into `x` (N, D): `inner` directions of falling variance, away from the origin, and a little noise in all others."""
+    """Write features into `x` (N, D): `inner` directions of falling variance, away from the origin,
+    and a little noise in all others.
+    """
     rng = np.random.default_rng(seed)
-    axes = rng.standard_normal((inner, x.shape[1]), dtype=np.float32) * (np.arange(1, inner + 1, dtype=np.float32) ** -0.75)[:, None]
+    axes = (
+        rng.standard_normal((inner, x.shape[1]), dtype=np.float32)
+        * (np.arange(1, inner + 1, dtype=np.float32) ** -0.75)[:, None]
+    )
     for start in range(0, len(x), 4096):
         rows = len(x[start : start + 4096])
         x[start : start + rows] = rng.standard_normal((rows, inner), dtype=np.float32) @ axes + 3.0
@@ -46,13 +53,19 @@ def of_full_size(path: str, components: int) -> None:
     start = time.perf_counter()
     z = PCAWhiten(components).fit_transform(x)
     elapsed = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     features = x.nbytes / 1e9
-    print(f"  {x.shape[0]:,} x {x.shape[1]:,} to {z.shape[1]}: {elapsed:.1f} s, peak {peak / 1e9:.2f} GB in all (features {features:.2f})")
+    print(
+        f"  {x.shape[0]:,} x {x.shape[1]:,} to {z.shape[1]}: {elapsed:.1f} s, peak {peak / 1e9:.2f} GB in all (features {features:.2f})"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--features", type=int, default=2_048)
     parser.add_argument("--full-rows", type=int, default=112_120)
@@ -64,12 +77,16 @@ def main() -> None:
     if options.full_size:
         of_full_size(options.full_size, options.components)
         return
-    print(f"PCA-whitening of float32 features; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    print(
+        f"PCA-whitening of float32 features; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
     x = fill(np.empty((options.rows, options.features), dtype=np.float32))
     engines = {
         "this project": lambda: PCAWhiten(options.components, l2=False),
         "scikit-learn, full SVD": lambda: PCA(options.components, whiten=True, svd_solver="full"),
-        "scikit-learn, covariance": lambda: PCA(options.components, whiten=True, svd_solver="covariance_eigh"),
+        "scikit-learn, covariance": lambda: PCA(
+            options.components, whiten=True, svd_solver="covariance_eigh"
+        ),
     }
     times, fitted, whitened = {name: [] for name in engines}, {}, {}
     for _ in range(options.repeats):
@@ -108,7 +125,14 @@ def main() -> None:
         full = fill(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
         full.flush()
         del full
-        command = [sys.executable, __file__, "--full-size", str(path), "--components", str(options.components)]
+        command = [
+            sys.executable,
+            __file__,
+            "--full-size",
+            str(path),
+            "--components",
+            str(options.components),
+        ]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 

@@ -1,9 +1,10 @@
-"""Images a second from 1024 x 1024 gray PNGs to 64 x 64: this project beside Pillow, OpenCV and torchvision, and one worker beside two.
+"""Images a second from 1024 x 1024 gray PNGs to 64 x 64: this project beside Pillow, OpenCV and
+torchvision, and one worker beside two.
 
-Run ``PYTHONPATH=. python tests/bench/preprocess.py``. The PNGs are drawn: phantoms enlarged, with the grain of a detector, so that a file
-has about 400 kB as NIH's have; ``--folder PATH`` takes real ones. Each peer does the same job on one thread: read the file, decode it to
-8-bit gray, take the mean over each of the 64 x 64 areas. Rounds of all are interleaved and the best round counts.
-"""
+Run ``PYTHONPATH=. python tests/bench/preprocess.py``. The PNGs are drawn: phantoms enlarged, with
+the grain of a detector, so that a file has about 400 kB as NIH's have; ``--folder PATH`` takes real
+ones. Each peer does the same job on one thread: read the file, decode it to 8-bit gray, take the
+mean over each of the 64 x 64 areas. Rounds of all are interleaved and the best round counts."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from lib import data, decode, phantom
+from lib import data
+from lib.data import decode, phantom
 
 FULL = 112_120
 
@@ -38,14 +40,19 @@ def peers() -> tuple[dict[str, Callable[[Path], np.ndarray]], list[str]]:
 
     def pillow(path: Path) -> np.ndarray:
         with Image.open(path) as image:
-            return np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX, reducing_gap=None))
+            return np.asarray(
+                image.convert("L").resize((64, 64), Image.Resampling.BOX, reducing_gap=None)
+            )
 
     def pillow_reduce(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             image.load()
             return np.asarray((image if image.mode == "L" else image.convert("L")).reduce(16))
 
-    found: dict[str, Callable[[Path], np.ndarray]] = {"Pillow, resize BOX": pillow, "Pillow, reduce": pillow_reduce}
+    found: dict[str, Callable[[Path], np.ndarray]] = {
+        "Pillow, resize BOX": pillow,
+        "Pillow, reduce": pillow_reduce,
+    }
     missing = []
     try:
         import cv2
@@ -65,7 +72,12 @@ def peers() -> tuple[dict[str, Callable[[Path], np.ndarray]], list[str]]:
 
         def vision(path: Path) -> np.ndarray:
             image = decode_image(read_file(str(path)), ImageReadMode.GRAY)[None].float()
-            return torch.nn.functional.interpolate(image, (64, 64), mode="area")[0, 0].round().byte().numpy()
+            return (
+                torch.nn.functional.interpolate(image, (64, 64), mode="area")[0, 0]
+                .round()
+                .byte()
+                .numpy()
+            )
 
         found[f"torchvision {torchvision.__version__}"] = vision
     except (ImportError, RuntimeError, OSError) as error:
@@ -99,11 +111,17 @@ def main() -> None:
         folder = options.folder or Path(scratch)
         if options.folder is None:
             draw(folder, options.images)
-        files = [path for path in sorted(folder.rglob("*.png")) if Image.open(path).size == (1024, 1024) and Image.open(path).mode == "L"]
+        files = [
+            path
+            for path in sorted(folder.rglob("*.png"))
+            if Image.open(path).size == (1024, 1024) and Image.open(path).mode == "L"
+        ]
         files = files[: options.images]
         size = sum(path.stat().st_size for path in files) / len(files)
         print(f"{len(files)} gray PNGs, 1024 x 1024, {size / 1000:.0f} kB on average")
-        print(f"PNG data inflated by {decode.fast_zlib.__name__} (this project) and by each peer's own zlib")
+        print(
+            f"PNG data inflated by {decode.fast_zlib.__name__} (this project) and by each peer's own zlib"
+        )
         found, missing = peers()
         readers = {"this project": lambda path: decode.decode(path)[0], **found}
         best = dict.fromkeys(readers, 0.0)
@@ -111,7 +129,9 @@ def main() -> None:
         with decode.strict():
             for file in some[:5]:  # the same job: the same picture, but for rounding
                 for name, read in readers.items():
-                    assert np.abs(read(file).astype(int) - readers["this project"](file)).max() <= 1, name
+                    assert (
+                        np.abs(read(file).astype(int) - readers["this project"](file)).max() <= 1
+                    ), name
             for _ in range(options.rounds):
                 for name, read in readers.items():
                     best[name] = max(best[name], rate(read, some))
@@ -120,15 +140,21 @@ def main() -> None:
             print(f"  {name:28s} {images:7.1f} images/s  {1000 / images:6.2f} ms")
         print("".join(f"  {line}\n" for line in missing), end="")
         fastest = max(found, key=lambda name: best[name])
-        print(f"  ratio to the fastest peer ({fastest}): {best['this project'] / best[fastest]:.3f}")
+        print(
+            f"  ratio to the fastest peer ({fastest}): {best['this project'] / best[fastest]:.3f}"
+        )
         if options.folder is None:
             rates = {1: 0.0, 2: 0.0}
             for _ in range(options.rounds):
                 for workers in rates:
-                    rates[workers] = max(rates[workers], preprocess_rate(folder, len(files), workers))
+                    rates[workers] = max(
+                        rates[workers], preprocess_rate(folder, len(files), workers)
+                    )
             print(f"\npreprocess as a whole, {os.cpu_count()} cores:")
             for workers, images in rates.items():
-                print(f"  {workers} worker(s) {images:7.1f} images/s, {FULL:,} images in {FULL / images / 60:.0f} min")
+                print(
+                    f"  {workers} worker(s) {images:7.1f} images/s, {FULL:,} images in {FULL / images / 60:.0f} min"
+                )
             print(f"  two workers beside one: {rates[2] / rates[1]:.2f} x")
 
 

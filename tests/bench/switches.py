@@ -1,11 +1,13 @@
-"""What the switches of TrainConfig, and memory that is kept, are worth: training steps and features of both arms, as ratios to none.
+"""What the switches of TrainConfig, and memory that is kept, are worth: training steps and features
+of both arms, as ratios to none.
 
-    python tests/bench/switches.py [--device cpu|cuda] [--rounds 5] [--batch 128] [--widths quick|study|paper]
+    python tests/bench/switches.py [--device cpu|cuda] [--rounds 5] [--batch 128] [--widths
+    quick|study|paper]
 
-Interleaved; a ratio is the median over the rounds of (time without / time with, same round): above 1 the switch pays. The time
-`torch.compile` takes at the start is given beside it. "memory kept" is what `fit` does by itself (`lib.memory`): run this without
-MALLOC_MMAP_MAX_ in the environment, and each of its times is the second of two calls.
-"""
+Interleaved; a ratio is the median over the rounds of (time without / time with, same round): above
+1 the switch pays. The time `torch.compile` takes at the start is given beside it. "memory kept" is
+what `fit` does by itself (`lib.memory`): run this without MALLOC_MMAP_MAX_ in the environment, and
+each of its times is the second of two calls."""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ from lib.deepcluster import to_channels_last  # noqa: E402
 from lib.memory import freed_memory_kept  # noqa: E402
 from lib.models import build  # noqa: E402
 
-VARIANTS = ("none", "memory kept", "channels_last", "compile", "bfloat16", "bfloat16 + channels_last")
+VARIANTS = (
+    "none",
+    "memory kept",
+    "channels_last",
+    "compile",
+    "bfloat16",
+    "bfloat16 + channels_last",
+)
 
 
 class Variant:
@@ -70,7 +79,9 @@ class Variant:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
@@ -78,20 +89,32 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["alexnet", "p4m"])
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     options = parser.parse_args()
-    preset = yaml.safe_load((ROOT / "notebooks" / "params" / f"{options.widths}.yaml").read_text(encoding="utf-8"))
+    preset = yaml.safe_load(
+        (ROOT / "notebooks" / "params" / f"{options.widths}.yaml").read_text(encoding="utf-8")
+    )
     threads = torch.get_num_threads()
-    print(f"PyTorch {torch.__version__}, {options.device}, {threads} thread(s), batch {options.batch}, {options.widths} widths")
+    print(
+        f"PyTorch {torch.__version__}, {options.device}, {threads} thread(s), batch {options.batch}, {options.widths} widths"
+    )
     for arm in options.arms:
         names = ["none", *(name for name in options.variants if name != "none")]
         variants, first = {}, {}
         for name in names:
-            variants[name] = Variant(arm, preset[f"{arm}_width"], name, options.batch, options.device)
+            variants[name] = Variant(
+                arm, preset[f"{arm}_width"], name, options.batch, options.device
+            )
             try:
-                first[name] = sum(variants[name].clock(work) for work in ("step", "features", "step"))
+                first[name] = sum(
+                    variants[name].clock(work) for work in ("step", "features", "step")
+                )
             except Exception as error:  # a switch that this machine cannot do is a result, too
-                print(f"{arm:8} {name:26} fails: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+                print(
+                    f"{arm:8} {name:26} fails: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+                )
                 del variants[name]
-        times: dict[str, dict[str, list[float]]] = {work: {name: [] for name in variants} for work in ("step", "features")}
+        times: dict[str, dict[str, list[float]]] = {
+            work: {name: [] for name in variants} for work in ("step", "features")
+        }
         for _ in range(options.rounds):
             for name, variant in variants.items():
                 for work, found in times.items():
@@ -99,9 +122,16 @@ def main() -> None:
         for name in variants:
             cells = []
             for work, found in times.items():
-                ratio = statistics.median(a / b for a, b in zip(found["none"], found[name], strict=True))
-                cells.append(f"{work} {statistics.median(found[name]) * 1e3:8.1f} ms, {ratio:5.2f}x")
-            print(f"{arm:8} {name:26} {'   '.join(cells)}   first calls {first[name]:.1f} s", flush=True)
+                ratio = statistics.median(
+                    a / b for a, b in zip(found["none"], found[name], strict=True)
+                )
+                cells.append(
+                    f"{work} {statistics.median(found[name]) * 1e3:8.1f} ms, {ratio:5.2f}x"
+                )
+            print(
+                f"{arm:8} {name:26} {'   '.join(cells)}   first calls {first[name]:.1f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

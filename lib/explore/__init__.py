@@ -1,0 +1,1 @@
+"""Look around in a finished run, and use it again."""

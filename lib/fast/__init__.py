@@ -1,0 +1,1 @@
+"""Optional speed: the Fourier algorithm and its compiled kernel."""

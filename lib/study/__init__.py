@@ -1,0 +1,1 @@
+"""Which of the findings hold: arms, measures, claims, reports."""
