@@ -63,6 +63,9 @@ int omp_get_thread_num(void); /* of the OpenMP that PyTorch has loaded; its head
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define ROUND(a, b) (CEIL(a, b) * (b))
+#ifndef SCRATCH
+#define SCRATCH (1L << 20) /* bytes of transformed gradients held at a time, about */
+#endif
 #define STEP(n) (ROUND(n, 16) | 16) /* odd in lines of the cache, so that entries share no sets */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -415,49 +418,61 @@ static void clear_tail(const Plan *s, int rows, int pixels, float *p, long step,
                    4 * (PANEL - used));
 }
 
-/* The weight's gradient from x and dy. Jobs are a slab of channels in some of the blocks, a part. */
+/* The weight's gradient from x and dy, by chunks of images. First dy is transformed, then each job
+   correlates a slab of channels of some of the blocks, its part, with it. */
 int weight_gradient(const Layer *q, const float *x, const float *dy, float *dweight) {
+    const Plan s = plan(q, GRADIENT_BLOCK);
     const int threads = q->threads, slab = MIN(q->channels, GRADIENT_SLAB);
     const int slabs = CEIL(q->channels, slab), parts = CEIL(MAX(8, 2 * threads), slabs);
     const int lefts = CEIL(slab * q->taps, LEFT), rights = CEIL(q->fields, RIGHT);
-    const Plan s = plan(q, GRADIENT_BLOCK);
     const long step = STEP((long)s.panels * lefts * LEFT * PANEL), psize = s.entries * step;
     const long zstep = STEP((long)s.panels * rights * RIGHT * PANEL), zsize = s.entries * zstep;
-    const long each = ROUND(s.window, 16) + ROUND(psize, 16) + ROUND(zsize, 16);
-    const long tiles = (long)lefts * rights, dsize = s.entries * tiles * LANES;
-    float *memory = scratch(threads * each + parts * slabs * dsize), *dw = memory + threads * each;
+    const long each = ROUND(s.window, 16) + ROUND(psize, 16), tiles = (long)lefts * rights;
+    const long dsize = s.entries * tiles * LANES; /* of a slab: (entries, lefts, rights, LANES) */
+    const int chunk = MAX((int)(SCRATCH / (4 * zsize * s.blocks)), CEIL(parts, s.blocks));
+    float *memory = scratch(threads * each + chunk * s.blocks * zsize + parts * slabs * dsize);
     if (!memory) return 1;
+    float *z = memory + threads * each, *dw = z + chunk * s.blocks * zsize;
     memset(dw, 0, 4 * parts * slabs * dsize);
     Jobs jobs[threads];
-    share(jobs, threads, parts * slabs);
+    for (int first = 0; first < q->n; first += chunk) {
+        const int blocks = MIN(q->n - first, chunk) * s.blocks;
+        share(jobs, threads, blocks);
 #pragma omp parallel num_threads(threads)
-    {
-        float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
-        float *p = take(&mine, psize), *z = take(&mine, zsize);
-        FOR_JOBS(job) for (int at = job / slabs; at < q->n * s.blocks; at += parts) {
-            const int image = at / s.blocks, row = at % s.blocks * s.rows;
-            const int rows = MIN(q->out_height - row, s.rows), pixels = rows * q->out_width;
-            const int panels = CEIL(pixels, PANEL), c0 = job % slabs * slab;
-            gather(q, &s, x, image, c0, MIN(q->channels - c0, slab), row, rows, window, p, step,
-                   LEFT);
+        FOR_JOBS(job) {
+            const int row = job % s.blocks * s.rows;
+            const int pixels = MIN(q->out_height - row, s.rows) * q->out_width;
             for (int o = 0; o < q->fields; o++) {
-                FIELD_ROWS(const float, in, dy, image, o)
-                for (int i = 0; i < pixels; i += PANEL) {
-                    float *to = z + place(o, i / PANEL, RIGHT, s.panels);
-                    const int n = MIN(PANEL, pixels - i);
-                    if (q->order == 8) analyse(8, 1, in, i, 1, to, zstep, n);
-                    else analyse(4, 1, in, i, 1, to, zstep, n);
+                FIELD_ROWS(const float, in, dy, first + job / s.blocks, o)
+                for (int at = 0; at < pixels; at += PANEL) {
+                    float *to = z + job * zsize + place(o, at / PANEL, RIGHT, s.panels);
+                    const int n = MIN(PANEL, pixels - at);
+                    if (q->order == 8) analyse(8, 1, in, at, 1, to, zstep, n);
+                    else analyse(4, 1, in, at, 1, to, zstep, n);
                 }
             }
-            clear_tail(&s, lefts * LEFT, pixels, p, step, LEFT);
-            clear_tail(&s, rights * RIGHT, pixels, z, zstep, RIGHT);
-            for (int f = 0; f < s.entries; f++)
-                for (int group = 0; group < lefts; group += GROUP)
-                    for (int r = 0; r < rights; r++)
-                        for (int l = group; l < MIN(group + GROUP, lefts); l++)
-                            correlate(panels, p + f * step + place(l * LEFT, 0, LEFT, s.panels),
-                                      z + f * zstep + place(r * RIGHT, 0, RIGHT, s.panels),
-                                      dw + job * dsize + (f * tiles + l * rights + r) * LANES);
+            clear_tail(&s, rights * RIGHT, pixels, z + job * zsize, zstep, RIGHT);
+        }
+        share(jobs, threads, parts * slabs);
+#pragma omp parallel num_threads(threads)
+        {
+            float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
+            float *p = take(&mine, psize);
+            FOR_JOBS(job) for (int at = job / slabs; at < blocks; at += parts) {
+                const int row = at % s.blocks * s.rows, rows = MIN(q->out_height - row, s.rows);
+                const int pixels = rows * q->out_width, panels = CEIL(pixels, PANEL);
+                const int c0 = job % slabs * slab, width = MIN(q->channels - c0, slab);
+                gather(q, &s, x, first + at / s.blocks, c0, width, row, rows, window, p, step, LEFT);
+                clear_tail(&s, lefts * LEFT, pixels, p, step, LEFT);
+                for (int f = 0; f < s.entries; f++)
+                    for (int group = 0; group < lefts; group += GROUP)
+                        for (int r = 0; r < rights; r++)
+                            for (int l = group; l < MIN(group + GROUP, lefts); l++)
+                                correlate(panels, p + f * step + place(l * LEFT, 0, LEFT, s.panels),
+                                          z + at * zsize + f * zstep +
+                                              place(r * RIGHT, 0, RIGHT, s.panels),
+                                          dw + job * dsize + (f * tiles + l * rights + r) * LANES);
+            }
         }
     }
     memset(dweight, 0, 4L * q->fields * q->next_field);

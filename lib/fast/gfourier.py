@@ -37,7 +37,7 @@ from lib.groups import P4, P4M
 
 GROUPS = {4: P4, 8: P4M}
 PRODUCTS = {4: 5, 8: 11}  # E
-CHUNK = 1 << 20  # numbers per element of the group in the patches of one chunk of images
+CHUNK = 1 << 21  # numbers per element of the group in the patches of one chunk of images
 
 # Row i of the first two matrices gives the combinations of patch and filter entries that product i
 # multiplies. Row i of the third says to which output entries the product is added. 2 x 2 matrices
@@ -143,55 +143,62 @@ class TorchLayer:
         self.offsets, cells, shares = taps(order, weight.shape[-1], x.ndim == 4)
         self.cells = torch.from_numpy(cells).to(x.device)
         self.transform = torch.from_numpy(shares).to(x)[:, None, None] * of_filter.T  # (T, S, S)
-        entries = torch.einsum("tse,ncts->ectn", self.transform, weight.flatten(2)[..., self.cells])
-        entries = entries.flatten(1, 2)  # (S, C * T, N)
+        entries = torch.einsum("tse,ncts->etcn", self.transform, weight.flatten(2)[..., self.cells])
+        entries = entries.flatten(1, 2)  # (S, T * C, N)
         # 2 x 2 matrix, transposed, from the filters' entries; p4's a + b i is [[a, -b], [b, a]]
         blocks = torch.eye(4)[[0, 2, 1, 3]] if order == 8 else torch.tensor(P4_BLOCKS)
         self.blocks = blocks.to(x).view(2, 2, -1)
-        self.single = entries[: self.singles].mT.contiguous()  # (S / 2, N, C * T)
+        self.single = entries[: self.singles].mT.contiguous()  # (S / 2, N, T * C)
         square = torch.einsum("jke,ern->jnkr", self.blocks, entries[self.singles :])
-        self.square = square.flatten(0, 1).flatten(1)  # (2 N, 2 C * T)
+        self.square = square.flatten(0, 1).flatten(1)  # (2 N, 2 T * C)
         images = max(1, CHUNK // (weight.shape[1] * len(cells) * math.prod(self.size)))
         self.chunks = [slice(i, i + images) for i in range(0, len(x), images)]
 
-    def windows(self, x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """t, u and P[t](., u), a view (n, C, H', W') of the padded maps."""
-        maps = x.unsqueeze(2) if x.ndim == 4 else x
-        for t, orbit in enumerate(self.offsets.tolist()):
-            for u, corner in enumerate(orbit):
-                rows, columns = (
-                    slice(start, start + self.stride * (size - 1) + 1, self.stride)
-                    for start, size in zip(corner, self.size, strict=True)
-                )
-                yield t, u, maps[:, :, u % maps.shape[2], rows, columns]
-
-    def analyse(self, maps: Tensor) -> Tensor:
-        """Transform over the group, (S, ...) -> (S, rows, pixels), rows = the second axis."""
-        return (self.fourier @ maps.flatten(1)).view(self.order, maps.shape[1], -1)
+    def windows(self, x: Tensor) -> Iterator[list[Tensor]]:
+        """For each tap P[t](., u), views (C, n, H', W') of the padded maps, by u."""
+        maps = (x.unsqueeze(2) if x.ndim == 4 else x).transpose(0, 1)
+        ends = [self.stride * (size - 1) + 1 for size in self.size]
+        for orbit in self.offsets.tolist():
+            yield [
+                maps[:, :, u % maps.shape[2], row : row + ends[0], column : column + ends[1]][
+                    ..., :: self.stride, :: self.stride
+                ]
+                for u, (row, column) in enumerate(orbit)
+            ]
 
     def patches(self, x: Tensor) -> Tensor:
-        """Transformed patches (S, C * T, pixels) of a chunk of images."""
-        padded = F.pad(x, 4 * [self.padding])
-        parts = x.new_empty(self.order, x.shape[1], len(self.offsets), len(x), *self.size)
-        for t, u, window in self.windows(padded):
-            parts[u, :, t] = window.transpose(0, 1)
-        return self.analyse(parts.flatten(1, 2))
+        """Transformed patches (S, T * C, pixels) of a chunk of images."""
+        shape = (x.shape[1], len(x), *self.size)
+        entries = x.new_empty(self.order, len(self.offsets), *shape)
+        maps = x.new_empty(self.order, *shape)
+        for t, windows in enumerate(self.windows(F.pad(x, 4 * [self.padding]))):
+            torch.stack(windows, out=maps)
+            torch.mm(self.fourier, maps.flatten(1), out=entries[:, t].flatten(1))
+        return entries.view(self.order, -1, math.prod(shape[1:]))
 
     def scatter(self, entries: Tensor, dx: Tensor) -> None:
         """Write the transpose of `patches` into dx."""
-        shape = (self.order, dx.shape[1], len(self.offsets), len(dx), *self.size)
-        parts = (self.fourier.T @ entries.flatten(1)).view(shape)
+        shape = (self.order, dx.shape[1], len(dx), *self.size)
+        entries = entries.unflatten(1, (len(self.offsets), -1)).flatten(2)
         padded = F.pad(torch.zeros_like(dx), 4 * [self.padding])
-        for t, u, window in self.windows(padded):
-            window += parts[u, :, t].transpose(0, 1)
+        for t, windows in enumerate(self.windows(padded)):
+            maps = (self.fourier.T @ entries[:, t]).view(shape)
+            for window, part in zip(windows, maps, strict=True):
+                window += part
         height, width = (slice(self.padding, self.padding + size) for size in dx.shape[-2:])
         dx.copy_(padded[..., height, width])
 
+    def pairs(self, maps: Tensor) -> Tensor:
+        """The rows of the 2 x 2 matrix of transformed maps, as (rows, 2 * channels, pixels)."""
+        return maps[self.singles :].view(-1, 2 * maps.shape[1], maps.shape[2])
+
     def multiply(self, single: Tensor, square: Tensor, entries: Tensor) -> Tensor:
         """Products of channel matrices with transformed maps (S, rows, pixels)."""
-        pairs = entries[self.singles :].reshape(-1, 2 * entries.shape[1], entries.shape[2])
-        doubles = (square @ pairs).view(self.singles, -1, entries.shape[2])
-        return torch.cat([single @ entries[: self.singles], doubles])
+        products = entries.new_empty(self.order, single.shape[1], entries.shape[2])
+        torch.bmm(single, entries[: self.singles], out=products[: self.singles])
+        pairs, results = self.pairs(entries), self.pairs(products)
+        torch.bmm(square.expand(len(pairs), -1, -1), pairs, out=results)
+        return products
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         """Write the convolution into y."""
@@ -205,15 +212,12 @@ class TorchLayer:
         """Write the gradients into dx and dweight."""
         dsingle, dsquare = torch.zeros_like(self.single), torch.zeros_like(self.square)
         for part in self.chunks:
-            products = self.analyse(dy[part].permute(2, 1, 0, 3, 4).contiguous())
+            maps = dy[part].permute(2, 1, 0, 3, 4).flatten(1)
+            products = (self.fourier @ maps).view(self.order, dy.shape[1], -1)
             if dweight is not None:
                 entries = self.patches(x[part])
                 dsingle.baddbmm_(products[: self.singles], entries[: self.singles].mT)
-                pairs = (
-                    maps[self.singles :].reshape(-1, 2 * maps.shape[1], maps.shape[2])
-                    for maps in (products, entries)
-                )
-                for left, right in zip(*pairs, strict=True):
+                for left, right in zip(self.pairs(products), self.pairs(entries), strict=True):
                     dsquare.addmm_(left, right.T)
             if dx is not None:
                 self.scatter(self.multiply(self.single.mT, self.square.T, products), dx[part])
@@ -221,6 +225,6 @@ class TorchLayer:
             fields, rows = self.single.shape[1:]
             blocks = dsquare.view(2, fields, 2, rows)
             doubles = torch.einsum("jke,jnkr->ern", self.blocks, blocks)
-            entries = torch.cat([dsingle.mT, doubles]).unflatten(1, (self.shape[1], -1))
-            dphi = torch.einsum("tse,ectn->ncts", self.transform, entries).flatten(2)
+            entries = torch.cat([dsingle.mT, doubles]).unflatten(1, (-1, self.shape[1]))
+            dphi = torch.einsum("tse,etcn->ncts", self.transform, entries).flatten(2)
             dweight.zero_().flatten(2).index_add_(2, self.cells.flatten(), dphi)
