@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib.gconv import (
     GroupAvgBlurPool,
@@ -87,9 +89,7 @@ class Backbone(nn.Module):
 
 
 class Sobel(nn.Module):
-    """Horizontal and vertical Sobel derivative, (N, 1, H, W) -> (N, 2, H, W), not trained, as in
-    front of DeepCluster's AlexNet.
-    """
+    """Horizontal and vertical Sobel derivative, (N, 1, H, W) to (N, 2, H, W), not trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,55 +98,42 @@ class Sobel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # repeat the border: padding with 0 (mid gray in [-1, 1]) would draw a frame
-        x = nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
-        return nn.functional.conv2d(x, self.weight)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.weight)
 
 
 class AlexNet(Backbone):
-    """AlexNet (Krizhevsky et al. 2012) as DeepCluster lays it out (Caron et al. 2018), fitted to
-    64x64.
+    """AlexNet (Krizhevsky et al. 2012) as DeepCluster lays it out (Caron et al. 2018), at 64x64.
 
     Sobel, five convolutions with batch norm and ReLU, three 3x3/2 max pools, two fully connected
     layers with dropout. At 64x64 the last map is 1x1 (6x6 at 224x224), so the first fully connected
-    layer reads 256 numbers instead of 9,216; all else is as published.
+    layer reads 256 numbers instead of 9,216. ``features`` is the second one before its ReLU.
 
     Parameters
     ----------
     n_clusters : int
     width : six ints
-        Channels of the five convolutions and of the fully connected layers; the paper's are (96,
-        256, 384, 384, 256, 4096).
-
-    Notes
-    -----
-    ``features`` is the second fully connected layer before its ReLU; the ReLU is in
-    ``activated``. DeepCluster does the same.
+        Channels of the five convolutions, and of the fully connected layers.
+    head : str
+        See `Backbone`.
     """
 
     WIDTH = (96, 256, 384, 384, 256, 4096)
+    LAYOUT = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))  # kernel, stride, padding
 
     def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH, head: str = HEADS[0]) -> None:
         *conv, hidden = width
         super().__init__(hidden, n_clusters, head)
-        layout = [(11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1)]  # kernel, stride, padding
         layers: list[nn.Module] = [Sobel()]
-        c_in = 2
-        for index, (c_out, (kernel_size, stride, padding)) in enumerate(
-            zip(conv, layout, strict=True)
-        ):
-            layers.append(nn.Conv2d(c_in, c_out, kernel_size, stride, padding))
+        for index, (c_in, c_out) in enumerate(pairwise([2, *conv])):
+            layers.append(nn.Conv2d(c_in, c_out, *self.LAYOUT[index]))
             layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
-            c_in = c_out
             if index in (0, 1, 4):
                 layers.append(nn.MaxPool2d(3, 2))
         self.convolutions = nn.Sequential(*layers)  # (N, 1, 64, 64) -> (N, 256, 1, 1)
+        first, second = nn.Linear(conv[-1], hidden), nn.Linear(hidden, hidden)
+        dropout = nn.Dropout(0.5), nn.Dropout(0.5)
         self.classifier = nn.Sequential(
-            nn.Flatten(),
-            nn.Dropout(0.5),
-            nn.Linear(conv[-1], hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.5),
-            nn.Linear(hidden, hidden),
+            nn.Flatten(), dropout[0], first, nn.ReLU(inplace=True), dropout[1], second
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.top_layer:
@@ -163,93 +150,82 @@ class AlexNet(Backbone):
         return torch.relu(features)
 
 
-class P4MCNN(Backbone):
-    """Three p4m blocks, a maximum over the group and a mean over space: features that no quarter
-    turn and no mirror can change.
-
-    A block is group convolution (kernels 5, 3, 3), batch norm over the group, ReLU, antialiased
-    average pool of stride 2 (Cohen and Welling 2016; sizes from Zhuang and Islam 2025).
+class BlockCNN(Backbone):
+    """Three blocks of convolution (kernels 5, 3, 3), batch norm, ReLU and antialiased average pool
+    of stride 2 (Cohen and Welling 2016; sizes from Zhuang and Islam 2025).
 
     Parameters
     ----------
     n_clusters : int
     width : three ints
-        Regular fields of each block (each is 8 real channels); the paper's are (64, 128, 256).
+        Regular fields per block of the P4M network, or of the one to match.
+    head : str
+        See `Backbone`.
     """
 
     WIDTH = (64, 128, 256)
-    LAYERS: tuple[type[GroupConv], type[GroupConv]] = (P4MConvZ2, P4MConvP4M)
 
     def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH, head: str = HEADS[0]) -> None:
-        super().__init__(width[-1], n_clusters, head)
-        a, b, c = width
-        lifting, convolution = self.LAYERS
-        # no bias: the batch norm after it would subtract it
-        convolutions = [
-            lifting(1, a, 5, padding=2, bias=False),
-            convolution(a, b, 3, padding=1, bias=False),
-            convolution(b, c, 3, padding=1, bias=False),
-        ]
+        channels = self.channels(*width)
+        super().__init__(channels[-1], n_clusters, head)
         self.blocks = nn.Sequential(
             *(
-                nn.Sequential(conv, GroupBatchNorm(n), nn.ReLU(inplace=True), GroupAvgBlurPool())
-                for conv, n in zip(convolutions, width, strict=True)
+                self.block(c_in, c_out, kernel_size)
+                for (c_in, c_out), kernel_size in zip(
+                    pairwise((1, *channels)), (5, 3, 3), strict=True
+                )
             )
         )
+
+    @staticmethod
+    def channels(a: int, b: int, c: int) -> tuple[int, int, int]:
+        """Channels, or fields, of the three blocks."""
+        return a, b, c
+
+    def block(self, c_in: int, c_out: int, kernel_size: int) -> nn.Sequential:
+        """One block; without a bias, which the batch norm would subtract."""
+        raise NotImplementedError
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.maps(x).mean(dim=(2, 3))  # (N, C, 8, 8) -> (N, C)
+
+
+class P4MCNN(BlockCNN):
+    """p4m blocks and a maximum over the group: features that no quarter turn and no mirror can
+    change. Each field is 8 real channels.
+    """
+
+    LAYERS: tuple[type[GroupConv], type[GroupConv]] = (P4MConvZ2, P4MConvP4M)
+
+    def block(self, c_in: int, c_out: int, kernel_size: int) -> nn.Sequential:
+        layer = self.LAYERS[0] if c_in == 1 and kernel_size == 5 else self.LAYERS[1]
+        conv = layer(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False)
+        relu = nn.ReLU(inplace=True)
+        return nn.Sequential(conv, GroupBatchNorm(c_out), relu, GroupAvgBlurPool())
 
     def maps(self, x: Tensor) -> Tensor:
         return group_max_pool(self.blocks(x))  # (N, 1, 64, 64) -> (N, C, S, 8, 8) -> (N, C, 8, 8)
 
-    def features(self, x: Tensor) -> Tensor:
-        return self.maps(x).mean(dim=(2, 3))  # -> (N, C)
-
 
 class P4CNN(P4MCNN):
     """`P4MCNN` without the mirror: quarter turns leave its features unchanged, mirrors do not.
-
-    `width` counts regular fields as there, but each is 4 real channels.
+    Each field is 4 real channels.
     """
 
     LAYERS = (P4ConvZ2, P4ConvP4)
 
 
-class PlainCNN(Backbone):
-    """P4M's layout with planar convolutions: the same kernels, norms and pools, no symmetry.
+class PlainCNN(BlockCNN):
+    """P4M's layout with planar convolutions: no symmetry built in."""
 
-    Parameters
-    ----------
-    n_clusters : int
-    width : three ints
-        Regular fields of the *P4M network that it is matched to*, not its own channels, which are
-        ``channels(width)``.
-    """
-
-    WIDTH = P4MCNN.WIDTH
-
-    def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH, head: str = HEADS[0]) -> None:
-        channels = self.channels(width)
-        super().__init__(channels[-1], n_clusters, head)
-        blocks = []
-        for c_in, c_out, kernel_size in zip((1, *channels), channels, (5, 3, 3), strict=False):
-            conv = nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False)
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            blocks.append(
-                nn.Sequential(
-                    conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True), GroupAvgBlurPool()
-                )
-            )
-        self.blocks = nn.Sequential(*blocks)
-
-    @staticmethod
-    def channels(width: Sequence[int]) -> tuple[int, int, int]:
-        """Real channels of the three blocks."""
-        raise NotImplementedError
+    def block(self, c_in: int, c_out: int, kernel_size: int) -> nn.Sequential:
+        conv = nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        relu = nn.ReLU(inplace=True)
+        return nn.Sequential(conv, nn.BatchNorm2d(c_out), relu, GroupAvgBlurPool())
 
     def maps(self, x: Tensor) -> Tensor:
         return self.blocks(x)  # (N, 1, 64, 64) -> (N, C, 8, 8)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.maps(x).mean(dim=(2, 3))
 
 
 class MatchedFlopsCNN(PlainCNN):
@@ -258,8 +234,7 @@ class MatchedFlopsCNN(PlainCNN):
     """
 
     @staticmethod
-    def channels(width: Sequence[int]) -> tuple[int, int, int]:
-        a, b, c = width
+    def channels(a: int, b: int, c: int) -> tuple[int, int, int]:
         return 8 * a, 8 * b, 8 * c
 
 
@@ -269,8 +244,7 @@ class MatchedParametersCNN(PlainCNN):
     """
 
     @staticmethod
-    def channels(width: Sequence[int]) -> tuple[int, int, int]:
-        a, b, c = width
+    def channels(a: int, b: int, c: int) -> tuple[int, int, int]:
         total = 25 * a + 72 * a * b + 72 * b * c + 2 * (a + b + c)  # P4M: filters and batch norms
         first, second = (max(1, round(math.sqrt(8) * n)) for n in (a, b))
         rest = total - (25 * first + 9 * first * second + 2 * (first + second))
