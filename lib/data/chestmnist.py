@@ -18,7 +18,6 @@ import pandas as pd
 
 from lib import __version__, paths
 from lib.data import nih
-from lib.data.tables import COLUMNS
 
 NAME = "chestmnist_64.npz"
 BYTES = 401_604_127
@@ -98,7 +97,7 @@ def findings_text(labels: np.ndarray) -> list[str]:
     return ["|".join(names[row]) or nih.NO_FINDING for row in labels[:, order]]
 
 
-def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True) -> dict[str, Any]:
+def preprocess(path: Path, out_dir: Path) -> dict[str, Any]:
     """Write ``images.npy``, ``metadata.csv`` and ``manifest.json`` from the file, pixels unchanged.
 
     The file's own split is used, and its ``val`` joins ``train``. MedMNIST keeps every patient on
@@ -110,10 +109,6 @@ def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True
     path : Path
         The ``.npz``.
     out_dir : Path
-    size : int
-        64; the file has no other.
-    resume : bool
-        False: do all the work again.
 
     Returns
     -------
@@ -123,15 +118,13 @@ def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True
     Raises
     ------
     ValueError
-        Not such a file, or another `size`.
+        Not such a file, or a damaged one.
     OSError
         `out_dir` is not writable or the disk is full; no file is left half-written.
     """
-    if size != _SIZE:
-        raise ValueError(f"ChestMNIST-64 has 64x64 pixels and not {size=}: use kaggle or nih:PATH")
     facts = check(path)
     manifest_path, fingerprint = out_dir / "manifest.json", f"chestmnist {facts['md5']}"
-    if resume and manifest_path.is_file():
+    if manifest_path.is_file():
         manifest = paths.load_json(manifest_path)
         if manifest["fingerprint"] == fingerprint and all(
             (out_dir / name).is_file() for name in manifest["files"]
@@ -144,7 +137,7 @@ def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True
         for part, labels in facts["labels"].items()
         for k, text in enumerate(findings_text(labels))
     ]
-    frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
+    frame = pd.DataFrame(rows).reindex(columns=list(nih.COLUMNS))
     with paths.atomic_write(out_dir / "metadata.csv", "w") as handle:
         frame.to_csv(handle, index=False, lineterminator="\n")
     manifest = {

@@ -1,4 +1,4 @@
-"""NIH ChestX-ray14 as published: its findings, its numbers, and the names in tables like its own."""
+"""NIH ChestX-ray14 as published: its findings, its numbers, and the columns of its tables."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ ALIASES = {
 SPELLINGS = {name.lower(): name for name in (*FINDINGS, NO_FINDING)} | {
     "infiltrate": "Infiltration"
 }
-FILE_NAME = re.compile(r"(\d{8})_(\d{3})\.(png|jpe?g)", re.IGNORECASE)  # <patient>_<number>.png
-TABLE_NAMES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv", "sample_labels.csv")
+NIH_NAME = re.compile(r"(\d{8})_(\d{3})\.(png|jpe?g)", re.IGNORECASE)  # <patient>_<number>.png
+METADATA_NAMES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv", "sample_labels.csv")
 LIST_NAMES = {"train_val_list.txt": "train", "test_list.txt": "test"}
 
 # The full data set: Wang et al. (CVPR 2017) and the README of the release.
