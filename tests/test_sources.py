@@ -22,6 +22,7 @@ from PIL import Image
 from lib import data, paths
 from lib.data import chestmnist, digits, http, phantom, sources
 from lib.data.http import DownloadError
+from lib.data.preprocess import preprocess
 from tests.server import SIGNATURE, Server
 
 SECRET = "KGAT_0123456789abcdefSECRET"
@@ -129,7 +130,7 @@ def test_phantoms_pass_through_the_reader_of_real_xrays(tmp_path):
     shown = sources.fetch("phantom", tmp_path / "raw", n_phantoms=12, seed=3)
     assert (shown["kind"], shown["images"]) == ("phantom", 12)
     assert str(tmp_path) not in json.dumps(shown)
-    data.preprocess(tmp_path / "raw", tmp_path / "out")
+    preprocess(tmp_path / "raw", tmp_path / "out")
     images, metadata = data.load(tmp_path / "out", verify=True)
     made, truth = phantom.make_phantoms(12, 3)
     truth = truth.sort_values("image_id")
@@ -142,7 +143,7 @@ def test_phantoms_pass_through_the_reader_of_real_xrays(tmp_path):
 def test_digits_pass_through_the_reader_of_real_xrays(tmp_path):
     shown = sources.fetch("digits-turned", tmp_path / "raw", seed=2)
     assert (shown["kind"], shown["images"]) == ("digits", 1797)
-    data.preprocess(tmp_path / "raw", tmp_path / "out")
+    preprocess(tmp_path / "raw", tmp_path / "out")
     images, metadata = data.load(tmp_path / "out", verify=True)
     made, truth = digits.make_digits(True, 2)
     np.testing.assert_array_equal(images, made)
@@ -207,7 +208,7 @@ def test_a_folder_stays_where_it_is(tmp_path):
     assert (shown["kind"], shown["images"], shown["csv"]) == ("nih", 6, "Data_Entry_2017.csv")
     assert str(tmp_path) not in json.dumps(shown)
     assert not visible(tmp_path / "raw")
-    assert data.preprocess(tmp_path / "raw", tmp_path / "out")["images"] == N_IMAGES
+    assert preprocess(tmp_path / "raw", tmp_path / "out")["images"] == N_IMAGES
     shown = sources.fetch(make_folder(tmp_path / "own", {"a.jpg": b""}), tmp_path / "raw")
     assert (shown["kind"], shown["images"], shown["csv"]) == ("folder", 1, None)
 
@@ -228,7 +229,7 @@ def test_kaggle_brings_everything_and_leaves_no_archive(kaggle, tmp_path, capfd)
     shown = sources.fetch("kaggle", raw)
     assert visible(store) == FULL
     assert (shown["kind"], shown["images"], shown["csv"]) == ("nih", 6, "Data_Entry_2017.csv")
-    assert data.preprocess(raw, tmp_path / "out")["patients"] == 3
+    assert preprocess(raw, tmp_path / "out")["patients"] == 3
     assert all(headers["Authorization"] == f"Bearer {SECRET}" for headers in api_calls(kaggle))
     gets = [headers for method, _, headers in kaggle.log if method == "GET"]
     assert not any("Authorization" in headers for headers in gets), "the storage got the token"

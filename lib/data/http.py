@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import requests
-from requests.adapters import HTTPAdapter
+from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
-from urllib3.util import Retry
 
 TRIES = 7  # in a row that bring nothing
 TIMEOUT = (20, 90)  # seconds to connect, and between two bytes
@@ -213,7 +212,7 @@ def unzip(opened: BinaryIO, target: Path, name: str) -> int:
         The archive, here or on a server.
     target : Path
     name : str
-        What it is, for messages.
+        Of the archive, for messages.
 
     Returns
     -------

@@ -40,9 +40,15 @@ ATTRIBUTIONS = {
     "nih": nih.ATTRIBUTION,
     "folder": "Images of the user's own folder, under their own terms. Not for clinical use.",
 }
-_BESIDE = re.compile(
-    r"(Data_Entry_2017|BBox_List_2017).*\.csv|(train_val_list|test_list)\.txt", re.IGNORECASE
-)
+_KAGGLES = {  # Kaggle's headers of what is drawn here
+    "image_id": "Image Index",
+    "findings": "Finding Labels",
+    "patient_id": "Patient ID",
+    "age": "Patient Age",
+    "sex": "Patient Gender",
+    "view_position": "View Position",
+}
+_BESIDE = (*nih.METADATA_NAMES, *nih.LIST_NAMES, "BBox_List_2017.csv")
 _TAR = re.compile(r"(images_\d{2,3})\.(tar\.gz|tgz)", re.IGNORECASE)
 _BARE = re.compile(r"(^|/)[^./]+$|\.\d+$")  # perhaps a DICOM
 _UNREAD = "nothing yet: 01_preprocess reads image by image"
@@ -79,12 +85,11 @@ def fetch(
     Parameters
     ----------
     source : str or path
-        ``"phantom"``, ``"digits"`` and ``"digits-turned"`` are drawn, in Kaggle's own layout, so
-        that they pass through the reader of real X-rays. ``"kaggle"`` (112,120 images) and
-        ``"kaggle-sample"`` (5,606) come from Kaggle, ``"chestmnist"`` from Zenodo;
-        ``"chestmnist:FILE.npz"`` is the same file from elsewhere. ``"nih:PATH"`` is a folder with
-        NIH's ``images_001.tar.gz`` and so on, or what was unpacked from them. Otherwise a folder
-        with images, which stays where it is.
+        ``"phantom"``, ``"digits"`` and ``"digits-turned"`` are drawn, in Kaggle's layout, so that
+        they pass through the reader of real X-rays. ``"kaggle"`` and ``"kaggle-sample"`` come from
+        Kaggle, ``"chestmnist"`` from Zenodo; ``"chestmnist:FILE.npz"`` is a file that is here.
+        ``"nih:PATH"`` is a folder with NIH's ``images_001.tar.gz`` and so on, or with what was
+        unpacked from them. Anything else is a folder with images, which stays where it is.
     raw_dir : path
         Folder of this source, usually ``paths.raw_dir(dataset)``. Downloads go beside it, under a
         name of their own, so that every preset uses the same.
@@ -187,22 +192,6 @@ def _drawn(kind: str, raw_dir: Path, n: int, seed: int, orientation: str) -> dic
 def _write_drawn(raw_dir: Path, note: dict[str, Any], images: Any, table: pd.DataFrame) -> None:
     """Write images and table in Kaggle's layout, beside their place, and move them there whole."""
     building, old = (raw_dir.with_name(f".{raw_dir.name}.{end}") for end in ("partial", "old"))
-    blank = [""] * len(table)
-    columns = {
-        "Image Index": table["image_id"],
-        "Finding Labels": table["findings"],
-        "Follow-up #": table.groupby("patient_id").cumcount(),
-        "Patient ID": table["patient_id"],
-        "Patient Age": table.get("age", blank),
-        "Patient Gender": table.get("sex", blank),
-        "View Position": table.get("view_position", blank),
-        # Kaggle's header is OriginalImage[Width,Height] without quotes, so two columns
-        "OriginalImage[Width": images.shape[2],
-        "Height]": images.shape[1],
-    }
-    columns |= {
-        name: table[name] for name in ("side", "exposure", "angle", "mirrored") if name in table
-    }
     with http.naming_disk_errors(raw_dir):
         for leftover in (building, old):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -211,7 +200,7 @@ def _write_drawn(raw_dir: Path, note: dict[str, Any], images: Any, table: pd.Dat
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / image_id)
         with open(building / note["csv"], "w", encoding="utf-8", newline="\n") as handle:
-            pd.DataFrame(columns).to_csv(handle, index=False, lineterminator="\n")
+            table.rename(columns=_KAGGLES).to_csv(handle, index=False, lineterminator="\n")
         paths.save_json(building / "source.json", note)
         if raw_dir.exists():
             os.replace(raw_dir, old)
@@ -349,7 +338,7 @@ def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
             done[name] = states[name]
             paths.save_json(store / _DONE, done)
         for file in files:
-            if _BESIDE.fullmatch(file.name):
+            if file.name in _BESIDE:
                 shutil.copyfile(file, store / file.name)
     if len(tars) != 12:
         warnings.warn(f"{len(tars)} of NIH's 12 archives are in {paths.show(folder)}", stacklevel=3)
