@@ -1,11 +1,42 @@
 """A server on 127.0.0.1 for tests of downloads: it sends ranges, and fails as it is told."""
 
+import io
 import json
 import re
+import tarfile
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SIGNATURE = "SIGNEDsignature"
+
+
+def packed(files, compression=zipfile.ZIP_DEFLATED):
+    """A zip of `files`, content by name."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def make_tar(path, files):
+    """A ``.tar.gz`` of `files`, content by name."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def visible(folder):
+    """Content of all files in `folder` but hidden ones and notes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in files
+        if path.name[0] != "." and path.name != "source.json"
+    }
 
 
 class Server:

@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 import shutil
-import tarfile
 import traceback
 import zipfile
 
@@ -14,7 +13,7 @@ import pytest
 
 from lib.data import http
 from lib.data.http import DownloadError
-from tests.server import SIGNATURE, Server
+from tests.server import SIGNATURE, Server, make_tar, packed, visible
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -126,19 +125,6 @@ def test_space_is_asked_for_first(server, tmp_path, monkeypatch):
     assert (tmp_path / "x.part").read_bytes() == b""
 
 
-def packed(files, compression=zipfile.ZIP_DEFLATED):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def unpacked(folder):
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
 def remote(server, buffer=http.READ_AHEAD):
     return io.BufferedReader(http.RemoteFile(lambda: server.url + "/file", "the file"), buffer)
 
@@ -149,7 +135,7 @@ def test_a_zip_on_a_server_is_read_forwards(buffer, server, tmp_path):
     server.faults = [None, 500, None, 0]
     with remote(server, buffer) as opened:
         assert http.unzip(opened, tmp_path, "the zip") == 3
-    assert unpacked(tmp_path) == FILES
+    assert visible(tmp_path) == FILES
     if buffer == http.READ_AHEAD:
         assert len(server.log) < 8, "one request for many members"
 
@@ -189,20 +175,14 @@ def test_what_is_there_is_not_unpacked_again(tmp_path):
     (tmp_path / "images" / "b.png").unlink()
     before = (tmp_path / "table.csv").stat().st_mtime_ns
     http.unzip(opened, tmp_path, "the zip")
-    assert unpacked(tmp_path) == FILES
+    assert visible(tmp_path) == FILES
     assert (tmp_path / "table.csv").stat().st_mtime_ns == before
-
-
-def test_doubles_are_unpacked_once(tmp_path):
-    twice = {f"sample/{name}": content for name, content in FILES.items()} | FILES
-    assert http.unzip(io.BytesIO(packed(twice)), tmp_path, "the zip") == 3
-    assert unpacked(tmp_path) == FILES
 
 
 def test_nothing_leaves_the_folder(tmp_path):
     inside = tmp_path / "a" / "b"
     http.unzip(io.BytesIO(packed({"../../evil.png": b"x", "/evil.csv": b"y"})), inside, "the zip")
-    assert set(unpacked(tmp_path)) == {"a/b/evil.png", "a/b/evil.csv"}
+    assert set(visible(tmp_path)) == {"a/b/evil.png", "a/b/evil.csv"}
 
 
 def test_a_damaged_zip_is_named_and_keeps_what_is_whole(tmp_path):
@@ -210,28 +190,20 @@ def test_a_damaged_zip_is_named_and_keeps_what_is_whole(tmp_path):
     content[content.index(FILES["images/b.png"]) + 99] ^= 255
     with pytest.raises(DownloadError, match="the zip is a damaged zip"):
         http.unzip(io.BytesIO(content), tmp_path, "the zip")
-    assert unpacked(tmp_path) == {"images/a.png": FILES["images/a.png"]}
+    assert visible(tmp_path) == {"images/a.png": FILES["images/a.png"]}
     for bad in (b"", b"<html>sign in</html>", packed(FILES)[:-30]):
         with pytest.raises(DownloadError, match="the zip is a damaged zip"):
             http.unzip(io.BytesIO(bad), tmp_path, "the zip")
 
 
-def make_tar(path, files):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-
-
 def test_a_tar_is_unpacked_and_finished_after_a_kill(tmp_path):
     make_tar(tmp_path / "x.tar.gz", FILES)
     http.untar(tmp_path / "x.tar.gz", tmp_path / "x")
-    assert unpacked(tmp_path / "x") == FILES
+    assert visible(tmp_path / "x") == FILES
     (tmp_path / "x" / "images" / "b.png").write_bytes(b"half")
     before = (tmp_path / "x" / "images" / "a.png").stat().st_ino
     http.untar(tmp_path / "x.tar.gz", tmp_path / "x")
-    assert unpacked(tmp_path / "x") == FILES
+    assert visible(tmp_path / "x") == FILES
     assert (tmp_path / "x" / "images" / "a.png").stat().st_ino == before
 
 

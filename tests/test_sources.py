@@ -8,10 +8,8 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import traceback
 import zipfile
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ from lib import data, paths
 from lib.data import chestmnist, digits, http, phantom, sources
 from lib.data.http import DownloadError
 from lib.data.preprocess import preprocess
-from tests.server import SIGNATURE, Server
+from tests.server import SIGNATURE, Server, make_tar, packed, visible
 
 SECRET = "KGAT_0123456789abcdefSECRET"
 N_IMAGES = 6
@@ -44,26 +42,8 @@ def png(seed):
     return buffer.getvalue()
 
 
-def visible(folder):
-    """Content of all files but hidden ones and notes."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in files
-        if path.name[0] != "." and path.name != "source.json"
-    }
-
-
 PNGS = {f"images_001/images/{name}": png(i) for i, name in enumerate(IMAGES)}
 FULL = {"Data_Entry_2017.csv": TABLE, "BBox_List_2017.csv": b"Image Index\n"} | PNGS
-
-
-def packed(files):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -295,7 +275,7 @@ def test_what_kaggle_refuses_is_one_line_without_the_token(status, kaggle, tmp_p
     assert not visible(tmp_path / "raw")
 
 
-@pytest.mark.parametrize("way", ["variable", "access_token", "user and key", "login"])
+@pytest.mark.parametrize("way", ["variable", "access_token", "user and key"])
 def test_every_way_to_give_a_credential(way, kaggle, home, tmp_path, monkeypatch, capfd):
     expected = f"Bearer {SECRET}"
     if way != "variable":
@@ -306,10 +286,6 @@ def test_every_way_to_give_a_credential(way, kaggle, home, tmp_path, monkeypatch
         monkeypatch.setenv("KAGGLE_USERNAME", "tester")
         monkeypatch.setenv("KAGGLE_KEY", SECRET)
         expected = requests.auth._basic_auth_str("tester", SECRET)
-    elif way == "login":
-        held = {"refresh_token": "r", "access_token": SECRET, "username": "tester"}
-        held["access_token_expiration"] = (datetime.now(UTC) + timedelta(hours=5)).isoformat()
-        (home / ".kaggle" / "credentials.json").write_text(json.dumps(held))
     monkeypatch.setenv("VERBOSE", "1")  # with which the client prints its headers
     assert sources.fetch("kaggle", tmp_path / "raw" / "kaggle")["images"] == N_IMAGES
     assert {headers["Authorization"] for headers in api_calls(kaggle)} == {expected}
@@ -373,10 +349,8 @@ def nih_box(folder, n=12):
     """What NIH hands out: archives with one folder `images`, and the tables beside them."""
     folder.mkdir()
     for k in range(n):
-        with tarfile.open(folder / f"images_{k + 1:03d}.tar.gz", "w:gz") as archive:
-            info = tarfile.TarInfo(f"images/{k + 1:08d}_000.png")
-            info.size = len(png(k))
-            archive.addfile(info, io.BytesIO(png(k)))
+        path = folder / f"images_{k + 1:03d}.tar.gz"
+        make_tar(path, {f"images/{k + 1:08d}_000.png": png(k)})
     rows = [f"{k + 1:08d}_000.png,Mass,0,{k + 1},057Y,M,PA" for k in range(n)]
     (folder / "Data_Entry_2017_v2020.csv").write_text("\n".join([HEADER, *rows, ""]))
     (folder / "test_list.txt").write_text("00000001_000.png\n")
