@@ -1,7 +1,7 @@
 """Numbers that say how good a clustering is, and how sure one can be: arrays in, numbers out.
 
 Every docstring gives the definition, the range and what the number cannot show. Arrays that do not
-fit raise a ValueError that quotes their shapes.
+fit raise a ValueError.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_array, check_consistent_length
 from threadpoolctl import threadpool_limits
 
 
@@ -31,7 +32,7 @@ def nmi(a: ArrayLike, b: ArrayLike) -> float:
     `chance_nmi`, `ami`). Between consecutive epochs it shows that a network agrees with itself, not
     that its clusters mean anything.
     """
-    return float(sklearn_metrics.normalized_mutual_info_score(*_label_pair(a, b)))
+    return float(sklearn_metrics.normalized_mutual_info_score(a, b))
 
 
 def ami(a: ArrayLike, b: ArrayLike) -> float:
@@ -40,7 +41,7 @@ def ami(a: ArrayLike, b: ArrayLike) -> float:
     1 is equal up to renaming. Independent clusterings score 0 on average, so small negative values
     occur.
     """
-    return float(sklearn_metrics.adjusted_mutual_info_score(*_label_pair(a, b)))
+    return float(sklearn_metrics.adjusted_mutual_info_score(a, b))
 
 
 def chance_nmi(a: ArrayLike, b: ArrayLike, seed: int, repeats: int = 5) -> float:
@@ -48,16 +49,8 @@ def chance_nmi(a: ArrayLike, b: ArrayLike, seed: int, repeats: int = 5) -> float
 
     Cluster sizes stay. It grows with the number of clusters and falls with the number of images.
     """
-    a, b = _label_pair(a, b)
     rng = np.random.default_rng(seed)
     return float(np.mean([nmi(a, rng.permutation(b)) for _ in range(repeats)]))
-
-
-def _label_pair(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    a, b = np.asarray(a), np.asarray(b)
-    if a.ndim != 1 or a.shape != b.shape or len(a) == 0:
-        raise ValueError(f"expected two labellings (N,), N > 0, got {a.shape} and {b.shape}")
-    return a, b
 
 
 def occupancy(assignments: ArrayLike, n_clusters: int) -> dict[str, float]:
@@ -69,11 +62,8 @@ def occupancy(assignments: ArrayLike, n_clusters: int) -> dict[str, float]:
     perfectly even.
     """
     labels = np.asarray(assignments)
-    if labels.ndim != 1 or len(labels) == 0 or labels.min() < 0 or labels.max() >= n_clusters:
-        values = f"{labels.min()} to {labels.max()}" if labels.size else "nothing"
-        raise ValueError(
-            f"assignments must be (N,) and lie in 0..{n_clusters - 1}, got {labels.shape}: {values}"
-        )
+    if labels.ndim != 1 or not labels.size or labels.min() < 0 or labels.max() >= n_clusters:
+        raise ValueError(f"expected assignments (N,) from 0 to {n_clusters - 1}, got {labels}")
     share = np.bincount(labels) / len(labels)
     return {
         "clusters_used": int((share > 0).sum()),
@@ -89,10 +79,7 @@ def kept_share(reference: ArrayLike, moved: ArrayLike) -> np.ndarray:
     transformed images under the *same* centroids. 1 is invariant. A constant clustering keeps every
     image: read it beside `occupancy`.
     """
-    reference, moved = np.asarray(reference), np.asarray(moved)
-    if moved.ndim != 2 or moved.shape[1:] != reference.shape or reference.size == 0:
-        raise ValueError(f"expected (N,) and (T, N), got {reference.shape} and {moved.shape}")
-    return (moved == reference).mean(axis=1)
+    return (np.asarray(moved) == np.asarray(reference)).mean(axis=1)
 
 
 def cluster_structure(
@@ -107,8 +94,7 @@ def cluster_structure(
     without a control.
     """
     x, labels = np.asarray(embedding), np.asarray(assignments)
-    if x.ndim != 2 or labels.shape != x.shape[:1]:
-        raise ValueError(f"expected embedding (N, D) and (N,), got {x.shape} and {labels.shape}")
+    check_consistent_length(x, labels)
     some = np.sort(np.random.default_rng(seed).permutation(len(x))[:max_samples])
 
     def score(measure: Any, x: np.ndarray, labels: np.ndarray) -> float:
@@ -178,7 +164,8 @@ def probe(
     guessed = np.array([share.get(label, 0.0) for label in labels[test].tolist()])
     samples = (w @ correct / w.sum(axis=1) for w in bootstrap_weights(groups[test], n_boot, seed))
     low, high = percentile_interval(samples)
-    return {
+    counts_of = {"n_classes": len(classes), "n_train": len(train), "n_test": len(test)}
+    return counts_of | {
         "accuracy": float(correct.mean()),
         "low": low,
         "high": high,
@@ -187,9 +174,6 @@ def probe(
         "correct": correct,
         "probabilities": probabilities,
         "classes": classes,
-        "n_classes": len(classes),
-        "n_train": len(train),
-        "n_test": len(test),
         "unseen": int((guessed == 0).sum()),
         "converged": converged,
     }
@@ -204,16 +188,11 @@ def checked_split(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows to train and to test on, and groups (N,): each image its own if None.
 
-    Raises ValueError for an empty set, overlapping sets, a patient in both, or NaN in features.
+    ValueError for an empty set, overlapping sets, a patient in both, or NaN in the features.
     """
-    n = len(features)
+    n = len(check_array(features))
     groups = np.arange(n) if groups is None else np.asarray(groups)
-    if features.ndim != 2 or len(labels) != n or len(groups) != n:
-        shapes = f"{features.shape}, {labels.shape} and {groups.shape}"
-        raise ValueError(f"features, labels and groups must have one row per image, got {shapes}")
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
-        raise ValueError(f"features hold NaN or infinite values, first in row {finite.argmin()}")
+    check_consistent_length(features, labels, groups)
     train, test = (
         np.arange(n)[part if part.dtype == bool else part.astype(int)]
         for part in (np.asarray(train), np.asarray(test))
@@ -222,10 +201,7 @@ def checked_split(
         raise ValueError(f"both sets must hold images: {len(train)} to train, {len(test)} to test")
     both = np.intersect1d(groups[train], groups[test])
     if len(both):
-        raise ValueError(
-            f"{len(both)} patients (or images) are in both train and test, first {both[0]}: "
-            "split by patient"
-        )
+        raise ValueError(f"{len(both)} patients are in both train and test, such as {both[0]}")
     return train, test, groups
 
 

@@ -134,7 +134,7 @@ def test_relative_distance_is_0_for_no_change_and_1_for_another_image():
     assert found[0] == 0
     assert found[1] == pytest.approx(1, abs=0.05)
     assert np.isnan(scores.relative_distance(np.ones((5, 3)), np.ones((1, 5, 3)))).all()
-    with pytest.raises(ValueError, match="moved"):
+    with pytest.raises(ValueError):
         scores.relative_distance(f, f)
 
 

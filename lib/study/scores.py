@@ -1,8 +1,7 @@
 """How well findings can be read off features or lie together in a map: arrays in, numbers out.
 
 `lib.metrics` holds what needs no findings. A finding that, or whose absence, is missing in the
-training or the test images has no number: it is NaN. Arrays that do not fit raise a ValueError that
-quotes their shapes.
+training or the test images has no number: it is NaN. Arrays that do not fit raise a ValueError.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from scipy.spatial.distance import pdist
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
 from sklearn.neighbors import NearestNeighbors
+from sklearn.utils import check_consistent_length
 
 from lib.metrics import (
     bootstrap_weights,
@@ -107,15 +107,11 @@ def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
     s_j] / 2) / (sum w_i sum w_j), with `positive` (n,) bool and `weights` (B, n) >= 0: for a
     bootstrap, how often each image was drawn. NaN if positives or negatives have no weight.
     """
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf) != 0)  # of runs of equal scores
-    weights = np.asarray(weights, dtype=float)[:, order]
-    ups = np.add.reduceat(weights * positive[order], starts, axis=1)
-    downs = np.add.reduceat(weights * ~positive[order], starts, axis=1)
-    below = np.cumsum(downs, axis=1) - downs
+    ups, downs = _runs(scores, positive, weights)
+    below = downs.sum(axis=1, keepdims=True) - np.cumsum(downs, axis=1)
     pairs = ups.sum(axis=1) * downs.sum(axis=1)
     wins = (ups * (below + downs / 2)).sum(axis=1)
-    return np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+    return np.divide(wins, pairs, out=np.full(len(wins), np.nan), where=pairs > 0)
 
 
 def weighted_average_precision(
@@ -127,14 +123,21 @@ def weighted_average_precision(
     are one threshold. A guess that knows nothing scores the prevalence, so findings of different
     frequency do not compare. NaN if the positives have no weight.
     """
+    ups, downs = _runs(scores, positive, weights)
+    hits, taken = np.cumsum(ups, axis=1), np.cumsum(ups + downs, axis=1)
+    precision = np.divide(hits, taken, out=np.zeros_like(taken), where=taken > 0)
+    wins, total = (ups * precision).sum(axis=1), ups.sum(axis=1)
+    return np.divide(wins, total, out=np.full(len(wins), np.nan), where=total > 0)
+
+
+def _runs(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
+    """Weight (B, runs) of positives and of negatives in each run of equal scores, highest first."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(-scores[order], prepend=-np.inf) != 0)
-    weights = np.asarray(weights, dtype=float)[:, order]
-    ups = np.add.reduceat(weights * positive[order], starts, axis=1)
-    taken = np.cumsum(np.add.reduceat(weights, starts, axis=1), axis=1)
-    precision = np.divide(np.cumsum(ups, axis=1), taken, out=np.zeros_like(taken), where=taken > 0)
-    wins, total = (ups * precision).sum(axis=1), ups.sum(axis=1)
-    return np.divide(wins, total, out=np.full(len(weights), np.nan), where=total > 0)
+    each = np.asarray(weights, dtype=float)[:, order]
+    return [
+        np.add.reduceat(each * of, starts, axis=1) for of in (positive[order], ~positive[order])
+    ]
 
 
 def multilabel_scores(
@@ -242,12 +245,9 @@ def finding_neighbourhood(
     this does not take off. NaN if no finding is frequent enough.
     """
     points, targets = np.asarray(points), np.asarray(targets)
-    n = len(points)
-    if points.ndim != 2 or targets.ndim != 2 or len(targets) != n or not 1 <= n_neighbors < n:
-        shapes = f"{points.shape}, {targets.shape}, n_neighbors {n_neighbors}"
-        raise ValueError(f"expected (N, d), (N, F) and 1 <= n_neighbors < N, got {shapes}")
+    check_consistent_length(points, targets)
     nearest = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors()[1]  # without self
-    counts = targets.sum(axis=0)
+    n, counts = len(targets), targets.sum(axis=0)
     frequent = np.flatnonzero(counts >= max(least, 1))
     lifts = [
         targets[nearest[targets[:, f]], f].mean() - (counts[f] - 1) / (n - 1) for f in frequent
@@ -274,10 +274,6 @@ def relative_distance(reference: np.ndarray, moved: np.ndarray) -> np.ndarray:
     from any other. NaN if all features are equal.
     """
     reference, moved = np.asarray(reference, dtype=float), np.asarray(moved, dtype=float)
-    if moved.ndim != 3 or moved.shape[1:] != reference.shape or len(reference) < 2:
-        raise ValueError(
-            f"expected (N, D) and moved (T, N, D) with N > 1, got {reference.shape}, {moved.shape}"
-        )
     unit = pdist(reference).mean()
     # the difference that rounding leaves between equal images is no distance
     if not unit > 1e-6 * np.abs(reference).max():
