@@ -131,9 +131,7 @@ def probe(
     groups : (N,), optional
         Patient of each image, none in both sets. The bootstrap draws patients, because images of
         one patient are alike; without groups it draws images.
-    seed : int
-        Of the bootstrap and the PCA.
-    n_boot : int
+    seed, n_boot : int
         Bootstrap samples; 0: ``low`` and ``high`` are NaN.
     max_dim : int
         More features than this are first reduced by PCA, fitted on the training images.
@@ -144,17 +142,17 @@ def probe(
         ``accuracy``, 0 to 1, with ``low, high``, its 95 % percentile bootstrap interval (Efron
         1979) over *test* patients, which does not cover another training set or network;
         ``majority``, accuracy of always answering the most frequent class in training; ``chance``,
-        expected accuracy of guessing with the shares in training; ``classes`` (C,) in training;
-        ``probabilities`` (n_test, C); ``correct`` (n_test,) bool; ``n_classes, n_train, n_test``;
-        ``unseen``, test images of a class that is not in training: they count as errors;
-        ``converged``, False, with a RuntimeWarning, if the optimiser ran out of iterations.
+        expected accuracy of guessing with the shares in training; ``classes`` (C,) in training and
+        ``n_classes``; ``probabilities`` (n_test, C); ``correct`` (n_test,) bool; ``unseen``, test
+        images of a class that is not in training: they count as errors; ``converged``, False, with
+        a RuntimeWarning, if the optimiser ran out of iterations.
     """
     features, labels = np.asarray(features), np.asarray(labels)
     train, test, groups = checked_split(features, labels, train, test, groups)
     classes, counts = np.unique(labels[train], return_counts=True)
     probabilities, converged = np.ones((len(test), 1)), True
     if len(classes) > 1:
-        x_train, x_test = standardised(features, train, test, max_dim, seed)
+        x_train, x_test = standardised(features, train, test, seed, max_dim)
         # a weak L2 penalty: the prior variance of a logit is 25, for any number of features
         model = LogisticRegression(C=25 / features.shape[1], tol=1e-3, max_iter=2000)
         converged = fit_linear(model, x_train, labels[train])
@@ -164,8 +162,7 @@ def probe(
     guessed = np.array([share.get(label, 0.0) for label in labels[test].tolist()])
     samples = (w @ correct / w.sum(axis=1) for w in bootstrap_weights(groups[test], n_boot, seed))
     low, high = percentile_interval(samples)
-    counts_of = {"n_classes": len(classes), "n_train": len(train), "n_test": len(test)}
-    return counts_of | {
+    return {
         "accuracy": float(correct.mean()),
         "low": low,
         "high": high,
@@ -174,6 +171,7 @@ def probe(
         "correct": correct,
         "probabilities": probabilities,
         "classes": classes,
+        "n_classes": len(classes),
         "unseen": int((guessed == 0).sum()),
         "converged": converged,
     }
@@ -193,10 +191,8 @@ def checked_split(
     n = len(check_array(features))
     groups = np.arange(n) if groups is None else np.asarray(groups)
     check_consistent_length(features, labels, groups)
-    train, test = (
-        np.arange(n)[part if part.dtype == bool else part.astype(int)]
-        for part in (np.asarray(train), np.asarray(test))
-    )
+    train, test = (np.asarray(part) for part in (train, test))
+    train, test = (np.flatnonzero(p) if p.dtype == bool else p.astype(int) for p in (train, test))
     if len(train) == 0 or len(test) == 0:
         raise ValueError(f"both sets must hold images: {len(train)} to train, {len(test)} to test")
     both = np.intersect1d(groups[train], groups[test])
@@ -206,7 +202,7 @@ def checked_split(
 
 
 def standardised(
-    features: np.ndarray, train: np.ndarray, test: np.ndarray, max_dim: int, seed: int
+    features: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int, max_dim: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features of both sets with zero mean and unit variance, as the training images have them; if
     there are more than `max_dim`, their first principal components, which keep their variances.

@@ -139,8 +139,7 @@ def test_clusters_are_described_the_largest_first():
         expected = [i for i in members[np.argsort(distance)] if i != cluster.medoid][:4]
         assert cluster.nearest.tolist() == expected
         assert (cluster.mean == 20 * cluster.number).all()
-    assert [[name for name, *_ in c.enriched] for c in found] == [[], ["Effusion"], []]
-    assert [[name for name, *_ in c.nuisances] for c in found] == [[], [], ["AP view"]]
+    assert [[name for name, *_ in c.enriched] for c in found] == [[], ["Effusion"], ["AP view"]]
     name, share, elsewhere, q = found[1].enriched[0]
     assert (name, share, elsewhere) == ("Effusion", 1.0, 0.0)
     assert q < 1e-6

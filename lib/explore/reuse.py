@@ -204,7 +204,7 @@ def export(
     out_dir : path
         Gets ``model.safetensors`` (network, PCA, centroids), ``config.json``,
         ``assignments.parquet`` (image_id, cluster, distance) and ``embeddings.parquet`` (image_id,
-        embedding), with attribution and "Not for clinical use" in each.
+        embedding), each with attribution and notice.
     folder : path, optional
         Folder of images.npy, metadata.csv and manifest.json; ``data/<dataset>`` if None.
 
@@ -307,18 +307,18 @@ def _summary(
     counts = np.bincount(table["cluster"], minlength=len(model.sizes))
     far = np.bincount(table["cluster"][table["far"]], minlength=len(model.sizes))
     here, there = counts / counts.sum(), model.sizes / model.sizes.sum()
-    rows = ["| cluster | images | share | of these far | in the run | share |", "|---" * 6 + "|"]
-    for k in np.argsort(-counts, kind="stable"):
-        seen, known = f"{counts[k]:,} | {here[k]:.1%}", f"{model.sizes[k]:,} | {there[k]:.1%}"
-        rows.append(f"| {k} | {seen} | {far[k]:,} | {known} |")
+    rows = ["| cluster | images | share | of these far | share in the run |", "|---" * 5 + "|"]
+    rows += [
+        f"| {k} | {counts[k]:,} | {here[k]:.1%} | {far[k]:,} | {there[k]:.1%} |"
+        for k in np.argsort(-counts, kind="stable")
+    ]
     made = f" Made by `{command}`." if command else ""
-    notice = "" if NOTICE in attribution else f" {NOTICE}"
     return "\n\n".join(
         [
             f"# {len(table):,} images in the clusters of {model.name}",
             f"No network was trained: each image has the run's nearest centroid.{made}",
             novelty.sentence,
             "\n".join(rows),
-            f"{attribution}{notice}\n",
+            f"{attribution.removesuffix(NOTICE).rstrip()} {NOTICE}\n",
         ]
     )

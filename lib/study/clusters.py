@@ -189,9 +189,9 @@ class Cluster:
         Rows of the images nearest to the centroid, the nearest first, without the medoid.
     mean : ndarray, shape (H, W), float
         Of all its images, gray levels 0 to 255.
-    enriched, nuisances : list of (property, share, elsewhere, q)
-        Findings, and properties that should not matter, that are more frequent in it than
-        elsewhere, the largest odds first.
+    enriched : list of (property, share, elsewhere, q)
+        What is more frequent in it than elsewhere: findings, then what should not matter, each
+        with the largest odds first.
     """
 
     number: int
@@ -200,7 +200,6 @@ class Cluster:
     nearest: np.ndarray
     mean: np.ndarray
     enriched: list[tuple[str, float, float, float]]
-    nuisances: list[tuple[str, float, float, float]]
 
 
 def medoid(points: np.ndarray) -> int:
@@ -235,7 +234,7 @@ def atlas(
     check_consistent_length(images, embedding, assignments)
     table = enrichment(assignments, properties)
     more = table[(table["q"] <= level) & (table["log2_odds"] > 0)]
-    more = more.sort_values(["log2_odds", "property"], ascending=[False, True], kind="stable")
+    more = more.sort_values(["kind", "log2_odds", "property"], ascending=[True, False, True])
     numbers, sizes = np.unique(assignments, return_counts=True)
     found = []
     for number, size in sorted(zip(numbers, sizes, strict=True), key=lambda pair: -pair[1]):
@@ -245,13 +244,10 @@ def atlas(
         away = np.linalg.norm(points - points.mean(axis=0), axis=1)
         order = members[np.argsort(away, kind="stable")]
         rows = more[more["cluster"] == number]
-        named = (
-            [(r.property, r.share, r.elsewhere, r.q) for r in rows.itertuples() if r.kind == kind]
-            for kind in (CLINICAL, NUISANCE)
-        )
+        enriched = [(row.property, row.share, row.elsewhere, row.q) for row in rows.itertuples()]
         nearest = order[order != middle][:n_nearest]
         mean = images[members].mean(axis=0)
-        found.append(Cluster(int(number), int(size), int(middle), nearest, mean, *named))
+        found.append(Cluster(int(number), int(size), int(middle), nearest, mean, enriched))
     return found
 
 

@@ -6,8 +6,6 @@ training or the test images has no number: it is NaN. Arrays that do not fit rai
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import sklearn.manifold
 from numpy.typing import ArrayLike
@@ -17,13 +15,7 @@ from sklearn.metrics import roc_curve
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import check_consistent_length
 
-from lib.metrics import (
-    bootstrap_weights,
-    checked_split,
-    fit_linear,
-    percentile_interval,
-    standardised,
-)
+from lib.metrics import checked_split, fit_linear, standardised
 
 
 def finding_scores(
@@ -33,7 +25,6 @@ def finding_scores(
     test: ArrayLike,
     groups: ArrayLike | None = None,
     seed: int = 0,
-    max_dim: int = 256,
 ) -> np.ndarray:
     """Log-odds (n_test, F) of each finding, by one linear classifier per finding.
 
@@ -44,7 +35,7 @@ def finding_scores(
     if targets.ndim != 2 or targets.dtype != bool:
         raise ValueError(f"targets must be bool (N, F), got {targets.dtype} {targets.shape}")
     train, test, _ = checked_split(features, targets, train, test, groups)
-    x_train, x_test = standardised(features, train, test, max_dim, seed)
+    x_train, x_test = standardised(features, train, test, seed)
     scores = np.full((len(test), targets.shape[1]), np.nan)
     for finding, (learnt, asked) in enumerate(zip(targets[train].T, targets[test].T, strict=True)):
         if 0 < learnt.mean() < 1 and 0 < asked.mean() < 1:
@@ -62,8 +53,6 @@ def findings_auroc(
     test: ArrayLike,
     groups: ArrayLike | None = None,
     seed: int = 0,
-    n_boot: int = 1000,
-    max_dim: int = 256,
 ) -> dict[str, float | np.ndarray]:
     """Area under the ROC curve of each finding, by the classifiers of `finding_scores`.
 
@@ -75,28 +64,15 @@ def findings_auroc(
     Returns
     -------
     dict
-        ``per_finding, per_finding_low, per_finding_high`` (F,); ``mean`` of the findings that have
-        a number, with ``low, high``: 95 % percentile bootstrap over test patients, where the mean
-        of a sample is over the findings that it holds; ``n_findings``, how many have a number.
+        ``per_finding`` (F,); ``mean`` of those that have a number; ``n_findings``, how many have.
     """
-    features, targets = np.asarray(features), np.asarray(targets)
-    scores = finding_scores(features, targets, train, test, groups, seed, max_dim)
-    _, test, groups = checked_split(features, targets, train, test, groups)
-    per_finding = _per_label(weighted_auroc, scores, targets[test], np.ones((1, len(test))))[0]
-    samples = [
-        _per_label(weighted_auroc, scores, targets[test], draws)
-        for draws in bootstrap_weights(groups[test], n_boot, seed)
-    ]
-    bounds = [percentile_interval(s[:, f] for s in samples) for f in range(targets.shape[1])]
-    low, high = percentile_interval(mean_known(sample, axis=1) for sample in samples)
+    found = finding_scores(features, targets, train, test, groups, seed)
+    areas = multilabel_scores(found, np.asarray(targets)[test], micro=False)
+    known = int((~np.isnan(areas["auroc"])).sum())
     return {
-        "mean": float(mean_known(per_finding[None], axis=1)[0]),
-        "low": low,
-        "high": high,
-        "per_finding": per_finding,
-        "per_finding_low": np.array([low for low, _ in bounds]),
-        "per_finding_high": np.array([high for _, high in bounds]),
-        "n_findings": int((~np.isnan(per_finding)).sum()),
+        "mean": float(areas["auroc_macro"][0]),
+        "per_finding": areas["auroc"][0],
+        "n_findings": known,
     }
 
 
@@ -179,23 +155,15 @@ def multilabel_scores(
     pairs = (probabilities[:, known].ravel(), targets[:, known].ravel())
     found = {}
     for name, measure in (("auroc", weighted_auroc), ("ap", weighted_average_precision)):
-        found[name] = _per_label(measure, probabilities, targets, weights)
+        found[name] = np.full((len(weights), len(known)), np.nan)
+        for label in np.flatnonzero(known):
+            found[name][:, label] = measure(probabilities[:, label], targets[:, label], weights)
         found[f"{name}_macro"] = mean_known(found[name], axis=1)
         if micro:
             each = np.repeat(weights, known.sum(), axis=1)
             found[f"{name}_micro"] = (
                 measure(*pairs, each) if known.any() else np.full(len(weights), np.nan)
             )
-    return found
-
-
-def _per_label(
-    measure: Callable, scores: np.ndarray, targets: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """`measure` of each label, (B, F); NaN for a label whose scores hold NaN."""
-    found = np.full((len(weights), targets.shape[1]), np.nan)
-    for label in np.flatnonzero(~np.isnan(scores).any(axis=0)):
-        found[:, label] = measure(scores[:, label], targets[:, label], weights)
     return found
 
 
