@@ -50,25 +50,6 @@ def payload(page):
     )
 
 
-def tiled(content, n, epochs):
-    """The same page with `n` images and more epochs, for its size and speed."""
-    rows = np.arange(n) % len(content["ids"])
-    big = {**content, "total": n, "pixels": content["pixels"][rows]}
-    for name in ("ids", "patients", "views", "sexes", "ages", "labelled", "findings"):
-        big[name] = [content[name][i] for i in rows]
-    big["arms"] = []
-    for arm in content["arms"]:
-        many = {**arm, "x": [arm["x"][i] for i in rows], "y": [arm["y"][i] for i in rows]}
-        many["turned"] = [[line[i] for i in rows] for line in arm["turned"]]
-        for name in ("epochs", "distance"):
-            many[name] = [
-                [arm[name][e % len(arm[name])][i] for i in rows] for e in range(epochs + 1)
-            ]
-        many["stability"] = [arm["stability"][e % len(arm["stability"])] for e in range(epochs + 1)]
-        big["arms"].append(many)
-    return big
-
-
 def test_what_is_gathered_is_what_the_runs_say(study, content):
     images, metadata, found = study
     assert content["ids"] == metadata["image_id"].tolist()
@@ -256,12 +237,6 @@ def test_any_number_of_own_labels(study, opened):
     assert f"not known ({labels.count('')})" in page.inner_text("#legend")
     page.select_option("#color", "view")
     assert "LL (72)" in page.inner_text("#legend")
-
-
-def test_two_thousand_images_fit(content, opened):
-    big = tiled(content, 2000, 20)
-    assert len(explorer.html(big)) < explorer.MOST_BYTES
-    assert opened(big).evaluate("explorer.points.data.x.length") == 2000
 
 
 def test_the_gallery_shows_the_cluster_from_near_to_far(page, content):

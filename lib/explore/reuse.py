@@ -62,12 +62,12 @@ class Novelty:
     def sentence(self) -> str:
         """What the numbers say."""
         n, m = int(self.far.sum()), len(self.far)
-        seen = f"{n:,} of {m:,} images look unusual to this network"
-        seen += f" ({self.expected * m:.1f} expected, p = {self.p:.2g})."
+        seen = f"{n:,} of {m:,} images look unusual to this network,"
+        seen += f" {self.expected * m:.1f} by chance (p = {self.p:.2g})."
         if self.p >= LEVEL:
-            return f"{seen} Chance alone gives as many."
+            return f"{seen} That is no more than chance gives."
         if self.share < MANY:
-            return f"{seen} Chance alone gives fewer, but a few more are usual in new images."
+            return f"{seen} That is more than chance gives, as is usual for new images."
         return f"{seen} These images are unlike what the run has seen: their clusters say little."
 
 
