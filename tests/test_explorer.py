@@ -284,9 +284,11 @@ def test_the_epoch_slider_and_the_network_recolour_the_map(page, content):
             assert len(set(points(page, "color").values())) == len(set(arm["epochs"][epoch]))
             name = "after the last epoch" if epoch == 3 else f"{epoch + 1} of 3"
             assert page.inner_text("#epoch-name") == name
-    values = page.evaluate("[...explorer.stability.data.cluster]")
     cluster = page.evaluate("explorer.state.cluster")
-    assert values == [line[cluster] for line in content["arms"][0]["stability"][:-1]]
+    path = page.get_attribute("#this", "d").removeprefix("M").removesuffix("h0").split("L")
+    drawn = [(105 - float(spot.split()[1])) / 95 for spot in path]
+    expected = [line[cluster] for line in content["arms"][0]["stability"][:-1]]
+    assert drawn == pytest.approx(expected)
 
 
 def test_colours_by_finding_view_and_patient_count_right(page, content, study):

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from bokeh.embed import json_item
-from bokeh.models import ColumnDataSource, HoverTool, Model, Range1d, Span
+from bokeh.models import ColumnDataSource, HoverTool, Model, Range1d
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from PIL import Image
@@ -225,33 +225,6 @@ def _map() -> Model:
     return plot
 
 
-def _stability() -> Model:
-    """The empty plot of a cluster through the epochs."""
-    source = ColumnDataSource({"epoch": [], "cluster": [], "median": []}, name="stability")
-    plot = figure(
-        name="stability-plot",
-        sizing_mode="stretch_width",
-        height=170,
-        x_range=Range1d(0.5, 2.5),
-        y_range=Range1d(0, 1.05),
-        tools="",
-        toolbar_location=None,
-        x_axis_label="epoch",
-        y_axis_label="best Jaccard",
-    )
-    median = {"color": GRAY, "line_dash": "dashed", "line_width": 1.5}
-    plot.line("epoch", "median", source=source, legend_label="median of all clusters", **median)
-    this = {"color": PALETTE[0], "source": source, "legend_label": "this cluster"}
-    plot.line("epoch", "cluster", line_width=2.5, **this)
-    plot.scatter("epoch", "cluster", size=6, **this)
-    now = Span(name="now", location=1, dimension="height", line_color=PALETTE[1], line_width=1.5)
-    plot.add_layout(now)
-    plot.xaxis.ticker.min_interval = 1
-    plot.legend.update(location="top_left", label_text_font_size="9px")
-    plot.legend.update(background_fill_alpha=0.6, padding=2)
-    return plot
-
-
 def html(content: Mapping[str, Any]) -> str:
     """The page, from what `gather` computed."""
     sheet, columns = sprite(content["pixels"])
@@ -262,7 +235,7 @@ def html(content: Mapping[str, Any]) -> str:
         "TITLE": html_module.escape(f"Explorer: {content['label']}"),
         "BOKEH": Resources(mode="inline", components=["bokeh"]).render_js(),
         "DATA": _script_json(payload),
-        "PLOTS": _script_json({"map": json_item(_map()), "stability": json_item(_stability())}),
+        "PLOT": _script_json(json_item(_map())),
     }
     page = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], page)
