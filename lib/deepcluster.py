@@ -55,6 +55,9 @@ COLUMNS = ["epoch", "nmi_prev", "ami_prev", "loss", "clusters_used", "largest_cl
 COLUMNS += ["perplexity", "lr", "seconds_features", "seconds_cluster", "seconds_train"]
 ORDER, DROPOUT, ANGLES, CLUSTERS, TOP_LAYER, SHUFFLE, STATISTICS = range(7)
 STATISTICS_IMAGES = 2048  # images over which batch-norm statistics are estimated anew
+# Adam moves a weight by about lr per step, and the top layer has one epoch to learn. With features
+# of unit variance it needs larger steps than the body, chosen on digits (docs/learning.md).
+TOP_LAYER_RATE = 5
 
 
 def stream(config: TrainConfig, epoch: int, purpose: int) -> np.random.Generator:
@@ -347,7 +350,8 @@ class Training:
         return self.world.broadcast(found[0], self.n), *found[1:]
 
     def _top_optimizer(self) -> torch.optim.Adam:
-        lr = self.body.param_groups[0]["lr"]
+        rate = TOP_LAYER_RATE if self.config.head == "standardised" else 1
+        lr = rate * self.body.param_groups[0]["lr"]
         parameters = self.model.top_layer.parameters()
         return torch.optim.Adam(parameters, lr, weight_decay=self.config.weight_decay)
 

@@ -50,9 +50,7 @@ def estimate_statistics(
         Has ``features(x)``.
     images : ndarray or Tensor, shape (N, H, W), uint8
     rows : ndarray, shape (M,)
-        The images to look at, in this order.
-    world : World
-        Each process takes its share of each batch.
+        The images to look at, in this order; each process of `world` takes its share.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -89,10 +87,8 @@ def extract(
     batch_size : int
         Images per pass: changes speed and memory, and results only by rounding.
     device : str or torch.device
-    on_device : bool
-        Return a tensor on `device` instead of an array.
-    autocast : bool
-        Compute in bfloat16; the features are float32 nevertheless.
+    on_device, autocast : bool
+        Return a tensor on `device` instead of an array; compute in bfloat16.
 
     Returns
     -------
@@ -153,15 +149,10 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
 
     Attributes
     ----------
-    mean_ : ndarray or Tensor, shape (D,)
-    components_ : shape (n_components_, D)
-        Orthonormal rows.
-    explained_variance_ : shape (n_components_,)
-        Descending, with N - 1 in the denominator.
-    explained_variance_ratio_ : shape (n_components_,)
-        Shares of the total variance.
+    mean_ (D,), components_ (n_components_, D), explained_variance_ and
+    explained_variance_ratio_ (n_components_,) : float64
+        Arrays, or tensors on the data's device after fitting a tensor.
     n_components_ : int
-        All float64; tensors on the data's device after fitting a tensor.
 
     References
     ----------

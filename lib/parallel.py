@@ -34,7 +34,7 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def resolve_device(device: str) -> torch.device:
-    """``"auto"`` is a CUDA GPU if there is one, else the CPU. RuntimeError if `device` is absent."""
+    """``"auto"`` is a CUDA GPU if there is one, else the CPU; RuntimeError if one is absent."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -116,17 +116,9 @@ ALONE = World()
 def join(device: str, timeout: float = TIMEOUT) -> Iterator[World]:
     """The world this process belongs to: that of ``torchrun``, else itself alone.
 
-    Parameters
-    ----------
-    device : {"auto", "cpu", "cuda"}
-        With CUDA, the process takes the GPU of its local rank.
-    timeout : float
-        Seconds after which a process that waits for another one fails.
-
-    Raises
-    ------
-    RuntimeError
-        The device is absent, or there are fewer GPUs than processes on this machine.
+    With `device` ``"cuda"``, the process takes the GPU of its local rank. A process that waits for
+    another one fails after `timeout` seconds. RuntimeError if the device is absent, or if there are
+    fewer GPUs than processes on this machine.
     """
     found = resolve_device(device)
     if not all(name in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
@@ -217,11 +209,7 @@ class SharedBatchNorm(_BatchNorm):
 class ProcessFailed(RuntimeError):
     """A child process ended with an error.
 
-    Attributes
-    ----------
-    status : int
-    tail : str
-        The last lines that it wrote.
+    `status` is its exit status, `tail` holds the last lines that it wrote.
     """
 
     def __init__(self, status: int, tail: str) -> None:
@@ -242,22 +230,11 @@ def run_process(
     log: Path | None = None,
     echo: bool = False,
 ) -> None:
-    """Run `command` in the project's folder to its end, which also comes when this call is left.
+    """Run `command` in the project's folder, with the variables `env` besides this process's; it
+    also ends if this call is interrupted.
 
-    Parameters
-    ----------
-    command : sequence of str
-    env : mapping, optional
-        Variables that differ from this process's.
-    log : Path, optional
-        Gets all output.
-    echo : bool
-        Pass the output on to stderr.
-
-    Raises
-    ------
-    ProcessFailed
-        The status is not 0.
+    All output goes to the file `log`, and to stderr with `echo`. ProcessFailed if the status is not
+    0.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     variables = {**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1", **(env or {})}
@@ -338,10 +315,10 @@ def memory_limit(files: Sequence[str] = CGROUP_LIMITS) -> int | None:
 def freed_memory_kept() -> Iterator[None]:
     """Context in which glibc keeps the memory of freed arrays for the next ones.
 
-    By default glibc returns large arrays to the system at once and gets them again page by page,
-    each zeroed anew. Training makes the same arrays at every step: ``tests/bench/switches.py``
-    prints what that costs. Arrays above 640 MB, those of the paper's widths, are still returned,
-    since kept memory fragments. Nothing happens below 4 GB of memory or without glibc.
+    By default it returns large arrays to the system and gets them again page by page, each zeroed
+    anew; training makes the same arrays at every step (``tests/bench/switches.py``). Arrays above
+    640 MB, those of the paper's widths, are still returned, since kept memory fragments. Nothing
+    happens below 4 GB of memory or without glibc.
     """
     mmap_threshold, trim_threshold = -3, -1  # of glibc's malloc.h
     try:

@@ -26,10 +26,8 @@ CHOICES = {
     "clusterer": tuple(kmeans.CLUSTERERS),
     "device": ("auto", "cpu", "cuda"),
 }
-LEAST = {
-    **{"n_clusters": 2, "pca_dim": 1, "epochs": 0, "batch_size": 2},
-    **{"weight_decay": 0, "rotation_degrees": 0, "seed": 0},
-}
+LEAST = {"n_clusters": 2, "pca_dim": 1, "epochs": 0, "batch_size": 2, "seed": 0}
+LEAST |= {"weight_decay": 0, "rotation_degrees": 0}
 
 
 @dataclass(frozen=True)
