@@ -19,35 +19,14 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import metrics
+from lib import metrics, parallel, runs
 from lib.features import PCAWhiten, estimate_statistics, extract
 from lib.images import normalise, rotate
 from lib.kmeans import make_clusterer
 from lib.models import IMAGE_SIZE, Backbone, build
-from lib.parallel import (
-    ALONE,
-    ProcessFailed,
-    World,
-    cores,
-    freed_memory_kept,
-    join,
-    run_process,
-    share_batch_norm,
-)
+from lib.parallel import ALONE, World
 from lib.paths import atomic_write, save_json, save_npy, show
-from lib.runs import (
-    MOVE_ASIDE,
-    Run,
-    RunMismatchError,
-    TrainConfig,
-    check_same_run,
-    identity,
-    is_complete,
-    load_checkpoint,
-    load_run,
-    save_checkpoint,
-    set_aside,
-)
+from lib.runs import MOVE_ASIDE, Run, RunMismatchError, TrainConfig, is_complete, load_run
 
 __all__ = ["TrainConfig", "cluster", "fit", "train_epoch", "uniform_over_clusters"]
 
@@ -109,15 +88,12 @@ def fit(
     Raises
     ------
     ValueError
-        Images of another shape or type, K > N, or a batch with fewer images than processes.
+        Images of another shape or dtype, K > N, or fewer images per batch than processes.
     RunMismatchError
         The folder holds a run of other settings or images.
-    FloatingPointError
-        Loss or features are not finite; finished epochs are kept.
-    OSError
-        The disk is full or the folder cannot be written; nothing half-written is left.
-    RuntimeError
-        A process of several failed; the message holds its last lines.
+    FloatingPointError, OSError, RuntimeError
+        Loss or features are not finite; the disk is full; one of several processes failed. What was
+        finished is kept.
 
     Warns
     -----
@@ -129,7 +105,7 @@ def fit(
     if nproc > 1:
         _launch(images, config, run_dir, nproc, restart)
         return load_run(run_dir)
-    with join(config.device) as world, freed_memory_kept():
+    with parallel.join(config.device) as world, parallel.freed_memory_kept():
         training = Training(images, config, run_dir, world, restart)
         if training.epoch == config.epochs and is_complete(run_dir, config):
             return load_run(run_dir)
@@ -143,15 +119,9 @@ def fit(
                 pseudo_labels = labels_to_train_on(assignments, training.assignments, config)
                 clock.append(training.now())
                 training.reset_top_layer(epoch)
-                loss = train_epoch(
-                    training.model,
-                    [training.body, training.top],
-                    training.images,
-                    pseudo_labels,
-                    config,
-                    epoch,
-                    world,
-                )
+                optimizers = [training.body, training.top]
+                data = training.images, pseudo_labels
+                loss = train_epoch(training.model, optimizers, *data, config, epoch, world)
                 clock.append(training.now())
                 row = training.record(assignments, loss, clock)
                 bar.set_postfix(loss=f"{loss:.3f}", nmi=f"{row['nmi_prev']:.3f}", refresh=False)
@@ -194,8 +164,8 @@ def uniform_over_clusters(pseudo_labels: np.ndarray, rng: np.random.Generator) -
 def labels_to_train_on(
     assignments: np.ndarray, earlier: np.ndarray, config: TrainConfig
 ) -> np.ndarray:
-    """Pseudo-labels (N,) of an epoch from its clusters (N,) and those of earlier epochs (epochs, N);
-    see ``TrainConfig.pseudo_labels``.
+    """Pseudo-labels (N,) of an epoch from its clusters (N,) and `earlier` ones, (epochs, N); see
+    ``TrainConfig.pseudo_labels``.
     """
     if config.pseudo_labels == "index":
         return np.arange(len(assignments)) % config.n_clusters
@@ -293,13 +263,13 @@ class Training:
         self.rows: list[dict[str, Any]] = []
         self.assignments = np.empty((0, self.n), dtype=np.int32)
         if restart and world.main:
-            set_aside(run_dir)
+            runs.set_aside(run_dir)
         world.barrier()
-        settings = check_same_run(run_dir, identity(config, images))
+        settings = runs.check_same_run(run_dir, runs.identity(config, images))
         model = build(
             config.backbone, config.n_clusters, config.width, seed=config.seed, head=config.head
         )
-        self.model = share_batch_norm(model.to(world.device), world)
+        self.model = parallel.share_batch_norm(model.to(world.device), world)
         self.body = torch.optim.Adam(
             self.model.body_parameters(), config.lr, weight_decay=config.weight_decay
         )
@@ -408,7 +378,7 @@ class Training:
         parts = ("model", "body", "top", "scheduler")
         state = {name: getattr(self, name).state_dict() for name in parts}
         state |= {"rows": self.rows, "assignments": torch.from_numpy(self.assignments)}
-        save_checkpoint(self.run_dir / "checkpoint.pt", state)
+        runs.save_checkpoint(self.run_dir / "checkpoint.pt", state)
         with atomic_write(self.run_dir / "metrics.csv", "w") as handle:
             writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
             writer.writeheader()
@@ -418,7 +388,7 @@ class Training:
 
     def _load(self) -> None:
         path = self.run_dir / "checkpoint.pt"
-        state = load_checkpoint(path)
+        state = runs.load_checkpoint(path)
         try:
             for name in ("model", "body", "top", "scheduler"):
                 getattr(self, name).load_state_dict(state[name])
@@ -458,10 +428,10 @@ def _launch(
         command += ["--images", str(Path(file).absolute()), "--config", str(settings)]
         command += ["--run-dir", str(run_dir.absolute()), *["--restart"] * restart]
         # torchrun would give each process one thread
-        threads = {"OMP_NUM_THREADS": str(max(1, cores() // nproc))}
+        threads = {"OMP_NUM_THREADS": str(max(1, parallel.cores() // nproc))}
         try:
-            run_process(command, env=threads, echo=True)
-        except ProcessFailed as error:
+            parallel.run_process(command, env=threads, echo=True)
+        except parallel.ProcessFailed as error:
             raise RuntimeError(
                 f"training with {nproc} processes failed (status {error.status}); "
                 f"the same call continues from the last epoch\n{error.tail}"

@@ -332,11 +332,11 @@ def test_the_loop_finds_classes_that_are_there(tmp_path, backbone):
     )
     width = {"alexnet": (8, 16, 16, 16, 16, 32), "p4m": (2, 4, 8)}[backbone]
     config = TrainConfig(
-        backbone, 8, pca_dim=4, epochs=4, batch_size=16, width=width, lr=3e-3, device="cpu"
+        backbone, 8, pca_dim=4, epochs=4, batch_size=16, width=width, device="cpu"
     )
     found = run(tmp_path, config, images)
     before, after = (nmi(a, kinds) for a in (found.assignments[0], found.final_assignments))
-    assert after > max(before, 0.6)
+    assert after > before + 0.15
     assert found.metrics.loss.iloc[-1] < found.metrics.loss.iloc[0]
 
 
