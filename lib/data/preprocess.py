@@ -212,7 +212,7 @@ def look(
 
 
 def _may_be_image(folder: Path, file: str) -> bool:
-    """By its extension; without one, or named by a DICOM number (1.2.840.10), by its first bytes."""
+    """By its extension; without one, or if a DICOM number is the name, by the first bytes."""
     name = PurePosixPath(file).name
     plain = "." not in name or name.rpartition(".")[2].isdecimal()
     dicom = plain and name != "DICOMDIR" and decode.is_dicom(folder / file)

@@ -84,31 +84,17 @@ def _read(table: Path, image_column: str | None, label_column: str | None = None
     stated = re.match(r'"?sep=(.)"?\n', text)  # a spreadsheet's own note on its separator
     text = text[blank.match(text, stated.end()).end() :] if stated else text
 
-    def header(separator: str) -> list[str]:
-        return next(csv.reader([text.partition("\n")[0]], delimiter=separator), [])
-
     def fit(separator: str) -> tuple[int, int]:  # NIH's own header has commas within names
-        names = header(separator)
+        names = next(csv.reader([text.partition("\n")[0]], delimiter=separator), [])
         return len(_roles(names, image_column, label_column)), len(names)
 
     separator = stated[1] if stated else max(",;\t|", key=fit)
-    names = header(separator)
     try:
-        frame = pd.read_csv(
-            io.StringIO(text),
-            sep=separator,
-            header=0,
-            names=range(len(names)),
-            dtype=str,
-            keep_default_na=False,
-            index_col=False,
-            engine="python",
-            on_bad_lines=lambda row: row[: len(names)],
-        )
-    except (ValueError, csv.Error) as error:
+        header, *rows = list(csv.reader(io.StringIO(text), delimiter=separator)) or [[]]
+    except csv.Error as error:
         raise ValueError(f"{table.name} is no CSV ({error}): save it again as such") from error
-    frame.columns = [name.strip() for name in names]
-    return frame.fillna("")
+    cells = [(row + [""] * len(header))[: len(header)] for row in rows]
+    return pd.DataFrame(cells, columns=[name.strip() for name in header], dtype=str)
 
 
 def _roles(header: Sequence[str], image: str | None, label: str | None = None) -> dict[str, int]:
