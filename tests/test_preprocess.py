@@ -250,7 +250,7 @@ def test_outliers_are_counted_and_dropped_if_asked(tmp_path):
         Image.fromarray(image.astype(np.uint8)).save(folder / f"{name}.png")
     manifest, _ = run(folder)
     assert manifest["images"] == 7
-    kinds = {"too dark": 1, "too bright": 1, "constant": 1, "dropped": False}
+    kinds = {"too dark": 1, "too bright": 1, "constant": 1}
     assert {name: manifest["outliers"][name] for name in kinds} == kinds
     with_all = np.array(data.load_images(tmp_path / "out"))
     manifest, metadata = run(folder, drop_outliers=True)

@@ -215,7 +215,7 @@ def _from_folder(folder: Path, csv: str | os.PathLike | None) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is a file, not a folder: unpack it" if folder.exists() else "is not there"
         raise ValueError(f"{folder} {what}; give the path of a folder with X-rays, or a word")
-    files = _files(folder)
+    files = list_files(folder)
     images = [file for file in files if tables.IMAGE_SUFFIX.search(file)]
     images = images or [file for file in files if decode.is_dicom(folder / file)]
     if not images:
@@ -232,7 +232,7 @@ def _from_folder(folder: Path, csv: str | os.PathLike | None) -> dict[str, Any]:
     }
 
 
-def _files(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     """Relative paths (``/``) of all files in `folder`, sorted, without hidden ones."""
     found = []
     for base, folders, names in os.walk(folder):
@@ -244,7 +244,7 @@ def _files(folder: Path) -> list[str]:
 
 def _xrays(folder: Path, origin: str, verified: str) -> dict[str, Any]:
     """A note of NIH's X-rays in `folder`."""
-    files = _files(folder)
+    files = list_files(folder)
     table = tables.find_metadata(folder, files)
     names = {file.rpartition("/")[2] for file in files if tables.RASTER_SUFFIX.search(file)}
     note = {"kind": "nih", "path": str(folder.resolve()), "images": len(names)}
@@ -341,7 +341,7 @@ def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
             f"there is no Data_Entry_2017*.csv in {folder}: download it from "
             "https://nihcc.app.box.com/v/ChestXray-NIHCC and put it beside the archives"
         )
-    files = [folder / file for file in _files(folder)]
+    files = [folder / file for file in list_files(folder)]
     tars = {name[1].lower(): file for file in files if (name := _TAR.fullmatch(file.name))}
     if note["images"]:
         return note
