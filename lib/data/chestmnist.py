@@ -18,7 +18,6 @@ import pandas as pd
 
 from lib import __version__, paths
 from lib.data import nih
-from lib.data.tables import COLUMNS
 
 NAME = "chestmnist_64.npz"
 BYTES = 401_604_127
@@ -144,7 +143,7 @@ def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True
         for part, labels in facts["labels"].items()
         for k, text in enumerate(findings_text(labels))
     ]
-    frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
+    frame = pd.DataFrame(rows).reindex(columns=list(nih.COLUMNS))
     with paths.atomic_write(out_dir / "metadata.csv", "w") as handle:
         frame.to_csv(handle, index=False, lineterminator="\n")
     manifest = {

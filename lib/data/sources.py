@@ -152,7 +152,7 @@ def _drawn(kind: str, raw_dir: Path, n: int, seed: int, orientation: str) -> dic
     note = {
         "kind": kind,
         "images": n if kind == "phantom" else digits.IMAGES,
-        "csv": tables.METADATA_NAMES[0],
+        "csv": nih.METADATA_NAMES[0],
         "seed": seed,
         "generator": hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest(),
     }
@@ -221,7 +221,7 @@ def _from_folder(folder: Path, csv: str | os.PathLike | None) -> dict[str, Any]:
     if not images:
         raise ValueError(f"no images in {folder}: give a folder with X-rays, or --data phantom")
     table = Path(csv) if csv else tables.find_metadata(folder, files)
-    named = sum(tables.NIH_NAME.fullmatch(file.rpartition("/")[2]) is not None for file in images)
+    named = sum(nih.NIH_NAME.fullmatch(file.rpartition("/")[2]) is not None for file in images)
     return {
         "kind": "nih" if 2 * named > len(images) else "folder",
         "path": str(folder.resolve()),
