@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lib import __version__, paths
-from lib.data import nih
+from lib.data import nih, sha256
 
 NAME = "chestmnist_64.npz"
 BYTES = 401_604_127
@@ -42,13 +42,10 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError)
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Check that a file is ChestMNIST at 64x64; nothing in it is unpickled.
+    """Check that an ``.npz`` is ChestMNIST at 64x64; nothing in it is unpickled.
 
-    Parameters
-    ----------
-    path : Path
-        An ``.npz`` with ``train_images``, ``val_images`` and ``test_images``, uint8 (n, 64, 64),
-        and ``*_labels``, (n, 14) of 0 and 1.
+    It must hold ``train_images``, ``val_images`` and ``test_images``, uint8 (n, 64, 64), and
+    ``*_labels``, (n, 14) of 0 and 1.
 
     Returns
     -------
@@ -97,40 +94,24 @@ def findings_text(labels: np.ndarray) -> list[str]:
     return ["|".join(names[row]) or nih.NO_FINDING for row in labels[:, order]]
 
 
-def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True) -> dict[str, Any]:
-    """Write ``images.npy``, ``metadata.csv`` and ``manifest.json`` from the file, pixels unchanged.
+def preprocess(path: Path, out_dir: Path) -> dict[str, Any]:
+    """Write ``images.npy``, ``metadata.csv`` and ``manifest.json`` from the ``.npz`` at `path`,
+    pixels unchanged; return the manifest.
 
     The file's own split is used, and its ``val`` joins ``train``. MedMNIST keeps every patient on
     one side, which the file cannot show; NIH's official split is another one. Images are called
     ``train_000000`` and so on, since the file has no names.
 
-    Parameters
-    ----------
-    path : Path
-        The ``.npz``.
-    out_dir : Path
-    size : int
-        64; the file has no other.
-    resume : bool
-        False: do all the work again.
-
-    Returns
-    -------
-    dict
-        The manifest.
-
     Raises
     ------
     ValueError
-        Not such a file, or another `size`.
+        Not such a file, or a damaged one.
     OSError
         `out_dir` is not writable or the disk is full; no file is left half-written.
     """
-    if size != _SIZE:
-        raise ValueError(f"ChestMNIST-64 has 64x64 pixels and not {size=}: use kaggle or nih:PATH")
     facts = check(path)
     manifest_path, fingerprint = out_dir / "manifest.json", f"chestmnist {facts['md5']}"
-    if resume and manifest_path.is_file():
+    if manifest_path.is_file():
         manifest = paths.load_json(manifest_path)
         if manifest["fingerprint"] == fingerprint and all(
             (out_dir / name).is_file() for name in manifest["files"]
@@ -158,7 +139,10 @@ def preprocess(path: Path, out_dir: Path, size: int = _SIZE, resume: bool = True
         }
         | frame["split"].value_counts().to_dict(),
         "findings": dict(Counter("|".join(frame["findings"]).split("|")).most_common()),
-        "files": {name: _facts(out_dir / name) for name in ("images.npy", "metadata.csv")},
+        "files": {
+            name: {"bytes": (out_dir / name).stat().st_size, "sha256": sha256(out_dir / name)}
+            for name in ("images.npy", "metadata.csv")
+        },
         "dropped": [],
         **dict.fromkeys(("not_square", "enlarged", "csv_rows"), 0),
         **dict.fromkeys(("csv_rows_without_image", "images_without_csv_row"), 0),
@@ -184,9 +168,3 @@ def _write_images(path: Path, target: Path, n: int) -> None:
                     shutil.copyfileobj(member, handle)
     except _DAMAGED as error:
         raise ValueError(f"{path} is damaged ({error}): take {NAME} from {PAGE}") from None
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as handle:
-        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": sha256}

@@ -6,7 +6,6 @@ halfway, `RemoteFile` asks for the rest of it.
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
 import io
@@ -22,28 +21,22 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import requests
-from requests.adapters import HTTPAdapter
+from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
-from urllib3.util import Retry
 
 TRIES = 7  # in a row that bring nothing
 TIMEOUT = (20, 90)  # seconds to connect, and between two bytes
 READ_AHEAD = 2**24  # bytes of a zip per request: 45 GB take 2,700 requests, not one per image
 _BLOCK = 2**18
+_HINT = (
+    "free some space, or choose another folder with CXR_DATA_DIR; what has arrived is kept, and "
+    "the same command goes on from there"
+)
 _CUT = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
 class DownloadError(RuntimeError):
     """Something did not arrive; the message is one line that says why and what to do."""
-
-
-def size_text(n_bytes: float) -> str:
-    """``401.6 MB``, ``42.0 GB``: decimal units, as shops and servers count."""
-    for unit in ("bytes", "kB", "MB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} GB"
 
 
 def need_space(folder: Path, n_bytes: int, what: str) -> None:
@@ -52,8 +45,8 @@ def need_space(folder: Path, n_bytes: int, what: str) -> None:
     free = shutil.disk_usage(there).free
     if free < n_bytes:
         raise DownloadError(
-            f"{what} needs {size_text(n_bytes)} in {folder}, and {size_text(free)} are free: "
-            "free some space, or choose another folder with CXR_DATA_DIR"
+            f"{what} needs {tqdm.format_sizeof(n_bytes, 'B')} in {folder}, and only "
+            f"{tqdm.format_sizeof(free, 'B')} are free: {_HINT}"
         )
 
 
@@ -65,11 +58,8 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # not the system's: requests' errors are OSErrors, too
             raise
-        hint = "free some space, or choose another folder with CXR_DATA_DIR"
-        if error.errno == errno.ENOSPC:
-            hint += "; what has arrived is kept, and the same command goes on from there"
         reason = error.strerror or str(error)
-        raise OSError(error.errno, f"could not write {path}: {reason}; {hint}") from error
+        raise OSError(error.errno, f"could not write {path}: {reason}; {_HINT}") from error
 
 
 class _Adapter(HTTPAdapter):
@@ -113,7 +103,8 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, address: Callable[[], str], name: str) -> None:
         self._address, self._name, self._place = address, name, 0
-        self._link, self._url = patient(requests.Session()), address()
+        self._link = patient(requests.Session())
+        self._url = address()
         with self._open(0) as answer:
             self._in_parts = answer.status_code == 206
             self.size = int(answer.headers.get("Content-Length", 0))
@@ -130,6 +121,7 @@ class RemoteFile(io.RawIOBase):
                 break
             if answer.status_code in (200, 206):
                 return answer
+            answer.close()
             fault = f"the server answers {answer.status_code}"
             self._url = self._address()
         raise DownloadError(f"{self._name}: {fault}; give the same command again later")
@@ -209,10 +201,10 @@ def download(url: str, path: Path, md5: str) -> Path:
 
 
 def unzip(opened: BinaryIO, target: Path, name: str) -> int:
-    """Unpack a zip, each file in a moment, when its length and CRC-32 are known to be right.
+    """Unpack a zip. A file gets its place when its length and CRC-32 are right.
 
-    Files that are there already with the right length and CRC-32 are not read again. Of files with
-    the same last name, length and CRC-32 one is taken: Kaggle's sample holds every image twice.
+    Files that are there with the right length and CRC-32 are not read again. Of files with the same
+    last name, length and CRC-32 one is taken: Kaggle's sample holds every image twice.
 
     Parameters
     ----------
@@ -220,7 +212,7 @@ def unzip(opened: BinaryIO, target: Path, name: str) -> int:
         The archive, here or on a server.
     target : Path
     name : str
-        What it is, for messages.
+        Of the archive, for messages.
 
     Returns
     -------
@@ -262,7 +254,11 @@ def unzip(opened: BinaryIO, target: Path, name: str) -> int:
 def _is_whole(path: Path, info: zipfile.ZipInfo) -> bool:
     if not path.is_file() or path.stat().st_size != info.file_size:
         return False
-    return zlib.crc32(path.read_bytes()) == info.CRC  # an image has 1 MB at most
+    crc = 0
+    with open(path, "rb") as handle:
+        while block := handle.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc == info.CRC
 
 
 def untar(path: Path, target: Path) -> None:
@@ -284,7 +280,7 @@ def untar(path: Path, target: Path) -> None:
     try:
         with naming_disk_errors(target), tarfile.open(path) as archive:
             archive.extractall(target, tqdm(archive, path.name, unit="file"), filter=missing)
-            while archive.fileobj.read(2**18):  # gzip compares its checksum at the end
+            while archive.fileobj.read(_BLOCK):  # gzip compares its checksum at the end
                 pass
     except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         fault = f"{path.name} is damaged or cut off ({error}): download it again"

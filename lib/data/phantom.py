@@ -13,6 +13,7 @@ both; 1 is about 19 cm.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -294,9 +295,17 @@ def _patients(n: int, seed: int) -> dict[str, np.ndarray]:
     return {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
 
 
-def _cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.ndarray]:
-    """Metadata, scene parameters, each (n,), and severities (n, 14) of the first images of a seed;
-    n is rounded up to whole chunks.
+def cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.ndarray]:
+    """What the first images of a seed show, before they are drawn.
+
+    Returns
+    -------
+    metadata : DataFrame
+        As of `make_phantoms` with orientation ``"any"``; n is rounded up to whole blocks.
+    parameters : dict
+        Parameters of the scene, each (n,), or (n, k) of places and devices.
+    severity : ndarray, shape (n, 14)
+        Of each of `lib.data.nih.FINDINGS`: 0, or 0.55 to 1.45.
     """
     n = -(-n // _CHUNK) * _CHUNK
     patients = _patients(n, seed)
@@ -368,6 +377,7 @@ def _cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.
 # ------------------------------------------------------------------ what: the scene
 
 
+@functools.cache
 def _atlas() -> dict[str, np.ndarray]:
     """Textures of the scene: vessel trees, soft clouds and a net, each (k, 256, 256) float32."""
     rng = np.random.default_rng(14)
@@ -408,17 +418,17 @@ def _look(
     return texture[which, y, x]
 
 
-def _scene(
+def scene(
     p: dict[str, np.ndarray],
     severity: np.ndarray,
     angle: np.ndarray,
     mirrored: np.ndarray,
-    atlas: dict,
 ) -> np.ndarray:
-    """Gray level (b, 64, 64), float32, before noise, of `b` images with parameters `p`, severities
-    (b, 14) and angles in degrees.
+    """Draw `b` images without noise: gray levels (b, 64, 64), float32.
+
+    `p` and `severity`, (b, 14), are as of `cohort`; `angle`, (b,), is in degrees; `mirrored` (b,).
     """
-    p = dict(p)
+    atlas, p = _atlas(), dict(p)
     p["lift"] = np.zeros(len(severity))
     for k, finding in enumerate(_FINDINGS.values()):
         for name, change in finding.geometry.items():
@@ -621,17 +631,16 @@ def make_phantoms(
         raise ValueError(
             f"unknown orientation {orientation!r}: choose from {', '.join(ORIENTATIONS)}"
         )
-    frame, parameters, severity = _cohort(n, seed)
+    frame, parameters, severity = cohort(n, seed)
     if orientation == "upright":
         frame[["angle", "mirrored"]] = 0.0, False
     images = np.empty((len(frame), SIZE, SIZE), np.uint8)
-    atlas = _atlas()
     for start in range(0, len(frame), _CHUNK):
         chunk = slice(start, start + _CHUNK)
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2, start)))
         p = {k: v[chunk] for k, v in parameters.items()}
         angle, mirrored = (frame[name].to_numpy()[chunk] for name in ("angle", "mirrored"))
-        gray = _scene(p, severity[chunk], angle, mirrored, atlas)
+        gray = scene(p, severity[chunk], angle, mirrored)
         noise = rng.standard_normal(gray.shape, dtype=np.float32)
         gray += noise * p["noise"].astype(np.float32)[:, None, None]
         images[chunk] = np.clip(gray + 0.5, 0, 255)

@@ -17,7 +17,7 @@ import requests
 from PIL import Image
 
 from lib import paths
-from lib.data import chestmnist, decode, digits, http, nih, phantom, tables
+from lib.data import chestmnist, digits, http, nih, phantom, tables
 from lib.data.http import DownloadError
 
 WORDS = ("phantom", "digits", "digits-turned", "chestmnist", "kaggle", "kaggle-sample")
@@ -40,10 +40,18 @@ ATTRIBUTIONS = {
     "nih": nih.ATTRIBUTION,
     "folder": "Images of the user's own folder, under their own terms. Not for clinical use.",
 }
-_BESIDE = re.compile(
-    r"(Data_Entry_2017|BBox_List_2017).*\.csv|(train_val_list|test_list)\.txt", re.IGNORECASE
-)
+_KAGGLES = {  # Kaggle's headers of what is drawn here
+    "image_id": "Image Index",
+    "findings": "Finding Labels",
+    "patient_id": "Patient ID",
+    "age": "Patient Age",
+    "sex": "Patient Gender",
+    "view_position": "View Position",
+}
+_BESIDE = (*nih.METADATA_NAMES, *nih.LIST_NAMES, "BBox_List_2017.csv")
 _TAR = re.compile(r"(images_\d{2,3})\.(tar\.gz|tgz)", re.IGNORECASE)
+_BARE = re.compile(r"(^|/)[^./]+$|\.\d+$")  # perhaps a DICOM
+_UNREAD = "nothing yet: 01_preprocess reads image by image"
 _DONE = ".done.json"  # in a folder that was filled to the end
 
 
@@ -77,12 +85,11 @@ def fetch(
     Parameters
     ----------
     source : str or path
-        ``"phantom"``, ``"digits"`` and ``"digits-turned"`` are drawn, in Kaggle's own layout, so
-        that they pass through the reader of real X-rays. ``"kaggle"`` (112,120 images) and
-        ``"kaggle-sample"`` (5,606) come from Kaggle, ``"chestmnist"`` from Zenodo;
-        ``"chestmnist:FILE.npz"`` is the same file from elsewhere. ``"nih:PATH"`` is a folder with
-        NIH's ``images_001.tar.gz`` and so on, or what was unpacked from them. Otherwise a folder
-        with images, which stays where it is.
+        ``"phantom"``, ``"digits"`` and ``"digits-turned"`` are drawn, in Kaggle's layout, so that
+        they pass through the reader of real X-rays. ``"kaggle"`` and ``"kaggle-sample"`` come from
+        Kaggle, ``"chestmnist"`` from Zenodo; ``"chestmnist:FILE.npz"`` is a file that is here.
+        ``"nih:PATH"`` is a folder with NIH's ``images_001.tar.gz`` and so on, or with what was
+        unpacked from them. Anything else is a folder with images, which stays where it is.
     raw_dir : path
         Folder of this source, usually ``paths.raw_dir(dataset)``. Downloads go beside it, under a
         name of their own, so that every preset uses the same.
@@ -123,7 +130,12 @@ def fetch(
         name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
         note = _from_nih(path.resolve(), raw_dir.with_name(f"nih-{name}"))
     else:
-        note = _from_folder(path, csv)
+        if not path.is_dir():
+            what = "is a file, not a folder: unpack it" if path.exists() else "is not there"
+            raise ValueError(f"{path} {what}; give the path of a folder with X-rays")
+        note = _note(path, "your own folder", csv=csv)
+        if not note["images"]:
+            raise ValueError(f"no images in {path}: give a folder with X-rays, or --data phantom")
     paths.save_json(raw_dir / "source.json", note)
     return _shown(note, Path(note["path"]))
 
@@ -151,6 +163,8 @@ def _drawn(kind: str, raw_dir: Path, n: int, seed: int, orientation: str) -> dic
     # The generator is part of the identity: what an older version has drawn is drawn again.
     note = {
         "kind": kind,
+        "origin": "drawn here",
+        "verified": _UNREAD,
         "images": n if kind == "phantom" else digits.IMAGES,
         "csv": nih.METADATA_NAMES[0],
         "seed": seed,
@@ -178,22 +192,6 @@ def _drawn(kind: str, raw_dir: Path, n: int, seed: int, orientation: str) -> dic
 def _write_drawn(raw_dir: Path, note: dict[str, Any], images: Any, table: pd.DataFrame) -> None:
     """Write images and table in Kaggle's layout, beside their place, and move them there whole."""
     building, old = (raw_dir.with_name(f".{raw_dir.name}.{end}") for end in ("partial", "old"))
-    blank = [""] * len(table)
-    columns = {
-        "Image Index": table["image_id"],
-        "Finding Labels": table["findings"],
-        "Follow-up #": table.groupby("patient_id").cumcount(),
-        "Patient ID": table["patient_id"],
-        "Patient Age": table.get("age", blank),
-        "Patient Gender": table.get("sex", blank),
-        "View Position": table.get("view_position", blank),
-        # Kaggle's header is OriginalImage[Width,Height] without quotes, so two columns
-        "OriginalImage[Width": images.shape[2],
-        "Height]": images.shape[1],
-    }
-    columns |= {
-        name: table[name] for name in ("side", "exposure", "angle", "mirrored") if name in table
-    }
     with http.naming_disk_errors(raw_dir):
         for leftover in (building, old):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -202,34 +200,12 @@ def _write_drawn(raw_dir: Path, note: dict[str, Any], images: Any, table: pd.Dat
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / image_id)
         with open(building / note["csv"], "w", encoding="utf-8", newline="\n") as handle:
-            pd.DataFrame(columns).to_csv(handle, index=False, lineterminator="\n")
+            table.rename(columns=_KAGGLES).to_csv(handle, index=False, lineterminator="\n")
         paths.save_json(building / "source.json", note)
         if raw_dir.exists():
             os.replace(raw_dir, old)
         os.replace(building, raw_dir)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _from_folder(folder: Path, csv: str | os.PathLike | None) -> dict[str, Any]:
-    """A note of a user's own folder."""
-    if not folder.is_dir():
-        what = "is a file, not a folder: unpack it" if folder.exists() else "is not there"
-        raise ValueError(f"{folder} {what}; give the path of a folder with X-rays, or a word")
-    files = list_files(folder)
-    images = [file for file in files if tables.IMAGE_SUFFIX.search(file)]
-    images = images or [file for file in files if decode.is_dicom(folder / file)]
-    if not images:
-        raise ValueError(f"no images in {folder}: give a folder with X-rays, or --data phantom")
-    table = Path(csv) if csv else tables.find_metadata(folder, files)
-    named = sum(nih.NIH_NAME.fullmatch(file.rpartition("/")[2]) is not None for file in images)
-    return {
-        "kind": "nih" if 2 * named > len(images) else "folder",
-        "path": str(folder.resolve()),
-        "images": len(images),
-        "csv": table.name if table else None,
-        "origin": "your own folder",
-        "verified": "nothing yet: the images are read one by one in 01_preprocess",
-    }
 
 
 def list_files(folder: Path) -> list[str]:
@@ -242,13 +218,22 @@ def list_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _xrays(folder: Path, origin: str, verified: str) -> dict[str, Any]:
-    """A note of NIH's X-rays in `folder`."""
+def _note(folder: Path, origin: str, verified: str = _UNREAD, csv: Any = None) -> dict[str, Any]:
+    """A note of a folder with images. It is NIH's if most of its images are named as NIH's are."""
     files = list_files(folder)
-    table = tables.find_metadata(folder, files)
-    names = {file.rpartition("/")[2] for file in files if tables.RASTER_SUFFIX.search(file)}
-    note = {"kind": "nih", "path": str(folder.resolve()), "images": len(names)}
-    return note | {"csv": table and table.name, "origin": origin, "verified": verified}
+    images = [file for file in files if tables.IMAGE_SUFFIX.search(file)]
+    images = images or [file for file in files if _BARE.search(file)]
+    named = sum(nih.NIH_NAME.fullmatch(file.rpartition("/")[2]) is not None for file in images)
+    with warnings.catch_warnings(action="ignore"):  # 01_preprocess says which tables it cannot use
+        table = Path(csv) if csv else tables.find_metadata(folder, files)
+    return {
+        "kind": "nih" if 2 * named > len(images) else "folder",
+        "path": str(folder.resolve()),
+        "images": len(images),
+        "csv": table.name if table else None,
+        "origin": origin,
+        "verified": verified,
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,17 +242,18 @@ def _xrays(folder: Path, origin: str, verified: str) -> dict[str, Any]:
 def _from_kaggle(name: str, expected: int, store: Path) -> dict[str, Any]:
     """A Kaggle data set. Its zip is unpacked while it is read and never lies on the disk."""
     done = paths.load_json(store / _DONE) if (store / _DONE).is_file() else {"files": 0}
-    note = _xrays(store, f"{name} from Kaggle", "")
+    origin = f"{name} from Kaggle"
+    note = _note(store, origin)
     if not done["files"] or note["images"] < done["images"]:
         with paths.alone(store):
-            remote = http.RemoteFile(lambda: _kaggle_address(name), note["origin"])
+            remote = http.RemoteFile(lambda: _kaggle_address(name), origin)
             with io.BufferedReader(remote, http.READ_AHEAD) as opened:
                 files = http.unzip(opened, store, name)
             zips = sorted(store.rglob("*.zip"))  # the sample was published as a zip in a zip
             for file in zips:
                 with open(file, "rb") as opened:
                     files += http.unzip(opened, file.parent, file.name)
-            note = _xrays(store, note["origin"], "")
+            note = _note(store, origin)
             done = {"files": files, "images": note["images"]}
             paths.save_json(store / _DONE, done)
             for file in zips:
@@ -305,16 +291,10 @@ def _kaggle_address(name: str) -> str:
                 return answer.url
     except (SystemExit, NameError):
         fault = NO_CREDENTIALS
-    except ImportError as error:
-        fault = (
-            f"the package kaggle cannot be imported ({error.name}): pip install 'kaggle>=2.2,<3'"
-        )
     except requests.HTTPError as error:
         fault = f"Kaggle refuses {name} ({error.response.status_code}): {hint}"
-    except requests.RequestException as error:
-        fault = f"{name}: no connection to Kaggle ({type(error).__name__}); try again later"
     except Exception as error:
-        fault = f"Kaggle's client failed ({type(error).__name__}); try kaggle datasets files {name}"
+        fault = f"Kaggle's client failed ({type(error).__name__}): try again later, or {hint}"
     raise DownloadError(fault)
 
 
@@ -335,16 +315,16 @@ def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
     """NIH's own files: used where they lie if they are unpacked, else unpacked into `store`."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the one with images_001.tar.gz")
-    note = _xrays(folder, "NIH's own files", "nothing yet: the images are read in 01_preprocess")
+    note = _note(folder, "NIH's own files")
     if not note["csv"]:
         raise ValueError(
             f"there is no Data_Entry_2017*.csv in {folder}: download it from "
             "https://nihcc.app.box.com/v/ChestXray-NIHCC and put it beside the archives"
         )
+    if note["kind"] == "nih":
+        return note
     files = [folder / file for file in list_files(folder)]
     tars = {name[1].lower(): file for file in files if (name := _TAR.fullmatch(file.name))}
-    if note["images"]:
-        return note
     if not tars:
         raise ValueError(f"{folder} holds neither images nor images_001.tar.gz and so on")
     with paths.alone(store):
@@ -358,8 +338,8 @@ def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
             done[name] = states[name]
             paths.save_json(store / _DONE, done)
         for file in files:
-            if _BESIDE.fullmatch(file.name):
+            if file.name in _BESIDE:
                 shutil.copyfile(file, store / file.name)
     if len(tars) != 12:
         warnings.warn(f"{len(tars)} of NIH's 12 archives are in {paths.show(folder)}", stacklevel=3)
-    return _xrays(store, note["origin"], f"the checksum of each of {len(tars)} archives")
+    return _note(store, note["origin"], f"the checksum of each of {len(tars)} archives")

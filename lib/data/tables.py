@@ -18,7 +18,6 @@ import pandas as pd
 from lib.data import nih
 
 IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|dcm|dicom)$", re.IGNORECASE)
-RASTER_SUFFIX = re.compile(r"\.(png|jpe?g)$", re.IGNORECASE)
 
 
 def find_metadata(
