@@ -89,7 +89,7 @@ def test_labels_and_columns_of_ones_own(tmp_path):
     assert metadata["findings"].tolist() == ["COVID-19", "Normal"] * 2
     assert manifest["images_matched"] == {"without leading zeros": 4}
     assert data.label_set(metadata) == ("COVID-19", "Normal")
-    with pytest.raises(ValueError, match="no column.*diagnosis"):
+    with pytest.raises(ValueError, match=r"no column.*diagnosis"):
         run(tmp_path / "in")
     (tmp_path / "in" / "labels.csv").unlink()
     for option, word in (({"csv": "no.csv"}, "no such file"), ({"label_column": "x"}, "no table")):

@@ -179,7 +179,8 @@ def test_a_table_that_is_not_used_is_named_with_the_reason(tmp_path):
         assert found_in(tmp_path, labels="bild,befund\na.png,Mass\n") is None
     table = tables.find_metadata(tmp_path, ["labels.csv"], "bild")
     assert table == tmp_path / "labels.csv"
-    with pytest.warns(UserWarning, match=r"labels\.csv"):
+    write(tmp_path / "labels.xlsx", b"PK")
+    with pytest.warns(UserWarning, match=r"labels\.xlsx.*labels\.csv"):
         assert found_in(tmp_path, labels=b"image,findings\n\x81\n") is None
 
 
@@ -195,7 +196,8 @@ SECOND = "train/patient2/study1/view1_frontal.jpg"
         (["a.png", "b.png"], ["b.png", "a.png"], [[1], [0]]),
         (["a.png"], ["A"], [[0]]),
         (["a.png", "a.jpg"], ["a.jpg", "a"], [[1], [0]]),
-        (["00000001.png", "00000012.png"], ["1", "12"], [[0], [1]]),
+        (["00000001.png", "00000012.png"], ["1", "12.0"], [[0], [1]]),
+        (["x/a.png"], ["C:/data/x/a.png"], [[0]]),
         (["01.png", "001.png"], ["1"], [None, None]),
         (["1.png", "0001.png"], ["1"], [[0], None]),
         ([FRONTAL, SECOND], ["CheXpert-v1.0-small/" + SECOND, "x/" + FRONTAL], [[1], [0]]),
@@ -217,7 +219,7 @@ def test_rows_belong_to_the_image_with_the_longest_common_end(files, paths, expe
 
 def test_the_way_of_matching_is_counted():
     _found, ways = tables.match({"01.png": "01.png", "b.png": "b.png"}, ["1", "b.png"])
-    assert ways == {"as it is": 1, "without leading zeros": 1}
+    assert ways == {"by name": 1, "without leading zeros": 1}
 
 
 def test_a_table_of_other_images_is_no_success():

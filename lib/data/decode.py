@@ -172,8 +172,8 @@ def _range(values: np.ndarray, stored: int = 0, signed: bool = False) -> tuple[i
     Images of 12-bit detectors are stored in 16 bits: with 65,535 as white they would be black. No
     single pixel decides: the middle 99.8 % are in use; if the brightest 3 % begin two bits or more
     above all others (a burnt-in letter), they are not counted. The number of bits that the file
-    states, `stored`, is taken if it is no more than one above the bits in use. Low is 0, or if
-    there are negative values a power of two below 0.
+    states, `stored`, is taken if it is no more than one above the bits in use (of signed values
+    without a negative one: if it is equal). Low is 0, or a power of two below negative values.
     """
     last = values.size - 1
     places = [-int(-0.001 * last // 1), int(0.97 * last), int(0.999 * last)]
@@ -182,7 +182,7 @@ def _range(values: np.ndarray, stored: int = 0, signed: bool = False) -> tuple[i
     bits = letters if bits - letters >= 2 else bits
     below = (-low - 1).bit_length() if low < 0 else 0
     stated = stored - signed
-    if 0 <= stated - max(bits, below) <= 1:
+    if 0 <= stated - max(bits, below) <= (low < 0 or not signed):
         return -(2**stated) if low < 0 else 0, 2**stated - 1, f"{stored} bits stored"
     clipped = ", brighter pixels clipped" if values.max() >= 2**bits else ""
     return -(2**below) if low < 0 else 0, 2**bits - 1, f"{bits} bits in use{clipped}"
@@ -304,7 +304,7 @@ def _presentation(dataset: Any, values: np.ndarray, inside: np.ndarray) -> tuple
     if slope == 0:
         raise ValueError(f"DICOM RescaleSlope {Tag('RescaleSlope')} is 0")
     modality, voi = (
-        next((item for item in dataset.get(name) or () if "LUTData" in item), None)
+        next((i for i in dataset.get(name) or () if "LUTData" in i and "LUTDescriptor" in i), None)
         for name in ("ModalityLUTSequence", "VOILUTSequence")
     )
     little = dataset.original_encoding[1]

@@ -303,7 +303,7 @@ def _labelled(
         warnings.warn("one patient is named for all images: each is split by itself", stacklevel=3)
         frame["patient_id"] = frame["image_id"]
     parts, split = tables.split_patients(frame, lists, seed)
-    split["method"] = "drawn by image: one patient is named" if one_patient else split["method"]
+    split["method"] = "drawn by image: one patient for all" if one_patient else split["method"]
     frame.insert(nih.COLUMNS.index("split"), "split", parts)
     if both := split["patients_on_both_sides"]:
         text = "patients are in both of NIH's lists: probes will look too good"

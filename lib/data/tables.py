@@ -33,7 +33,9 @@ def find_metadata(
         named = [file for file in found if PurePosixPath(file).name.lower() == known.lower()]
         if named:
             return folder / min(named, key=lambda file: (file.count("/"), file))
-    labelled, others, unused = [], [], []
+    labelled, others = [], []
+    sheets = [file for file in files if file.lower().endswith((".xlsx", ".xls", ".ods"))]
+    unused = [f"{file} is a spreadsheet (save it as CSV)" for file in sheets]
     for file in found:
         try:
             cells = _read(folder / file, image_column)
@@ -213,11 +215,11 @@ def match(
     many images were found in which way.
     """
     forms = {
-        "as it is": lambda path: path,
+        "by name": lambda path: path,
         "without extension": lambda path: IMAGE_SUFFIX.sub("", path),
         "in any case": lambda path: IMAGE_SUFFIX.sub("", path).casefold(),
         "without leading zeros": lambda path: re.sub(
-            "(^|/)0+(?=[^/]+$)", r"\1", IMAGE_SUFFIX.sub("", path).casefold()
+            r"(^|/)0+(?=[^/]+$)|\.0+$", r"\1", IMAGE_SUFFIX.sub("", path).casefold()
         ),
     }
     numbers = defaultdict(list)
