@@ -33,10 +33,7 @@ def load_images(dataset_dir: str | os.PathLike, verify: bool = False) -> np.ndar
     memmap, shape (N, 64, 64), uint8, 0..255
         Read-only, in the order of ``metadata.csv``.
 
-    Raises
-    ------
-    ValueError
-        The file is missing, is no such array, or is not the one of the manifest.
+    Raises ValueError if the file is missing, is no such array, or is not that of the manifest.
     """
     path = _written(dataset_dir, "images.npy", verify)
     try:
@@ -50,28 +47,15 @@ def load_images(dataset_dir: str | os.PathLike, verify: bool = False) -> np.ndar
 
 
 def load(dataset_dir: str | os.PathLike, verify: bool = False) -> tuple[np.ndarray, pd.DataFrame]:
-    """Open the images with what is known of them.
-
-    Parameters
-    ----------
-    dataset_dir : path
-        Where `lib.data.preprocess` wrote.
-    verify : bool
-        Compare the SHA-256 of both files with the manifest.
+    """Open the images with what is known of them; parameters and errors as for `load_images`.
 
     Returns
     -------
     images : memmap, shape (N, 64, 64), uint8
-        See `load_images`.
     metadata : DataFrame, N rows
         image_id, patient_id, findings, view_position, sex, split: text, empty if unknown, never
         NaN. age: float64, years, NaN if unknown. Further columns (of phantoms) are bool, float64 or
         text, as their values are.
-
-    Raises
-    ------
-    ValueError
-        A file is missing or not what `lib.data.preprocess` wrote, or the lengths differ.
     """
     images = load_images(dataset_dir, verify)
     path = _written(dataset_dir, "metadata.csv", verify)
@@ -128,37 +112,19 @@ def label_set(metadata: pd.DataFrame) -> tuple[str, ...]:
 
 
 def finding_matrix(findings: Iterable[str], names: Sequence[str]) -> np.ndarray:
-    """Which of `names` each image has.
+    """Which of F `names` each of N images has, (N, F) bool.
 
-    Parameters
-    ----------
-    findings : sequence of N str
-        Labels joined by ``|``; labels that are not in `names` set nothing.
-    names : sequence of F str
-
-    Returns
-    -------
-    ndarray, shape (N, F), bool
+    `findings` are N texts of labels joined by ``|``; labels that are not in `names` set nothing.
     """
     has = [set(text.split("|")) for text in findings]
-    return np.array([[name in labels for name in names] for labels in has], bool).reshape(
-        len(has), len(names)
-    )
+    matrix = [[name in labels for name in names] for labels in has]
+    return np.array(matrix, bool).reshape(len(has), len(names))
 
 
 def label_combinations(findings: Iterable[str]) -> np.ndarray:
-    """Class of each image if every distinct text is a class, as in the published evaluation.
-
-    Parameters
-    ----------
-    findings : sequence of N str
-        Labels joined by ``|``.
-
-    Returns
-    -------
-    ndarray, shape (N,), int64
-        0..C-1 in the alphabetical order of the texts; -1 for empty text, which is no label.
+    """Class of each image, (N,) int64, if every distinct text is a class, as in the published
+    evaluation: 0..C-1 in the alphabetical order of the texts; -1 for empty text, which is no label.
     """
-    texts = np.array(list(findings), dtype=object)
+    texts = list(findings)
     codes = {text: code for code, text in enumerate(sorted(set(texts) - {""}))} | {"": -1}
     return np.array([codes[text] for text in texts], dtype=np.int64)

@@ -68,7 +68,7 @@ def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray |
         content = path.read_bytes()
         if content.startswith((_PNG, _JPEG)):
             gray = _picture(content, record)
-        elif _is_dicom(content[:132]):
+        elif is_dicom(path):
             gray = _dicom(content, record)
         elif not content:
             raise ValueError("empty file")
@@ -87,23 +87,18 @@ def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray |
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM does; many DICOM files have no extension."""
+    """Whether a file begins as DICOM: by the mark behind a preamble, or else a data element."""
     try:
         with open(path, "rb") as handle:
-            return _is_dicom(handle.read(132))
+            head = handle.read(132).ljust(8)
     except OSError:
         return False
-
-
-def _is_dicom(head: bytes) -> bool:
-    """The mark behind a preamble, or else a data element of a group that may be the first one."""
-    if head[128:132] == b"DICM":
+    if head[128:] == b"DICM":
         return True
-    for order in "<>":
-        group, _, length = struct.unpack_from(f"{order}HHL", head.ljust(8))
-        if group in (0x02, 0x08, 0x10, 0x18, 0x20, 0x28):
-            return length < 1024 or re.match(rb"[A-Z]{2}", head[4:6]) is not None
-    return False
+    elements = (struct.unpack_from(f"{order}HHL", head) for order in "<>")
+    text = re.match(rb"[A-Z]{2}", head[4:6])  # the type of an element, or else its length
+    first = (0x02, 0x08, 0x10, 0x18, 0x20, 0x28)
+    return any(group in first and (text or length < 1024) for group, _, length in elements)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,11 +111,15 @@ def _picture(content: bytes, record: dict[str, Any]) -> np.ndarray:
             image.verify()  # the checksum of every chunk, and that there is an end
     with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
         record |= {"mode": image.mode, "width": image.width, "height": image.height}
-        deep = _deep_channels(content, image)
-        if deep is None:
+        channels = _channels_of_16_bits(content, image)
+        if channels is None:
             gray, record["scale"] = _gray(image), "8 bits"
         else:
-            gray = Image.fromarray(_deep_gray(deep, record))
+            values, alpha = _luminance(channels), channels[..., -1]
+            if channels.shape[2] in (2, 4) and alpha.min() < alpha.max():
+                values = values * alpha // alpha.max()
+            *ends, record["scale"] = _range(values)
+            gray = Image.fromarray(_to_8_bits(values, *ends))
             gray.info = image.info
     with suppress(Exception):  # a damaged note on orientation beside whole pixels
         gray = ImageOps.exif_transpose(gray)
@@ -141,80 +140,55 @@ def _gray(image: Image.Image) -> Image.Image:
     return image.convert("L")
 
 
-def _deep_channels(content: bytes, image: Image.Image) -> np.ndarray | None:
+def _channels_of_16_bits(content: bytes, image: Image.Image) -> np.ndarray | None:
     """Channels (H, W, C) of a 16-bit PNG, of which Pillow keeps only the upper bytes; else None."""
     if image.mode.startswith("I"):
-        return np.asarray(image)[..., None]
-    raw = image.tile[0].args if image.format == "PNG" else None
-    if not isinstance(raw, str) or not raw.endswith(";16B"):
+        return np.asarray(image).astype(np.int64)[..., None]
+    raw = str(image.tile[0].args) if image.format == "PNG" else ""
+    if not raw.endswith(";16B"):
         return None
-    halves = []
     # Both bytes of gray and of alpha are four channels of 8 bits; of RGB(A) the reader for files
     # of the other byte order finds the lower bytes.
+    halves = []
     for reader in ("RGBA",) if raw.startswith("LA") else (raw, raw.replace("16B", "16L")):
         with Image.open(io.BytesIO(content)) as half:
             half.tile = [half.tile[0]._replace(args=reader)]
-            halves.append(np.asarray(half).astype(np.uint16))
+            halves.append(np.asarray(half).astype(np.int64))
     upper, lower = halves if len(halves) == 2 else (halves[0][..., ::2], halves[0][..., 1::2])
     return 256 * upper + lower
 
 
-def _deep_gray(channels: np.ndarray, record: dict[str, Any]) -> np.ndarray:
-    """8-bit gray of channels (H, W, C) of 16 bits: gray, gray and alpha, RGB, or RGBA."""
-    count = channels.shape[2]
-    values = luminance(channels) if count >= 3 else channels[..., 0].astype(np.int64)
-    alpha = channels[..., -1].astype(np.int64)
-    if count in (2, 4) and alpha.min() < alpha.max():
-        values = values * alpha // alpha.max()
-    low, high, record["scale"] = value_range(values)
-    return to_8_bits(values, low, high)
-
-
-def luminance(rgb: np.ndarray) -> np.ndarray:
-    """Gray (H, W), int64, of colours (H, W, 3) of any depth, with Pillow's weights (ITU-R 601)."""
-    red, green, blue = (rgb[..., channel].astype(np.int64) for channel in range(3))
+def _luminance(channels: np.ndarray) -> np.ndarray:
+    """Gray (H, W) of (H, W, 1 to 4) of any depth, with Pillow's weights (ITU-R 601)."""
+    if channels.shape[2] < 3:
+        return channels[..., 0]
+    red, green, blue = (channels[..., place].astype(np.int64) for place in range(3))
     return (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16
 
 
-def value_range(values: np.ndarray, stored: int = 0, signed: bool = False) -> tuple[int, int, str]:
-    """Values that become black and white, from the bits in use; no single pixel decides.
+def _range(values: np.ndarray, stored: int = 0, signed: bool = False) -> tuple[int, int, str]:
+    """Values that become black and white, from the bits in use, and a text that says so.
 
-    Images of 12-bit detectors are stored in 16 bits: with 65,535 as white they would be black. The
-    values in use are the middle 99.8 %. If the brightest 3 % begin two bits or more above all
-    others (a burnt-in letter), they are not counted. `stored` decides if it is plausible: no more
-    than one bit more than what is in use.
-
-    Parameters
-    ----------
-    values : integer array
-        Without padding.
-    stored : int
-        Bits per value as the file states them; 0 if it does not.
-    signed : bool
-        Whether one of these bits is the sign.
-
-    Returns
-    -------
-    low, high : int
-        0 and ``2**bits - 1``; if there are values below 0, a power of two below 0, too.
-    text : str
-        The bits and where they come from.
+    Images of 12-bit detectors are stored in 16 bits: with 65,535 as white they would be black. No
+    single pixel decides: the middle 99.8 % are in use; if the brightest 3 % begin two bits or more
+    above all others (a burnt-in letter), they are not counted. The number of bits that the file
+    states, `stored`, is taken if it is no more than one above the bits in use (of signed values
+    without a negative one: if it is equal). Low is 0, or a power of two below negative values.
     """
     last = values.size - 1
-    places = -int(-0.001 * last // 1), int(0.97 * last), int(0.999 * last)
-    low, most, high = (int(value) for value in np.partition(values, places, axis=None)[[*places]])
-    least = min(8, stored or 8)
-    bits, letters = (max(least, max(value, 0).bit_length()) for value in (high, most))
+    places = [-int(-0.001 * last // 1), int(0.97 * last), int(0.999 * last)]
+    low, most, high = (int(value) for value in np.partition(values, places, axis=None)[places])
+    bits, letters = (max(min(8, stored or 8), max(v, 0).bit_length()) for v in (high, most))
     bits = letters if bits - letters >= 2 else bits
     below = (-low - 1).bit_length() if low < 0 else 0
-    told = stored - signed
-    if 0 <= told - max(bits, below) <= 1:
-        return -(2**told) if low < 0 else 0, 2**told - 1, f"{stored} bits stored"
-    text = f"{bits} bits in use" + (", brighter pixels clipped" if values.max() >= 2**bits else "")
-    return -(2**below) if low < 0 else 0, 2**bits - 1, text
+    stated = stored - signed
+    if 0 <= stated - max(bits, below) <= (low < 0 or not signed):
+        return -(2**stated) if low < 0 else 0, 2**stated - 1, f"{stored} bits stored"
+    clipped = ", brighter pixels clipped" if values.max() >= 2**bits else ""
+    return -(2**below) if low < 0 else 0, 2**bits - 1, f"{bits} bits in use{clipped}"
 
 
-def to_8_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def _to_8_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """`values` as uint8: `low` becomes 0, `high` 255; rounded half up, clipped."""
     result = np.empty(values.shape, np.uint8)
     for start in range(0, len(values), _ROWS):
@@ -223,22 +197,9 @@ def to_8_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return result
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def shrink(image: np.ndarray, size: int = SIZE, fit: str = "pad") -> np.ndarray:
-    """Mean gray value over the area of each new pixel, rounded half up.
-
-    Parameters
-    ----------
-    image : ndarray, shape (H, W), uint8
-    size : int
-    fit : str
-        See `decode`; without effect on a square image.
-
-    Returns
-    -------
-    ndarray, shape (size, size), uint8
+    """Gray (H, W) uint8 to (size, size) uint8: the mean over the area of each new pixel, rounded
+    half up. `fit` as in `decode`; without effect on a square image.
     """
     height, width = image.shape
     factor = height // size
@@ -294,9 +255,9 @@ def _dicom(content: bytes, record: dict[str, Any]) -> np.ndarray:
         raise ValueError(f"DICOM {kind} with {samples:g} samples per pixel is no radiograph")
     values = _stored_values(dataset)
     if colour:  # pydicom has made RGB of YBR
-        values = luminance(values)
-        low, high, record["scale"] = value_range(values, int(dataset.BitsStored))
-        return to_8_bits(values, low, high)
+        values = _luminance(values)
+        *ends, record["scale"] = _range(values, int(dataset.BitsStored))
+        return _to_8_bits(values, *ends)
     first = _number(dataset, "PixelPaddingValue")
     limit = _number(dataset, "PixelPaddingRangeLimit", first)
     padding = np.zeros(values.shape, bool)
@@ -343,32 +304,32 @@ def _presentation(dataset: Any, values: np.ndarray, inside: np.ndarray) -> tuple
     if slope == 0:
         raise ValueError(f"DICOM RescaleSlope {Tag('RescaleSlope')} is 0")
     modality, voi = (
-        next((item for item in dataset.get(name) or () if "LUTData" in item), None)
+        next((i for i in dataset.get(name) or () if "LUTData" in i and "LUTDescriptor" in i), None)
         for name in ("ModalityLUTSequence", "VOILUTSequence")
     )
+    little = dataset.original_encoding[1]
     if modality is not None:
-        shown, white = _look_up(modality, values)
+        shown, black, white = _look_up(modality, values, little)
     else:
-        shown, white = values * float(slope) + float(intercept), None
+        shown = values * float(slope) + float(intercept)
     if voi is not None:
-        shown, white = _look_up(voi, shown)
-        return to_8_bits(shown, 0, white), "VOI LUT"
+        return _to_8_bits(*_look_up(voi, shown, little)), "VOI LUT"
     if center is not None and width is not None:
         window = Dataset()
         window.PhotometricInterpretation, window.PixelRepresentation = "MONOCHROME2", 0
         window.BitsStored, window.WindowCenter, window.WindowWidth = 8, center, width
         window.VOILUTFunction = dataset.get("VOILUTFunction") or "LINEAR"
         with np.errstate(over="ignore"):  # exp of a sigmoid far from its centre
-            return to_8_bits(apply_windowing(shown, window), 0, 255), "window"
-    if white is not None:
-        return to_8_bits(shown, 0, white), "modality LUT"
+            return _to_8_bits(apply_windowing(shown, window), 0, 255), "window"
+    if modality is not None:
+        return _to_8_bits(shown, black, white), "modality LUT"
     signed = bool(_number(dataset, "PixelRepresentation", 0))
-    low, high, text = value_range(inside, int(dataset.BitsStored), signed)
-    return to_8_bits(values, *((low, high) if slope > 0 else (high, low))), text
+    *ends, text = _range(inside, int(dataset.BitsStored), signed)
+    return _to_8_bits(values, *(ends if slope > 0 else ends[::-1])), text
 
 
-def _look_up(item: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
-    """What a lookup table makes of `values`, and its white: all bits that the table uses.
+def _look_up(item: Any, values: np.ndarray, little: bool) -> tuple[np.ndarray, int, int]:
+    """What a lookup table makes of `values`, its black, and its white: all bits that it uses.
 
     Tables that claim 16 bits and end at 4095 are common. pydicom's own function cannot read tables
     of 8 bits per entry: they are two entries per word, the first one in the lower byte.
@@ -377,9 +338,7 @@ def _look_up(item: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
     count = count or 2**16
     words = item.LUTData
     if isinstance(words, bytes):
-        words = np.frombuffer(
-            words[: len(words) // 2 * 2], "<u2" if item.is_little_endian else ">u2"
-        )
+        words = np.frombuffer(words[: len(words) & -2], "<u2" if little else ">u2")
     entries = np.atleast_1d(np.asarray(words)).astype("<u2")
     if bits <= 8 and len(entries) < count:
         entries = entries.view(np.uint8)
@@ -387,7 +346,7 @@ def _look_up(item: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
     if first >= 2**15 and values.min() < 0:
         first -= 2**16  # a negative number that was written as an unsigned one
     places = np.clip((values - first).astype(np.int64), 0, len(entries) - 1)
-    return entries[places], 2 ** max(8, int(entries.max()).bit_length()) - 1
+    return entries[places], 0, 2 ** max(8, int(entries.max()).bit_length()) - 1
 
 
 def _number(dataset: Any, keyword: str, default: float | None = None) -> float | None:
@@ -412,15 +371,14 @@ def _header(dataset: Any) -> dict[str, str]:
     no salt, so that two runs agree. Who can guess the numbers can undo it: the table stays as
     private as the files.
     """
-    patterns = {
-        "view_position": ("ViewPosition", r"[A-Z]{1,8}"),
-        "age": ("PatientAge", r"\d{3}[YMWD]"),
-        "sex": ("PatientSex", r"[MFO]"),
-    }
     found = {}
-    for name, (keyword, pattern) in patterns.items():
+    for name, keyword, pattern in (
+        ("view_position", "ViewPosition", "[A-Z]{1,8}"),
+        ("age", "PatientAge", "[0-9]{3}[YMWD]"),
+        ("sex", "PatientSex", "[MFO]"),
+    ):
         text = str(dataset.get(keyword) or "").strip().upper()
-        found[name] = text if re.fullmatch(pattern, text, re.ASCII) else ""
+        found[name] = text if re.fullmatch(pattern, text) else ""
     number = str(dataset.get("PatientID") or "").strip().encode("utf-8", "surrogatepass")
     found["patient_id"] = f"sha256-{hashlib.sha256(number).hexdigest()[:16]}" if number else ""
     return found

@@ -9,20 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-FINDINGS = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Consolidation",
-    "Edema",
-    "Effusion",
-    "Emphysema",
-    "Fibrosis",
-    "Hernia",
-    "Infiltration",
-    "Mass",
-    "Nodule",
-    "Pleural_Thickening",
-    "Pneumonia",
+FINDINGS = (  # in alphabetical order
+    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis"),
+    *("Hernia", "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia"),
     "Pneumothorax",
 )
 NO_FINDING = "No Finding"
@@ -75,18 +64,8 @@ COUNTS = {  # images with each finding; an image with two counts for both
 
 
 def differences(table: pd.DataFrame) -> list[str]:
-    """Differences between a table and the full ChestX-ray14 as published.
-
-    Parameters
-    ----------
-    table : DataFrame
-        patient_id and findings (joined by ``|``), one row per image.
-
-    Returns
-    -------
-    list of str
-        One sentence per number that differs: images, patients, images with each finding or with
-        none. Empty if all agree.
+    """Differences of a table (patient_id and findings, one row per image) from the full set as
+    published, one sentence per number; empty if all agree.
     """
     counts = Counter(name for text in table["findings"] for name in text.split("|") if name)
     found = {"images": len(table), "patients": table["patient_id"].nunique()}
@@ -104,19 +83,10 @@ def differences(table: pd.DataFrame) -> list[str]:
 
 
 def verify(image_ids: Collection[str], table: pd.DataFrame | None) -> dict[str, Any]:
-    """Compare a folder that is as large as the full ChestX-ray14 with the published numbers.
+    """Compare the images that were read, and what `lib.data.tables.read_table` says of them, with
+    the published numbers, if they are as many as the full set.
 
-    Parameters
-    ----------
-    image_ids : collection of str
-        File name of each image that was read.
-    table : DataFrame or None
-        What `lib.data.tables.read_table` returns.
-
-    Returns
-    -------
-    dict
-        checked (bool), and differences (list of str), or why nothing was compared.
+    Returns a dict: checked (bool), and differences (list of str), or why nothing was compared.
     """
     rows = 0 if table is None else table["path"].nunique()
     if max(rows, len(image_ids)) < IMAGES:

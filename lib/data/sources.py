@@ -208,7 +208,7 @@ def _write_drawn(raw_dir: Path, note: dict[str, Any], images: Any, table: pd.Dat
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _files(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     """Relative paths (``/``) of all files in `folder`, sorted, without hidden ones."""
     found = []
     for base, folders, names in os.walk(folder):
@@ -220,7 +220,7 @@ def _files(folder: Path) -> list[str]:
 
 def _note(folder: Path, origin: str, verified: str = _UNREAD, csv: Any = None) -> dict[str, Any]:
     """A note of a folder with images. It is NIH's if most of its images are named as NIH's are."""
-    files = _files(folder)
+    files = list_files(folder)
     images = [file for file in files if tables.IMAGE_SUFFIX.search(file)]
     images = images or [file for file in files if _BARE.search(file)]
     named = sum(nih.NIH_NAME.fullmatch(file.rpartition("/")[2]) is not None for file in images)
@@ -323,7 +323,7 @@ def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
         )
     if note["kind"] == "nih":
         return note
-    files = [folder / file for file in _files(folder)]
+    files = [folder / file for file in list_files(folder)]
     tars = {name[1].lower(): file for file in files if (name := _TAR.fullmatch(file.name))}
     if not tars:
         raise ValueError(f"{folder} holds neither images nor images_001.tar.gz and so on")

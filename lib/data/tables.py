@@ -15,18 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.data.nih import (
-    ALIASES,
-    COLUMNS,
-    LIST_NAMES,
-    METADATA_NAMES,
-    NIH_NAME,
-    NO_FINDING,
-    SPELLINGS,
-)
+from lib.data import nih
 
 IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|dcm|dicom)$", re.IGNORECASE)
-RASTER_SUFFIX = re.compile(r"\.(png|jpe?g)$", re.IGNORECASE)
 
 
 def find_metadata(
@@ -38,11 +29,13 @@ def find_metadata(
     could be it; if none of those in the folder can be it, a warning says why.
     """
     found = [file for file in files if file.lower().endswith((".csv", ".tsv"))]
-    for known in METADATA_NAMES:
+    for known in nih.METADATA_NAMES:
         named = [file for file in found if PurePosixPath(file).name.lower() == known.lower()]
         if named:
             return folder / min(named, key=lambda file: (file.count("/"), file))
-    labelled, others, unused = [], [], []
+    labelled, others = [], []
+    sheets = [file for file in files if file.lower().endswith((".xlsx", ".xls", ".ods"))]
+    unused = [f"{file} is a spreadsheet (save it as CSV)" for file in sheets]
     for file in found:
         try:
             cells = _read(folder / file, image_column)
@@ -84,31 +77,17 @@ def _read(table: Path, image_column: str | None, label_column: str | None = None
     stated = re.match(r'"?sep=(.)"?\n', text)  # a spreadsheet's own note on its separator
     text = text[blank.match(text, stated.end()).end() :] if stated else text
 
-    def header(separator: str) -> list[str]:
-        return next(csv.reader([text.partition("\n")[0]], delimiter=separator), [])
-
     def fit(separator: str) -> tuple[int, int]:  # NIH's own header has commas within names
-        names = header(separator)
+        names = next(csv.reader([text.partition("\n")[0]], delimiter=separator), [])
         return len(_roles(names, image_column, label_column)), len(names)
 
     separator = stated[1] if stated else max(",;\t|", key=fit)
-    names = header(separator)
     try:
-        frame = pd.read_csv(
-            io.StringIO(text),
-            sep=separator,
-            header=0,
-            names=range(len(names)),
-            dtype=str,
-            keep_default_na=False,
-            index_col=False,
-            engine="python",
-            on_bad_lines=lambda row: row[: len(names)],
-        )
-    except (ValueError, csv.Error) as error:
+        header, *rows = list(csv.reader(io.StringIO(text), delimiter=separator)) or [[]]
+    except csv.Error as error:
         raise ValueError(f"{table.name} is no CSV ({error}): save it again as such") from error
-    frame.columns = [name.strip() for name in names]
-    return frame.fillna("")
+    cells = [(row + [""] * len(header))[: len(header)] for row in rows]
+    return pd.DataFrame(cells, columns=[name.strip() for name in header], dtype=str)
 
 
 def _roles(header: Sequence[str], image: str | None, label: str | None = None) -> dict[str, int]:
@@ -116,7 +95,7 @@ def _roles(header: Sequence[str], image: str | None, label: str | None = None) -
     header = [name.strip() for name in header]
     letters = [re.sub("[^a-z]", "", name.lower()) for name in header]
     roles = {}
-    for role, aliases in ALIASES.items():
+    for role, aliases in nih.ALIASES.items():
         known = [letters.index(alias) for alias in aliases if alias in letters]
         roles |= {role: known[0]} if known else {}
     for role, wanted in (("image_id", image), ("findings", label)):
@@ -153,13 +132,10 @@ def read_table(
     frame : DataFrame, of text
         One row per row that names an image: path, patient_id, findings (joined by ``|``),
         view_position, age (completed years), sex; empty if unknown.
-    notes : dict
+    counts : dict
         csv_rows_without_name, ages_set_missing.
 
-    Raises
-    ------
-    ValueError
-        A column is not there, or the file is no table.
+    Raises ValueError if a column is not there, or the file is no table.
     """
     cells = _read(table, image_column, label_column)
     roles = _roles(cells.columns, image_column, label_column)
@@ -173,7 +149,7 @@ def read_table(
     if extra_columns:
         places = enumerate(cells.columns)
         roles |= {c: p for p, c in places if re.fullmatch("[a-z_]+", c) and p not in roles.values()}
-    columns = dict.fromkeys([*COLUMNS[:-1], *roles])
+    columns = dict.fromkeys([*nih.COLUMNS[:-1], *roles])
     empty = pd.Series("", index=cells.index, dtype=str)
     frame = pd.DataFrame(
         {
@@ -198,7 +174,7 @@ def read_table(
 def _labels(parts: Sequence[str]) -> str:
     """NIH's spelling where it is NIH's label, in the table's own order."""
     names = [name for name in map(str.strip, parts) if name]
-    known = [SPELLINGS.get(name.lower().replace(" ", "_"), name) for name in names]
+    known = [nih.SPELLINGS.get(name.lower().replace(" ", "_"), name) for name in names]
     return "|".join(dict.fromkeys(known))
 
 
@@ -234,26 +210,16 @@ def match(
     are several such images. Paths are compared as they are; then, for what has no partner, without
     extension, in any case, and without leading zeros, which spreadsheets drop.
 
-    Parameters
-    ----------
-    images : dict
-        Relative path (``/``) of each image by its image_id.
-    paths : sequence of str
-        Of the rows: names, or paths from anywhere.
-
-    Returns
-    -------
-    rows : dict
-        Numbers of the rows by image_id, for images with a row.
-    ways : Counter
-        Images by the way in which they were found.
+    `images` are the relative paths (``/``) by image_id, `paths` those of the rows: names, or paths
+    from anywhere. Returns the numbers of the rows by image_id, for images that have one, and how
+    many images were found in which way.
     """
     forms = {
-        "as it is": lambda path: path,
+        "by name": lambda path: path,
         "without extension": lambda path: IMAGE_SUFFIX.sub("", path),
         "in any case": lambda path: IMAGE_SUFFIX.sub("", path).casefold(),
         "without leading zeros": lambda path: re.sub(
-            "(^|/)0+(?=[^/]+$)", r"\1", IMAGE_SUFFIX.sub("", path).casefold()
+            r"(^|/)0+(?=[^/]+$)|\.0+$", r"\1", IMAGE_SUFFIX.sub("", path).casefold()
         ),
     }
     numbers = defaultdict(list)
@@ -312,24 +278,12 @@ def join(
 ) -> pd.DataFrame:
     """One row per image: what the table says, then the file's own header, then NIH's way of naming.
 
-    Parameters
-    ----------
-    image_ids : sequence of N str
-    headers : sequence of N dict
-        What each file itself says of patient_id, view_position, age and sex (DICOM).
-    table : DataFrame or None
-        Of `read_table`.
-    found : dict
-        Of `match`. Labels of several rows of an image are joined, and "No Finding" is dropped if
-        another row has a finding; of other columns the first value is taken.
-
-    Returns
-    -------
-    DataFrame, of text, N rows
-        image_id, patient_id, findings, view_position, age, sex, and extra columns of the table. An
-        image of an unknown patient is its own patient: patient_id is its image_id.
+    `headers` is what each file says of patient_id, view_position, age and sex (DICOM), `table` is
+    of `read_table` and `found` of `match`. The labels of several rows of an image are joined, and
+    "No Finding" is dropped if another row has a finding; of other columns the first value is taken.
+    An image of an unknown patient is its own patient: patient_id is its image_id.
     """
-    columns = list(COLUMNS[1:-1] if table is None else table.columns[1:])
+    columns = list(nih.COLUMNS[1:-1] if table is None else table.columns[1:])
     rows = [] if table is None else table[columns].to_dict("records")
     joined = []
     for image_id, header in zip(image_ids, headers, strict=True):
@@ -337,9 +291,9 @@ def join(
         sources = [*own, header | {"age": clean_age(header.get("age", ""))}]
         known = {n: next(filter(None, (s.get(n) for s in sources)), "") for n in columns}
         labels = [label for row in own for label in row["findings"].split("|") if label]
-        if len(own) > 1 and set(labels) != {NO_FINDING}:
-            labels = [label for label in labels if label != NO_FINDING]
-        named = NIH_NAME.fullmatch(image_id)
+        if len(own) > 1 and set(labels) != {nih.NO_FINDING}:
+            labels = [label for label in labels if label != nih.NO_FINDING]
+        named = nih.NIH_NAME.fullmatch(image_id)
         patient = known["patient_id"] or (clean_patient(named[1]) if named else image_id)
         labels = "|".join(dict.fromkeys(labels))
         joined.append({"image_id": image_id} | known | {"patient_id": patient, "findings": labels})
@@ -349,37 +303,20 @@ def join(
 def read_lists(folder: Path, files: Sequence[str]) -> dict[str, str]:
     """NIH's own split, image_id -> train or test; empty unless both lists are in the folder."""
     found = {PurePosixPath(file).name: folder / file for file in reversed(files)}
-    if not LIST_NAMES.keys() <= found.keys():
+    if not nih.LIST_NAMES.keys() <= found.keys():
         return {}
-    lists = [(found[file].read_text("utf-8", "replace"), p) for file, p in LIST_NAMES.items()]
+    lists = [(found[file].read_text("utf-8", "replace"), p) for file, p in nih.LIST_NAMES.items()]
     return {name: part for text, part in lists for name in text.split()}
 
 
 def split_patients(
     frame: pd.DataFrame, lists: dict[str, str], seed: int, test_share: float = 0.2
 ) -> tuple[list[str], dict[str, Any]]:
-    """Put whole patients into the training or the test part.
+    """``"train"`` or ``"test"`` for each image, whole patients only, and a description.
 
-    NIH's lists decide if they leave images in both parts; patients that they do not name are drawn.
-    The draw sorts patients by the SHA-256 of seed and name, which no version of a random generator
-    can change, and takes as many as come nearest to `test_share` of the images.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        image_id and patient_id of N images.
-    lists : dict
-        Of `read_lists`.
-    seed : int
-    test_share : float
-        0 <= test_share < 1.
-
-    Returns
-    -------
-    parts : list of N str
-        ``"train"`` or ``"test"``.
-    description : dict
-        method, seed, test_share, train, test, images_in_lists, patients_on_both_sides.
+    NIH's lists (of `read_lists`) decide if they leave images in both parts; patients that they do
+    not name are drawn. The draw sorts patients by the SHA-256 of seed and name, which no version of
+    a random generator can change, and takes as many as come nearest to `test_share` of the images.
     """
     patients = frame["patient_id"].tolist()
     listed = [lists.get(image_id) for image_id in frame["image_id"]]
