@@ -137,10 +137,10 @@ def test_what_is_drawn_is_kept_until_something_else_is_asked_for(tmp_path, monke
     monkeypatch.setattr(phantom, "make_phantoms", lambda *_: pytest.fail("drawn again"))
     assert sources.fetch("phantom", raw, n_phantoms=3, seed=0) == shown
     monkeypatch.setattr(phantom, "make_phantoms", make)
-    for n, seed, orientation in ((5, 0, "upright"), (5, 1, "upright"), (5, 1, "any")):
+    for seed in (0, 1):
         before = visible(raw)
-        sources.fetch("phantom", raw, n_phantoms=n, seed=seed, orientation=orientation)
-        assert len(list(raw.rglob("*.png"))) == n
+        sources.fetch("phantom", raw, n_phantoms=5, seed=seed)
+        assert len(list(raw.rglob("*.png"))) == 5
         assert visible(raw) != before
 
 

@@ -316,7 +316,7 @@ def test_findings_are_nihs_14_in_alphabetical_order():
 def test_the_published_numbers_have_no_difference_and_any_other_is_named():
     full = published()
     assert nih.differences(full) == []
-    assert nih.verify(list(full["path"]), full) == {"checked": True, "differences": []}
+    assert nih.verify("nih", list(full["path"]), full) == {"checked": True, "differences": []}
     changed = full.copy()
     changed.loc[0, "findings"] = "Hernia"
     changed.loc[1, "findings"] = "No Finding|Mass|Rib Fracture"
@@ -331,11 +331,15 @@ def test_the_published_numbers_have_no_difference_and_any_other_is_named():
 
 def test_what_is_as_large_as_the_full_set_is_checked():
     full, few = published(), ["00000001_000.png"]
-    assert not nih.verify(few, full[:10])["checked"]
-    assert not nih.verify(few, None)["checked"]
-    assert "112,119 of the 112,120" in str(nih.verify(few, full))
-    assert "no table" in str(nih.verify(list(full["path"]), None))
-    assert "images: 100,000" in str(nih.verify(list(full["path"]), full[:100_000]))
+    assert not nih.verify("nih", few, full[:10])["checked"]
+    assert not nih.verify("nih", few, None)["checked"]
+    for images, table, word in (
+        (few, full, "1 images were read"),
+        (full["path"], None, "no table"),
+        (full["path"], full[:100_000], "images: 100,000"),
+    ):
+        with pytest.warns(UserWarning, match=word):
+            assert word in str(nih.verify("nih", list(images), table))
 
 
 @needs_sample

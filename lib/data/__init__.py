@@ -1,20 +1,24 @@
 """X-rays in: sources, the reader of folders, and the three files that everything else reads.
 
-`lib.data.sources` obtains X-rays, `lib.data.preprocess` turns them into ``images.npy``,
-``metadata.csv`` and ``manifest.json``. This module reads them: `load_images` for training, which
-must see no label, and `load` for evaluation."""
-
-from __future__ import annotations
+`lib.data.sources` obtains X-rays, `lib.data.preprocess` makes ``images.npy``, ``metadata.csv`` and
+``manifest.json`` of them. This module writes and reads these: `load_images` is for training, which
+must see no label, and `load` for evaluation.
+"""
 
 import hashlib
 import os
+import platform
+import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import PIL
 
-from lib import paths
+from lib import __version__, paths
 from lib.data import nih
 
 
@@ -77,7 +81,7 @@ def load(dataset_dir: str | os.PathLike, verify: bool = False) -> tuple[np.ndarr
 
 
 def _written(dataset_dir: str | os.PathLike, name: str, verify: bool) -> Path:
-    """Path of a file that `lib.data.preprocess` wrote; ValueError if it is absent or changed."""
+    """Path of a file that `save` wrote; ValueError if it is absent or changed."""
     path, manifest = Path(dataset_dir) / name, Path(dataset_dir) / "manifest.json"
     if not path.is_file() or (verify and not manifest.is_file()):
         absent = manifest if path.is_file() else path
@@ -93,6 +97,55 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def finished(dataset_dir: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The manifest, if it has this fingerprint and its files have their lengths."""
+    path = dataset_dir / "manifest.json"
+    manifest = paths.load_json(path) if path.is_file() else {}
+    if manifest.get("fingerprint") != fingerprint:
+        return None
+    files = {dataset_dir / name: file["bytes"] for name, file in manifest["files"].items()}
+    whole = all(file.is_file() and file.stat().st_size == n for file, n in files.items())
+    return manifest if whole else None
+
+
+def save(
+    work_dir: Path, manifest: dict[str, Any], metadata: pd.DataFrame, images: Iterable[np.ndarray]
+) -> dict[str, Any]:
+    """Write the three files into the parent of `work_dir`, which is removed; return the manifest.
+
+    `images`, uint8 (64, 64), are in the order of `metadata`. `manifest` is added to what is said
+    here of every data set. OSError if the disk is full; no file is left half-written.
+    """
+    with paths.atomic_write(work_dir / "metadata.csv", "w") as handle:
+        metadata.to_csv(handle, index=False, lineterminator="\n")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(metadata), 64, 64)}
+    with paths.atomic_write(work_dir / "images.npy") as handle:
+        np.lib.format.write_array_header_1_0(handle, header)
+        handle.writelines(image.tobytes() for image in images)
+    labels = Counter(name for text in metadata["findings"] for name in text.split("|") if name)
+    common = {
+        "images": len(metadata),
+        "size": 64,
+        "patients": count_patients(metadata),
+        "findings": dict(labels.most_common()),
+        "versions": {"python": platform.python_version(), "lib": __version__}
+        | {package.__name__: package.__version__ for package in (np, pd, PIL)},
+        "files": {
+            name: {"bytes": (work_dir / name).stat().st_size, "sha256": sha256(work_dir / name)}
+            for name in ("images.npy", "metadata.csv")
+        },
+    }
+    paths.save_json(work_dir / "manifest.json", common | manifest)
+    # The manifest vouches for the other two: an older one goes first, the new one comes last.
+    out_dir = work_dir.parent
+    (out_dir / "manifest.json").unlink(missing_ok=True)
+    for name in (*common["files"], "manifest.json"):
+        os.replace(work_dir / name, out_dir / name)
+    for old in out_dir.glob(".partial-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    return paths.load_json(out_dir / "manifest.json")
+
+
 def patient_groups(metadata: pd.DataFrame) -> np.ndarray:
     """Which images belong together, (N,) of str: the patient, or the image alone if unknown."""
     patients = metadata["patient_id"].fillna("").astype(str).to_numpy()
@@ -106,9 +159,8 @@ def count_patients(metadata: pd.DataFrame) -> int:
 
 
 def label_set(metadata: pd.DataFrame) -> tuple[str, ...]:
-    """Labels that occur, without "No Finding": in NIH's order if all are NIH's, else sorted."""
-    names = set("|".join(metadata["findings"]).split("|")) - {"", nih.NO_FINDING}
-    return tuple(sorted(names))  # NIH's own order is the alphabet
+    """Labels that occur, sorted, without "No Finding"."""
+    return tuple(sorted(set("|".join(metadata["findings"]).split("|")) - {"", nih.NO_FINDING}))
 
 
 def finding_matrix(findings: Iterable[str], names: Sequence[str]) -> np.ndarray:

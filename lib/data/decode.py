@@ -2,8 +2,6 @@
 reason why not.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import io
@@ -39,20 +37,12 @@ class NotAnImageError(ValueError):
 
 
 def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray | None, dict]:
-    """Read one file as a small gray image.
+    """Read a PNG, JPEG or DICOM file as a small gray image. No file makes this raise an error.
 
     The content decides what the file is, not its name. Each new pixel is the mean gray value over
     its area, exact in integers and rounded half up, so it commutes with quarter turns and mirrors.
-
-    Parameters
-    ----------
-    path : Path
-        PNG, JPEG, or DICOM (with the package pydicom).
-    size : int
-        Height and width of the result.
-    fit : {"pad", "crop", "stretch"}
-        For images that are not square. ``"pad"``: centred on a black square. ``"crop"``: the square
-        in the middle. ``"stretch"``: each axis is scaled by itself.
+    An image that is not square is centred on a black square (`fit` ``"pad"``), reduced to the
+    square in its middle (``"crop"``), or scaled along each axis by itself (``"stretch"``).
 
     Returns
     -------
@@ -60,8 +50,7 @@ def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray |
     record : dict
         reason (empty if the image was read); image (False if the file is whole but holds no image);
         mode, width and height of the original; scale, which values became black and white; from
-        DICOM also patient_id (hashed), view_position, age and sex. No file makes this function
-        raise an error.
+        DICOM also patient_id (hashed), view_position, age and sex.
     """
     record: dict[str, Any] = {"reason": "", "image": True, "mode": "", "width": 0, "height": 0}
     try:
@@ -70,12 +59,10 @@ def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray |
             gray = _picture(content, record)
         elif is_dicom(path):
             gray = _dicom(content, record)
-        elif not content:
-            raise ValueError("empty file")
-        elif path.suffix.lower() in (".dcm", ".dicom"):
+        elif content and path.suffix.lower() in (".dcm", ".dicom"):
             raise ValueError("no DICOM header")
         else:
-            raise ValueError("not a PNG, JPEG or DICOM image")
+            raise ValueError("not a PNG, JPEG or DICOM image" if content else "empty file")
         return shrink(gray, size, fit), record
     except NotAnImageError as error:
         record |= {"reason": str(error), "image": False}
@@ -93,15 +80,11 @@ def is_dicom(path: Path) -> bool:
             head = handle.read(132).ljust(8)
     except OSError:
         return False
-    if head[128:] == b"DICM":
-        return True
     elements = (struct.unpack_from(f"{order}HHL", head) for order in "<>")
     text = re.match(rb"[A-Z]{2}", head[4:6])  # the type of an element, or else its length
     first = (0x02, 0x08, 0x10, 0x18, 0x20, 0x28)
-    return any(group in first and (text or length < 1024) for group, _, length in elements)
-
-
-# --------------------------------------------------------------------------------------------------
+    begins = any(group in first and (text or length < 1024) for group, _, length in elements)
+    return begins or head[128:] == b"DICM"
 
 
 def _picture(content: bytes, record: dict[str, Any]) -> np.ndarray:
@@ -127,15 +110,13 @@ def _picture(content: bytes, record: dict[str, Any]) -> np.ndarray:
 
 
 def _gray(image: Image.Image) -> Image.Image:
+    """An image of 8 bits or fewer as gray."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         low, high = image.getchannel("A").getextrema()
         if low != high:  # alpha that is the same everywhere, as in NIH's RGBA files, is dropped
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    if image.mode == "L":
-        image.load()
-        return image
-    if image.mode != "1":
+    if image.mode not in ("1", "L"):
         image = image.convert("RGB")  # CMYK and palettes know no direct way to gray
     return image.convert("L")
 
@@ -229,9 +210,6 @@ def _overlap(length: int, span: int, size: int) -> np.ndarray:
     return np.clip(overlap, 0, None).astype(np.float64)
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def _dicom(content: bytes, record: dict[str, Any]) -> np.ndarray:
     """DICOM as a screen shows it: rescaled, through its window, bright where the body is dense."""
     if pydicom is None:
@@ -258,11 +236,10 @@ def _dicom(content: bytes, record: dict[str, Any]) -> np.ndarray:
         values = _luminance(values)
         *ends, record["scale"] = _range(values, int(dataset.BitsStored))
         return _to_8_bits(values, *ends)
-    first = _number(dataset, "PixelPaddingValue")
-    limit = _number(dataset, "PixelPaddingRangeLimit", first)
     padding = np.zeros(values.shape, bool)
-    if first is not None:
-        padding = (values >= min(first, limit)) & (values <= max(first, limit))
+    if (first := _number(dataset, "PixelPaddingValue")) is not None:
+        low, high = sorted((first, _number(dataset, "PixelPaddingRangeLimit", first)))
+        padding = (values >= low) & (values <= high)
         padding &= not padding.all()
     gray, record["scale"] = _presentation(dataset, values, values[~padding])
     if kind == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
@@ -371,7 +348,8 @@ def _header(dataset: Any) -> dict[str, str]:
     no salt, so that two runs agree. Who can guess the numbers can undo it: the table stays as
     private as the files.
     """
-    found = {}
+    number = str(dataset.get("PatientID") or "").strip().encode("utf-8", "surrogatepass")
+    found = {"patient_id": f"sha256-{hashlib.sha256(number).hexdigest()[:16]}" if number else ""}
     for name, keyword, pattern in (
         ("view_position", "ViewPosition", "[A-Z]{1,8}"),
         ("age", "PatientAge", "[0-9]{3}[YMWD]"),
@@ -379,6 +357,4 @@ def _header(dataset: Any) -> dict[str, str]:
     ):
         text = str(dataset.get(keyword) or "").strip().upper()
         found[name] = text if re.fullmatch(pattern, text) else ""
-    number = str(dataset.get("PatientID") or "").strip().encode("utf-8", "surrogatepass")
-    found["patient_id"] = f"sha256-{hashlib.sha256(number).hexdigest()[:16]}" if number else ""
     return found

@@ -2,8 +2,6 @@
 see, so a clustering that works must find them.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from scipy.ndimage import map_coordinates
@@ -24,9 +22,8 @@ def make_digits(
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Enlarge scikit-learn's digits from 8 x 8 to 48 x 48, in the middle of 64 x 64.
 
-    A digit becomes a quadratic B-spline with its 8 x 8 values as coefficients. This is smooth, has
-    no overshoot, and is evaluated once per pixel, so that a turned digit is as sharp as an upright
-    one.
+    A digit becomes a quadratic B-spline with its 8 x 8 values as coefficients: smooth, without
+    overshoot, and evaluated once per pixel, so that a turned digit is as sharp as an upright one.
 
     Parameters
     ----------
@@ -42,8 +39,8 @@ def make_digits(
     images : ndarray of uint8, shape (n, 64, 64)
         White strokes on black; the corners are black.
     table : DataFrame, n rows
-        ``image_id``, ``patient_id`` (each image is its own), ``findings`` (``"0"`` to ``"9"``) and
-        ``angle`` (degrees counter-clockwise on the screen, 0.0 if upright).
+        image_id, patient_id (each image is its own), findings ("0" to "9") and angle (degrees
+        counter-clockwise on the screen, 0.0 if upright).
     """
     digits = load_digits()
     pixels, labels = digits.images[:n], digits.target[:n]  # (n, 8, 8), 0..16
@@ -56,12 +53,6 @@ def make_digits(
         at = (np.sin(angle) * x + np.cos(angle) * y, np.cos(angle) * x - np.sin(angle) * y)
         gray = map_coordinates(spline, np.add(at, 7.5), order=2, prefilter=False) * (255 / 16)
         image[:] = np.clip(gray + 0.5, 0, 255)
-    table = pd.DataFrame(
-        {
-            "image_id": [f"digit_{k:04d}.png" for k in range(len(pixels))],
-            "patient_id": np.arange(1, len(pixels) + 1),
-            "findings": labels.astype(str),
-            "angle": angles,
-        }
-    )
-    return images, table
+    names = [f"digit_{k:04d}.png" for k in range(len(pixels))]
+    table = pd.DataFrame({"image_id": names, "patient_id": np.arange(1, len(pixels) + 1)})
+    return images, table.assign(findings=labels.astype(str), angle=angles)

@@ -1,10 +1,9 @@
 """Files over HTTP: retried, resumed after a cut, checked; and archives, unpacked file by file.
 
 `urllib3.Retry` repeats a request that finds no connection or a busy server. If a body stops
-halfway, `RemoteFile` asks for the rest of it.
+halfway, `RemoteFile` asks for the rest of it. Every error is a DownloadError, or an OSError of the
+disk; what has arrived is kept, and the same call goes on from there.
 """
-
-from __future__ import annotations
 
 import gzip
 import hashlib
@@ -44,10 +43,8 @@ def need_space(folder: Path, n_bytes: int, what: str) -> None:
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
     if free < n_bytes:
-        raise DownloadError(
-            f"{what} needs {tqdm.format_sizeof(n_bytes, 'B')} in {folder}, and only "
-            f"{tqdm.format_sizeof(free, 'B')} are free: {_HINT}"
-        )
+        needed, left = (tqdm.format_sizeof(number, "B") for number in (n_bytes, free))
+        raise DownloadError(f"{what} needs {needed} in {folder}, only {left} are free: {_HINT}")
 
 
 @contextmanager
@@ -66,8 +63,7 @@ class _Adapter(HTTPAdapter):
     """An adapter that waits for no answer forever."""
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
-        options["timeout"] = options.get("timeout") or TIMEOUT
-        return super().send(request, **options)
+        return super().send(request, **options | {"timeout": options.get("timeout") or TIMEOUT})
 
 
 def patient(session: requests.Session) -> requests.Session:
@@ -76,8 +72,7 @@ def patient(session: requests.Session) -> requests.Session:
         total=TRIES,
         status_forcelist=(408, 429, 500, 502, 503, 504),
         allowed_methods=None,  # any method: Kaggle's API is asked by POST
-        backoff_factor=1,  # waits of 0, 2, 4, 8, ... seconds
-        respect_retry_after_header=True,
+        backoff_factor=1,  # waits of 0, 2, 4, 8, ... seconds, or what Retry-After says
         raise_on_status=False,
     )
     for scheme in ("https://", "http://"):
@@ -88,17 +83,9 @@ def patient(session: requests.Session) -> requests.Session:
 class RemoteFile(io.RawIOBase):
     """A file on a server that `zipfile` can read. Wrap it in a `BufferedReader` of `READ_AHEAD`.
 
-    Parameters
-    ----------
-    address : callable
-        Returns the URL. It is called again when the server refuses, since signed URLs expire.
-    name : str
-        What it is, for messages.
-
-    Raises
-    ------
-    DownloadError
-        No connection, a refusal, or (from `read`) a server that sends no parts of a file.
+    `address` returns the URL. It is called again when the server refuses, since signed URLs expire.
+    `name` is for messages. DownloadError if there is no connection, if the server refuses, or (from
+    `read`) if it sends no parts of a file.
     """
 
     def __init__(self, address: Callable[[], str], name: str) -> None:
@@ -155,9 +142,6 @@ class RemoteFile(io.RawIOBase):
         self._place = offset + (0, self._place, self.size)[whence]
         return self._place
 
-    def tell(self) -> int:
-        return self._place
-
     def close(self) -> None:
         self._link.close()
         super().close()
@@ -165,21 +149,14 @@ class RemoteFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
+    seekable = readable
 
 
 def download(url: str, path: Path, md5: str) -> Path:
     """Bring a file here, and go on from what an earlier call left.
 
-    What arrives goes to ``<name>.part`` beside `path`. It gets its name when the MD5 is right.
-
-    Raises
-    ------
-    DownloadError
-        No connection, a refusal, or other bytes than they should be, which are thrown away.
-    OSError
-        The folder cannot be written or the disk is full; what has arrived is kept.
+    What arrives goes to ``<name>.part`` beside `path`. It gets its name if the MD5 is right, and is
+    thrown away otherwise.
     """
     part = path.with_name(f"{path.name}.part")
     with naming_disk_errors(part):
@@ -201,30 +178,11 @@ def download(url: str, path: Path, md5: str) -> Path:
 
 
 def unzip(opened: BinaryIO, target: Path, name: str) -> int:
-    """Unpack a zip. A file gets its place when its length and CRC-32 are right.
+    """Unpack a zip, here or on a server; return its number of files. `name` is for messages.
 
-    Files that are there with the right length and CRC-32 are not read again. Of files with the same
-    last name, length and CRC-32 one is taken: Kaggle's sample holds every image twice.
-
-    Parameters
-    ----------
-    opened : seekable binary file
-        The archive, here or on a server.
-    target : Path
-    name : str
-        Of the archive, for messages.
-
-    Returns
-    -------
-    int
-        Number of files.
-
-    Raises
-    ------
-    DownloadError
-        It is damaged or no zip, or there is too little space.
-    OSError
-        The folder cannot be written or the disk is full.
+    A file gets its place if its length and CRC-32 are right. Files that are there in this way are
+    not read again. Of files with the same last name, length and CRC-32 one is taken, since Kaggle's
+    sample holds every image twice.
     """
     staging = target / ".part"
     try:
@@ -264,12 +222,7 @@ def _is_whole(path: Path, info: zipfile.ZipInfo) -> bool:
 def untar(path: Path, target: Path) -> None:
     """Unpack a ``.tar.gz``; files that are there already with the right length are skipped.
 
-    Raises
-    ------
-    DownloadError
-        It is damaged or cut off, or tarfile's ``data`` filter refuses a member.
-    OSError
-        The folder cannot be written or the disk is full.
+    tarfile's ``data`` filter refuses members that would leave the folder.
     """
 
     def missing(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:

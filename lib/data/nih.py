@@ -1,20 +1,24 @@
 """NIH ChestX-ray14 as published: its findings, its numbers, and the columns of its tables."""
 
-from __future__ import annotations
-
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-FINDINGS = (  # in alphabetical order
-    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis"),
-    *("Hernia", "Infiltration", "Mass", "Nodule", "Pleural_Thickening", "Pneumonia"),
-    "Pneumothorax",
-)
 NO_FINDING = "No Finding"
+# The full data set: Wang et al. (CVPR 2017) and the README of the release.
+IMAGES, PATIENTS = 112_120, 30_805
+COUNTS = {  # images with each finding, in alphabetical order; an image with two counts for both
+    "Atelectasis": 11_559, "Cardiomegaly": 2_776, "Consolidation": 4_667, "Edema": 2_303,
+    "Effusion": 13_317, "Emphysema": 2_516, "Fibrosis": 1_686, "Hernia": 227,
+    "Infiltration": 19_894, "Mass": 5_782, "Nodule": 6_331, "Pleural_Thickening": 3_385,
+    "Pneumonia": 1_431, "Pneumothorax": 5_302, NO_FINDING: 60_361,
+}  # fmt: skip
+FINDINGS = tuple(COUNTS)[:-1]
 ATTRIBUTION = (
     "Chest X-rays: NIH Clinical Center, the data provider. X. Wang et al., ChestX-ray8: "
     "Hospital-scale Chest X-ray Database and Benchmarks on Weakly-Supervised Classification and "
@@ -35,32 +39,16 @@ ALIASES = {
     "age": ("patientage", "age"),
     "sex": ("patientsex", "patientgender", "sex", "gender"),
 }
-SPELLINGS = {name.lower(): name for name in (*FINDINGS, NO_FINDING)} | {
-    "infiltrate": "Infiltration"
-}
+SPELLINGS = {name.lower(): name for name in COUNTS} | {"infiltrate": "Infiltration"}
 NIH_NAME = re.compile(r"(\d{8})_(\d{3})\.(png|jpe?g)", re.IGNORECASE)  # <patient>_<number>.png
 METADATA_NAMES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv", "sample_labels.csv")
 LIST_NAMES = {"train_val_list.txt": "train", "test_list.txt": "test"}
 
-# The full data set: Wang et al. (CVPR 2017) and the README of the release.
-IMAGES, PATIENTS = 112_120, 30_805
-COUNTS = {  # images with each finding; an image with two counts for both
-    NO_FINDING: 60_361,
-    "Infiltration": 19_894,
-    "Effusion": 13_317,
-    "Atelectasis": 11_559,
-    "Nodule": 6_331,
-    "Mass": 5_782,
-    "Pneumothorax": 5_302,
-    "Consolidation": 4_667,
-    "Pleural_Thickening": 3_385,
-    "Cardiomegaly": 2_776,
-    "Emphysema": 2_516,
-    "Edema": 2_303,
-    "Fibrosis": 1_686,
-    "Pneumonia": 1_431,
-    "Hernia": 227,
-}
+
+def findings_text(has: np.ndarray) -> list[str]:
+    """Text of each row of `has`, bool (n, 14), as in NIH's table: ``Effusion|Mass``."""
+    names = np.array(FINDINGS)
+    return ["|".join(names[row]) or NO_FINDING for row in has]
 
 
 def differences(table: pd.DataFrame) -> list[str]:
@@ -82,20 +70,20 @@ def differences(table: pd.DataFrame) -> list[str]:
     return lines + ([f"{both:,} images have {NO_FINDING} beside a finding"] if both else [])
 
 
-def verify(image_ids: Collection[str], table: pd.DataFrame | None) -> dict[str, Any]:
-    """Compare the images that were read, and what `lib.data.tables.read_table` says of them, with
-    the published numbers, if they are as many as the full set.
+def verify(kind: str, image_ids: Collection[str], table: pd.DataFrame | None) -> dict[str, Any]:
+    """Compare images and their table (of `lib.data.tables.read_table`) with the published numbers.
 
-    Returns a dict: checked (bool), and differences (list of str), or why nothing was compared.
+    Returns a dict: checked (bool), and differences (list of str), of which a warning tells, or why
+    nothing was compared: another kind of data set, or only a part of this one.
     """
     rows = 0 if table is None else table["path"].nunique()
-    if max(rows, len(image_ids)) < IMAGES:
-        why = f"{len(image_ids):,} images, {rows:,} rows in the table"
-        return {"checked": False, "why": f"not the full ChestX-ray14: {why}"}
+    if kind != "nih" or max(rows, len(image_ids)) < IMAGES:
+        part = f"not the full ChestX-ray14: {len(image_ids):,} images, {rows:,} rows in the table"
+        return {"checked": False, "why": part if kind == "nih" else "not a folder of NIH's files"}
     lines = ["there is no table Data_Entry_2017.csv"] if table is None else differences(table)
-    names = set() if table is None else {path.rpartition("/")[2] for path in table["path"]}
-    if gone := len(names - set(image_ids)):
-        lines.append(f"{gone:,} of the {rows:,} images of the table are not here or not readable")
     if len(image_ids) != IMAGES:
         lines.append(f"{len(image_ids):,} images were read, published {IMAGES:,}")
+    if lines:
+        text = f"this is not ChestX-ray14 as published: {'; '.join(lines)}"
+        warnings.warn(text, stacklevel=3)
     return {"checked": True, "differences": lines}

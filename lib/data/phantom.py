@@ -11,8 +11,6 @@ Scene coordinates: x to the image's right (the patient's left), y downwards, the
 both; 1 is about 19 cm.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter
 from scipy.stats import norm
 
-from lib.data.nih import COUNTS, FINDINGS, IMAGES, NO_FINDING
+from lib.data.nih import COUNTS, FINDINGS, IMAGES, findings_text
 
 ATTRIBUTION = (
     "Synthetic radiographs drawn by lib.data.phantom of this project; they show no patient. Not "
@@ -41,79 +39,51 @@ _INNER = 0.10  # where the lungs begin beside the midline
 # then the shift of an AP (portable) view, of a woman, and of ten years over the mean age of 49.
 _PARAMETERS = {
     # framing
-    "zoom": (1.02, 0.06, 0.05, 0.02, -0.01, 0.0),
-    "shift_x": (0.0, 0.0, 0.055, 0.0, 0.0, 0.0),
-    "shift_y": (0.0, 0.03, 0.075, 0.02, 0.0, 0.0),
-    "tilt": (0.0, 0.0, 2.3, 0.0, 0.0, 0.0),
-    "twist": (0.0, 0.01, 0.025, 0.0, 0.0, 0.0),
+    "zoom": (1.02, 0.06, 0.05, 0.02, -0.01, 0), "shift_x": (0, 0, 0.055, 0, 0, 0),
+    "shift_y": (0, 0.03, 0.075, 0.02, 0, 0), "tilt": (0, 0, 2.3, 0, 0, 0),
+    "twist": (0, 0.01, 0.025, 0, 0, 0),
     # body outline
-    "body": (0.93, 0.07, 0.04, 0.07, -0.05, 0.01),
-    "neck": (0.205, 0.022, 0.012, 0.02, -0.025, 0.0),
-    "shoulder": (-0.83, 0.07, 0.06, 0.02, 0.02, 0.0),
-    "slope": (0.18, 0.08, 0.06, -0.02, 0.02, 0.0),
-    "flare": (0.42, 0.10, 0.05, 0.05, -0.05, 0.0),
-    "arm": (1.00, 0.06, 0.08, 0.04, -0.02, 0.0),
-    "fat": (0.98, 0.08, 0.03, 0.03, 0.02, 0.01),
-    "breast": (0.02, 0.03, 0.01, 0.0, 0.22, 0.0),
+    "body": (0.93, 0.07, 0.04, 0.07, -0.05, 0.01), "neck": (0.205, 0.022, 0.012, 0.02, -0.025, 0),
+    "shoulder": (-0.83, 0.07, 0.06, 0.02, 0.02, 0), "slope": (0.18, 0.08, 0.06, -0.02, 0.02, 0),
+    "flare": (0.42, 0.1, 0.05, 0.05, -0.05, 0), "arm": (1, 0.06, 0.08, 0.04, -0.02, 0),
+    "fat": (0.98, 0.08, 0.03, 0.03, 0.02, 0.01), "breast": (0.02, 0.03, 0.01, 0, 0.22, 0),
     # lungs
-    "apex": (-0.74, 0.03, 0.02, 0.04, 0.0, 0.0),
-    "width": (0.655, 0.035, 0.02, -0.04, -0.03, 0.0),
-    "dome": (0.38, 0.06, 0.05, -0.10, 0.0, 0.0),
-    "dome_left": (0.055, 0.025, 0.01, 0.0, 0.0, 0.0),
-    "curve": (1.25, 0.3, 0.08, 0.0, 0.0, 0.0),
-    "air": (1.17, 0.09, 0.07, -0.19, -0.03, 0.01),
-    "haze": (0.03, 0.03, 0.03, 0.09, 0.01, 0.01),
-    "edge": (0.07, 0.01, 0.01, 0.045, 0.0, 0.0),
-    "vessel": (0.22, 0.04, 0.03, -0.03, 0.0, 0.008),
+    "apex": (-0.74, 0.03, 0.02, 0.04, 0, 0), "width": (0.655, 0.035, 0.02, -0.04, -0.03, 0),
+    "dome": (0.38, 0.06, 0.05, -0.1, 0, 0), "dome_left": (0.055, 0.025, 0.01, 0, 0, 0),
+    "curve": (1.25, 0.3, 0.08, 0, 0, 0), "air": (1.17, 0.09, 0.07, -0.19, -0.03, 0.01),
+    "haze": (0.03, 0.03, 0.03, 0.09, 0.01, 0.01), "edge": (0.07, 0.01, 0.01, 0.045, 0, 0),
+    "vessel": (0.22, 0.04, 0.03, -0.03, 0, 0.008),
     # mediastinum
-    "heart": (0.265, 0.024, 0.010, 0.030, -0.004, 0.005),
-    "knob": (0.068, 0.012, 0.004, -0.01, -0.005, 0.010),
-    "mediastinum": (0.112, 0.013, 0.008, 0.020, -0.006, 0.003),
+    "heart": (0.265, 0.024, 0.01, 0.03, -0.004, 0.005),
+    "knob": (0.068, 0.012, 0.004, -0.01, -0.005, 0.01),
+    "mediastinum": (0.112, 0.013, 0.008, 0.02, -0.006, 0.003),
     # bones
     "ribs": (0.11, 0.03, 0.015, -0.045, -0.01, -0.004),
-    "spacing": (0.155, 0.01, 0.002, -0.008, 0.0, 0.0),
-    "phase": (0.0, 0.4, 0.05, 0.0, 0.0, 0.0),
-    "clavicle": (-0.56, 0.04, 0.05, -0.03, 0.0, 0.0),
-    "spine": (0.19, 0.05, 0.04, -0.07, 0.0, -0.01),
-    "scoliosis": (0.0, 0.02, 0.003, 0.0, 0.0, 0.0),
-    "bubble": (0.10, 0.03, 0.03, -0.02, 0.0, 0.0),
+    "spacing": (0.155, 0.01, 0.002, -0.008, 0, 0), "phase": (0, 0.4, 0.05, 0, 0, 0),
+    "clavicle": (-0.56, 0.04, 0.05, -0.03, 0, 0), "spine": (0.19, 0.05, 0.04, -0.07, 0, -0.01),
+    "scoliosis": (0, 0.02, 0.003, 0, 0, 0), "bubble": (0.1, 0.03, 0.03, -0.02, 0, 0),
     # film
-    "gain": (1.14, 0.04, 0.15, -0.10, 0.0, 0.0),
-    "gamma": (1.15, 0.04, 0.20, -0.05, 0.0, 0.0),
-    "white": (242.0, 2.0, 8.0, -12.0, 0.0, 0.0),
-    "black": (3.0, 1.0, 3.0, 3.0, 0.0, 0.0),
-    "ramp": (0.0, 0.0, 0.05, 0.0, 0.0, 0.0),
-    "noise": (0.7, 0.0, 0.3, 0.1, 0.0, 0.0),
+    "gain": (1.14, 0.04, 0.15, -0.1, 0, 0), "gamma": (1.15, 0.04, 0.2, -0.05, 0, 0),
+    "white": (242, 2, 8, -12, 0, 0), "black": (3, 1, 3, 3, 0, 0),
+    "ramp": (0, 0, 0.05, 0, 0, 0), "noise": (0.7, 0, 0.3, 0.1, 0, 0),
     # where focal findings sit: fraction of the lung's width and of its height
-    "mass_x": (0.55, 0.15, 0.01, 0.0, 0.0, 0.0),
-    "mass_y": (0.48, 0.18, 0.01, 0.0, 0.0, 0.0),
-    "nodule_x": (0.58, 0.17, 0.01, 0.0, 0.0, 0.0),
-    "nodule_y": (0.52, 0.20, 0.01, 0.0, 0.0, 0.0),
-    "focus_x": (0.52, 0.14, 0.05, 0.0, 0.0, 0.0),
-    "focus_y": (0.66, 0.14, 0.05, 0.0, 0.0, 0.0),
-}
+    "mass_x": (0.55, 0.15, 0.01, 0, 0, 0), "mass_y": (0.48, 0.18, 0.01, 0, 0, 0),
+    "nodule_x": (0.58, 0.17, 0.01, 0, 0, 0), "nodule_y": (0.52, 0.2, 0.01, 0, 0, 0),
+    "focus_x": (0.52, 0.14, 0.05, 0, 0, 0), "focus_y": (0.66, 0.14, 0.05, 0, 0, 0),
+}  # fmt: skip
 _NAMES = tuple(_PARAMETERS)
 _TABLE = np.array(list(_PARAMETERS.values()), dtype=np.float64)
 
 
 def _step(distance: np.ndarray, width: float | np.ndarray) -> np.ndarray:
     """Smooth step from 0 to 1 as `distance` runs from -width/2 to width/2; a pixel is 1/32."""
-    t = distance * (1 / width)
-    t += np.float32(0.5)
-    np.clip(t, 0, 1, out=t)
-    square = t * t
-    t *= -2
-    t += 3
-    t *= square
-    return t
+    t = np.clip(distance * (1 / width) + np.float32(0.5), 0, 1)
+    return t * t * (3 - 2 * t)
 
 
 def _bump(u: np.ndarray) -> np.ndarray:
     """exp(-u^2)."""
     return np.exp(-np.square(u))
-
-
-# ------------------------------------------------- findings: what each adds to the scene's density
 
 
 def _effusion(s: SimpleNamespace) -> np.ndarray:
@@ -222,8 +192,7 @@ class _Finding:
 
 
 _EMPHYSEMA = {"dome": 0.09, "curve": -0.7, "heart": -0.04, "width": 0.02}
-# In the order of nih.FINDINGS. Ratios: the first 39,999 rows of Data_Entry_2017.
-_FINDINGS = {
+_FINDINGS = {  # in the order of nih.FINDINGS; ratios: the first 39,999 rows of Data_Entry_2017
     "Atelectasis": _Finding(1.7, True, _atelectasis, {"lift": -0.11}),
     "Cardiomegaly": _Finding(1.1, False, None, {"heart": 0.13}),
     "Consolidation": _Finding(3.1, True, _consolidation),
@@ -240,9 +209,9 @@ _FINDINGS = {
     "Pneumothorax": _Finding(0.9, True, _pneumothorax),
 }
 _AP_SHARE = 0.398
-# Gaussian copula of the findings: a common part (the sick have more of everything), and the pairs
-# that NIH shows together.
-_COMMON = 0.14
+# Gaussian copula of the findings: a common part (the sick have more of everything), the pairs that
+# NIH shows together, and the share of a finding's liability that belongs to the patient.
+_COMMON, _PERSIST = 0.14, 0.35
 _PAIRS = {
     ("Edema", "Pneumonia"): 0.45, ("Emphysema", "Pneumothorax"): 0.45,
     ("Cardiomegaly", "Effusion"): 0.36, ("Atelectasis", "Effusion"): 0.36,
@@ -253,10 +222,6 @@ _PAIRS = {
     ("Effusion", "Infiltration"): 0.26, ("Effusion", "Pleural_Thickening"): 0.25,
     ("Edema", "Effusion"): 0.25,
 }  # fmt: skip
-_PERSIST = 0.35  # share of a finding's liability that belongs to the patient
-
-
-# ------------------------------------------------------------------ who: patients, images, findings
 
 
 def _copula() -> np.ndarray:
@@ -296,16 +261,11 @@ def _patients(n: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.ndarray]:
-    """What the first images of a seed show, before they are drawn.
+    """What the first images of a seed show, before they are drawn; n is rounded up to whole blocks.
 
-    Returns
-    -------
-    metadata : DataFrame
-        As of `make_phantoms` with orientation ``"any"``; n is rounded up to whole blocks.
-    parameters : dict
-        Parameters of the scene, each (n,), or (n, k) of places and devices.
-    severity : ndarray, shape (n, 14)
-        Of each of `lib.data.nih.FINDINGS`: 0, or 0.55 to 1.45.
+    Returns the metadata, as of `make_phantoms` with orientation ``"any"``; the parameters of the
+    scene by name, each (n,), or (n, k) of places and devices; and the severity of each of
+    `nih.FINDINGS`, (n, 14): 0, or 0.55 to 1.45.
     """
     n = -(-n // _CHUNK) * _CHUNK
     patients = _patients(n, seed)
@@ -337,13 +297,8 @@ def cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.n
     of_age = np.outer((age - 49) / 10, d_age)
     value += np.outer(ap, d_ap) + np.outer(mine["female"], d_female) + of_age
     parameters = dict(zip(_NAMES, value.T, strict=True))
-    parameters |= {
-        "tree": mine["tree"],
-        "place": mine["place"],
-        "device": images["device"],
-        "pick": images["pick"],
-        "ap": ap,
-    }
+    parameters |= {"ap": ap} | {name: mine[name] for name in ("tree", "place")}
+    parameters |= {name: images[name] for name in ("device", "pick")}
 
     own, new = mine["liability"], images["liability"]
     z = (np.sqrt(_PERSIST) * own + np.sqrt(1 - _PERSIST) * new) @ _copula().T
@@ -356,12 +311,11 @@ def cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.n
     lateral = np.array([f.lateral for f in _FINDINGS.values()])
     side = np.where((present & lateral).any(1), np.array(["R", "L", "both"])[mine["side"]], "")
     parameters["right"], parameters["left"] = mine["side"] != 1, mine["side"] != 0
-    names = np.array(FINDINGS)
     frame = pd.DataFrame(
         {
             "image_id": [f"{p:08d}_{k:03d}.png" for p, k in zip(who + 1, number, strict=True)],
             "patient_id": who + 1,
-            "findings": ["|".join(names[row]) or NO_FINDING for row in present],
+            "findings": findings_text(present),
             "view_position": np.where(ap, "AP", "PA"),
             "age": age,
             "sex": np.where(mine["female"], "F", "M"),
@@ -372,9 +326,6 @@ def cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.n
         }
     )
     return frame, parameters, severity
-
-
-# ------------------------------------------------------------------ what: the scene
 
 
 @functools.cache
@@ -419,10 +370,7 @@ def _look(
 
 
 def scene(
-    p: dict[str, np.ndarray],
-    severity: np.ndarray,
-    angle: np.ndarray,
-    mirrored: np.ndarray,
+    p: dict[str, np.ndarray], severity: np.ndarray, angle: np.ndarray, mirrored: np.ndarray
 ) -> np.ndarray:
     """Draw `b` images without noise: gray levels (b, 64, 64), float32.
 
@@ -436,51 +384,12 @@ def scene(
     s = {k: np.asarray(v, np.float32)[:, None, None] for k, v in p.items() if np.ndim(v) == 1}
     s = SimpleNamespace(**s)
     place, device = (np.asarray(p[k], np.float32).T[:, :, None, None] for k in ("place", "device"))
-    tree = p["tree"][:, None, None]
-
-    # Detector -> scene: undo the turn (counter-clockwise on the screen), the mirror, the position.
-    grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / (SIZE / 2) - 1
-    turn = np.deg2rad(angle).astype(np.float32)[:, None, None]
-    fx = np.cos(turn) * grid - np.sin(turn) * grid[:, None]
-    fy = np.sin(turn) * grid + np.cos(turn) * grid[:, None]
-    fx = np.where(mirrored[:, None, None], -fx, fx)
-    tilt = np.deg2rad(s.tilt)
-    s.x = (fx * np.cos(tilt) - fy * np.sin(tilt) - s.shift_x) / s.zoom
-    s.y = (fx * np.sin(tilt) + fy * np.cos(tilt) - s.shift_y) / s.zoom
-    x, y = s.x, s.y
-    isleft = (x > 0).astype(np.float32)
-    s.on = np.where(x > 0, s.left, s.right)
-    s.X = X = np.abs(x)
-
-    # Soft tissue: torso widening into the shoulder girdle and thickening downwards, neck, arms,
-    # head above the frame.
-    torso = s.body * (1 - 0.05 * _step(y - 0.3, 1.2)) + 0.30 * _step(-0.22 - y, 0.7)
-    flare = s.flare * np.clip(1.7 - 0.7 * X / s.neck, 0, 1.2) ** 3
-    top = s.shoulder + s.slope * np.square(X) - flare
-    skin = _step(y - top, 0.14)
-    inside = np.sqrt(np.clip(1 - np.square(x / torso), 0, 1)) * skin
-    along = np.clip((y + 0.45) / 1.6, 0, 1)
-    arm = np.sqrt(np.clip(1 - np.square((X - s.arm - 0.20 * along) / 0.20), 0, 1)) * skin
-    width = s.neck + 0.5 * np.clip(-1.12 - y, 0, 0.5)
-    neck = np.sqrt(np.clip(1 - np.square(x / width), 0, 1)) * (1 - skin)
-    body = (1.12 + 0.58 * _step(y, 1.8)) * inside
-    density = s.fat * (body + 0.75 * arm * (1 - 0.7 * inside) + 0.75 * neck)
-
-    # Lungs: rounded apex, lateral wall, domes with the right one higher, costophrenic angles.
-    s.floor = s.dome + s.dome_left * isleft + s.lift * s.on
-    steep = np.where(X > 0.30, np.float32(1.4), np.float32(0.7))
-    s.dome_edge = s.floor + s.curve * np.square(X - 0.30) * steep
-    s.t = np.clip((y - s.apex) / (0.62 - s.apex), 0, 1.2)
-    round_ = np.sqrt(1 - (1 - np.minimum(s.t, 1)) ** 3)
-    s.lateral = 0.25 + (s.width - 0.25) * round_ - X
-    medial = X - 0.25 + 0.19 * np.minimum(3.5 * s.t, 1)
-    s.lung = _step(s.lateral, 1.3 * s.edge) * _step(medial, s.edge)
-    s.lung = s.lung * _step(s.dome_edge - y, s.edge) * (y > s.apex)
-    s.aired = s.lung * s.air * (0.52 + 0.40 * _step(s.lateral - 0.12, 0.28))
-    s.aired = s.aired * (1.06 - 0.22 * _step(y - 0.05, 1.0))
-    abdomen = _step(y - s.dome_edge, s.edge) * _step(s.lateral + 0.10, 0.3)
+    fx, fy = _pose(s, angle, mirrored)
+    x, y, X = s.x, s.y, s.X
+    density = _soft_tissue(s)
+    _lungs(s)
     rim = 0.16 * _bump((s.lateral + 0.02) / 0.035)  # ribs seen end-on
-    density += rim * _step(y - s.apex - 0.1, 0.3) * inside
+    density += rim * _step(y - s.apex - 0.1, 0.3) * s.inside
 
     u, v = 256 * (1 + place[2]), 256 * (1 + place[3])
     s.cloud = _look(atlas["cloud"], 0, x * 110 + u, y * 110 + v)
@@ -493,46 +402,29 @@ def scene(
     right = s.mediastinum - 0.03 + 0.36 * s.heart * _step(y - s.floor + 0.34, 0.4)
     border = np.where(x > 0, left, right) - np.abs(hx) + 0.012 * s.cloud
     s.middle = _step(border, 1.6 * s.edge) * _step(y - s.apex + 0.15, 0.5)
-    density += np.maximum(0.42 * abdomen, s.middle * (0.02 + 0.30 * _step(y - 0.25, 0.9))) * inside
+    middle = s.middle * (0.02 + 0.30 * _step(y - 0.25, 0.9))
+    density += np.maximum(0.42 * s.abdomen, middle) * s.inside
     s.lung, s.aired = s.lung * (1 - 0.7 * s.middle), s.aired * (1 - 0.9 * s.middle)
     density -= s.aired
     density -= 0.20 * _step(0.055 - np.abs(hx), 0.06) * _step(-0.20 - y, 0.3)  # trachea
 
     # Vessels branch from the hila, drawn per lung from the patient's trees.
-    hilum = y + 0.04 + 0.06 * isleft
+    hilum = y + 0.04 + 0.06 * (x > 0).astype(np.float32)
     stretch = 190 * (0.85 + 0.3 * place[0])
-    flip = np.sign(place[1] - 0.5)
-    across, along_lung = (X - 0.11) * stretch, 128 + flip * hilum * stretch
-    which = (tree + 3 * (x > 0)) % _TREES
-    s.vessels = s.vessel * _look(atlas["tree"], which, across, along_lung, wrap=False)
+    across, along = (X - 0.11) * stretch, 128 + np.sign(place[1] - 0.5) * hilum * stretch
+    which = (p["tree"][:, None, None] + 3 * (x > 0)) % _TREES
+    s.vessels = s.vessel * _look(atlas["tree"], which, across, along, wrap=False)
     haze = np.maximum(s.haze, 0) * (0.4 + _step(y, 0.9))
     marks = haze + s.vessels + 0.025 * s.cloud + 0.01 * s.net
-    density += s.lung * marks + 0.03 * s.cloud * inside
+    density += s.lung * marks + 0.03 * s.cloud * s.inside
     density += s.vessel * _bump((X - 0.16) / 0.08) * _bump(hilum / 0.14) * (1 + 0.4 * s.cloud)
 
-    # Bones: ribs as two families of arcs, rear ones falling laterally and front ones medially;
-    # clavicles, scapulae, spine.
-    cage = _step(s.lateral + 0.05, 0.10) * _step(y - s.apex + 0.05, 0.12)
-    cage = cage * (1 - 0.8 * abdomen) * (1 - 0.7 * s.middle)
-    rear = np.cos((y - 0.55 * np.square(X - 0.12)) * (2 * np.pi / s.spacing) + s.phase)
-    front = np.cos((y + 0.75 * X - 0.2 * X * X) * (2 * np.pi / (1.15 * s.spacing)) + 2 * s.phase)
-    front = 0.7 * _step(front - 0.4, 1.0) * _step(X - 0.32, 0.2)
-    density += s.ribs * cage * (1.3 * _step(rear - 0.3, 1.0) + front)
-    collar = y - s.clavicle + 0.24 * (X - 0.1) - 0.05 * np.sin(8 * (X - 0.1))
-    density += 0.27 * _bump(collar / 0.034) * _step(X - 0.09, 0.05) * _step(0.74 - X, 0.1) * skin
-    blade = (X - 0.72 + 0.20 * (y + 0.3)) / 0.04
-    scapula = (0.07 * _bump(blade) + 0.05 * _step(blade, 1.0)) * _step(-0.02 - y, 0.25)
-    density += scapula * _step(y + 0.66, 0.1) * skin
-    humerus = np.hypot(X - s.arm + 0.06, y - s.shoulder - s.slope - 0.10)
-    shaft = _step(0.06 - np.abs(X - s.arm - 0.20 * along), 0.04) * _step(along - 0.1, 0.1)
-    density += (0.15 * _step(0.13 - humerus, 0.08) + 0.15 * shaft) * skin
-    spine = np.abs(x - 0.2 * s.twist - s.scoliosis * np.sin(3 * y))
-    density += s.spine * _step(0.10 - spine, 0.06) * (0.82 + 0.18 * np.cos(y * 46)) * inside
+    _add_bones(s, density)
 
     # Breasts, stomach gas under the left dome.
     drop = np.square((X - 0.42) / 0.30) + np.square((y - 0.26) / 0.27)
     breast = np.maximum(s.breast, 0) * _step(1 - drop, 0.35)
-    density += breast * np.clip(0.6 + y, 0, 1) * (1 - abdomen)
+    density += breast * np.clip(0.6 + y, 0, 1) * (1 - s.abdomen)
     gas = np.hypot((x - 0.36) / 1.7, y - s.dome_edge - 1.1 * s.bubble) / np.maximum(s.bubble, 0.02)
     density -= (0.2 + 0.45 * place[3]) * _step(1 - gas + 0.3 * s.cloud, 0.4) * (place[2] > 0.45)
 
@@ -546,9 +438,87 @@ def scene(
     density += _devices(s, fx, fy, device)
     density += s.ramp * (fx + fy)
     # Softly positive: scatter fills the darkest lung.
-    density = (density + np.sqrt(np.square(density) + 0.06 * inside)) / 2
+    density = (density + np.sqrt(np.square(density) + 0.06 * s.inside)) / 2
     gray = s.black + (s.white - s.black) * (1 - np.exp(-s.gain * density)) ** s.gamma
     return _frame(gray, fx, fy, device)
+
+
+def _pose(
+    s: SimpleNamespace, angle: np.ndarray, mirrored: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Detector to scene: undo the turn (counter-clockwise on the screen), the mirror, the position.
+
+    Sets the scene's coordinates in `s`, and returns those in the detector's frame.
+    """
+    grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / (SIZE / 2) - 1
+    turn = np.deg2rad(angle).astype(np.float32)[:, None, None]
+    fx = np.cos(turn) * grid - np.sin(turn) * grid[:, None]
+    fy = np.sin(turn) * grid + np.cos(turn) * grid[:, None]
+    fx = np.where(mirrored[:, None, None], -fx, fx)
+    tilt = np.deg2rad(s.tilt)
+    s.x = (fx * np.cos(tilt) - fy * np.sin(tilt) - s.shift_x) / s.zoom
+    s.y = (fx * np.sin(tilt) + fy * np.cos(tilt) - s.shift_y) / s.zoom
+    s.X = np.abs(s.x)
+    s.on = np.where(s.x > 0, s.left, s.right)  # whether a one-sided finding is on this side
+    return fx, fy
+
+
+def _soft_tissue(s: SimpleNamespace) -> np.ndarray:
+    """Density of the torso, which widens into the shoulder girdle and thickens downwards, of neck
+    and arms; the head is above the frame.
+    """
+    x, y, X = s.x, s.y, s.X
+    torso = s.body * (1 - 0.05 * _step(y - 0.3, 1.2)) + 0.30 * _step(-0.22 - y, 0.7)
+    flare = s.flare * np.clip(1.7 - 0.7 * X / s.neck, 0, 1.2) ** 3
+    top = s.shoulder + s.slope * np.square(X) - flare
+    s.skin = _step(y - top, 0.14)
+    s.inside = np.sqrt(np.clip(1 - np.square(x / torso), 0, 1)) * s.skin
+    s.along = np.clip((y + 0.45) / 1.6, 0, 1)  # the arm
+    arm = np.sqrt(np.clip(1 - np.square((X - s.arm - 0.20 * s.along) / 0.20), 0, 1)) * s.skin
+    width = s.neck + 0.5 * np.clip(-1.12 - y, 0, 0.5)
+    neck = np.sqrt(np.clip(1 - np.square(x / width), 0, 1)) * (1 - s.skin)
+    body = (1.12 + 0.58 * _step(y, 1.8)) * s.inside
+    return s.fat * (body + 0.75 * arm * (1 - 0.7 * s.inside) + 0.75 * neck)
+
+
+def _lungs(s: SimpleNamespace) -> None:
+    """Rounded apex, lateral wall, domes with the right one higher, costophrenic angles."""
+    y, X = s.y, s.X
+    s.floor = s.dome + s.dome_left * (s.x > 0) + s.lift * s.on
+    steep = np.where(X > 0.30, np.float32(1.4), np.float32(0.7))
+    s.dome_edge = s.floor + s.curve * np.square(X - 0.30) * steep
+    s.t = np.clip((y - s.apex) / (0.62 - s.apex), 0, 1.2)
+    round_ = np.sqrt(1 - (1 - np.minimum(s.t, 1)) ** 3)
+    s.lateral = 0.25 + (s.width - 0.25) * round_ - X
+    medial = X - 0.25 + 0.19 * np.minimum(3.5 * s.t, 1)
+    s.lung = _step(s.lateral, 1.3 * s.edge) * _step(medial, s.edge)
+    s.lung = s.lung * _step(s.dome_edge - y, s.edge) * (y > s.apex)
+    s.aired = s.lung * s.air * (0.52 + 0.40 * _step(s.lateral - 0.12, 0.28))
+    s.aired = s.aired * (1.06 - 0.22 * _step(y - 0.05, 1.0))
+    s.abdomen = _step(y - s.dome_edge, s.edge) * _step(s.lateral + 0.10, 0.3)
+
+
+def _add_bones(s: SimpleNamespace, density: np.ndarray) -> None:
+    """Ribs as two families of arcs, rear ones falling laterally and front ones medially; clavicles,
+    scapulae, arms, spine.
+    """
+    x, y, X = s.x, s.y, s.X
+    cage = _step(s.lateral + 0.05, 0.10) * _step(y - s.apex + 0.05, 0.12)
+    cage = cage * (1 - 0.8 * s.abdomen) * (1 - 0.7 * s.middle)
+    rear = np.cos((y - 0.55 * np.square(X - 0.12)) * (2 * np.pi / s.spacing) + s.phase)
+    front = np.cos((y + 0.75 * X - 0.2 * X * X) * (2 * np.pi / (1.15 * s.spacing)) + 2 * s.phase)
+    front = 0.7 * _step(front - 0.4, 1.0) * _step(X - 0.32, 0.2)
+    density += s.ribs * cage * (1.3 * _step(rear - 0.3, 1.0) + front)
+    collar = y - s.clavicle + 0.24 * (X - 0.1) - 0.05 * np.sin(8 * (X - 0.1))
+    density += 0.27 * _bump(collar / 0.034) * _step(X - 0.09, 0.05) * _step(0.74 - X, 0.1) * s.skin
+    blade = (X - 0.72 + 0.20 * (y + 0.3)) / 0.04
+    scapula = (0.07 * _bump(blade) + 0.05 * _step(blade, 1.0)) * _step(-0.02 - y, 0.25)
+    density += scapula * _step(y + 0.66, 0.1) * s.skin
+    humerus = np.hypot(X - s.arm + 0.06, y - s.shoulder - s.slope - 0.10)
+    shaft = _step(0.06 - np.abs(X - s.arm - 0.20 * s.along), 0.04) * _step(s.along - 0.1, 0.1)
+    density += (0.15 * _step(0.13 - humerus, 0.08) + 0.15 * shaft) * s.skin
+    spine = np.abs(x - 0.2 * s.twist - s.scoliosis * np.sin(3 * y))
+    density += s.spine * _step(0.10 - spine, 0.06) * (0.82 + 0.18 * np.cos(y * 46)) * s.inside
 
 
 def _devices(s: SimpleNamespace, fx: np.ndarray, fy: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -590,6 +560,9 @@ def make_phantoms(
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Draw `n` synthetic frontal chest radiographs with known findings.
 
+    Frequencies of findings, views, ages, sexes and images per patient follow NIH ChestX-ray14 (Wang
+    et al., CVPR 2017).
+
     Parameters
     ----------
     n : int
@@ -613,24 +586,14 @@ def make_phantoms(
         ``exposure`` (gain of the film curve, about 0.6 to 1.6; more is brighter), ``angle``
         (degrees counter-clockwise on the screen; 0.0 if upright) and ``mirrored`` (before turning).
 
-    Raises
-    ------
-    ValueError
-        `n` below 1, `seed` negative, or an unknown `orientation`.
-
-    Notes
-    -----
-    Frequencies of findings, views, ages, sexes and images per patient follow NIH ChestX-ray14 (Wang
-    et al., CVPR 2017).
+    Raises ValueError if `n` is below 1, `seed` negative, or `orientation` another word.
     """
     if n < 1 or n != int(n):
         raise ValueError(f"n is {n}: ask for a whole number of images, at least 1")
     if seed < 0:
         raise ValueError(f"seed is {seed}: give a non-negative integer")
     if orientation not in ORIENTATIONS:
-        raise ValueError(
-            f"unknown orientation {orientation!r}: choose from {', '.join(ORIENTATIONS)}"
-        )
+        raise ValueError(f"orientation is {orientation!r}: choose from {', '.join(ORIENTATIONS)}")
     frame, parameters, severity = cohort(n, seed)
     if orientation == "upright":
         frame[["angle", "mirrored"]] = 0.0, False

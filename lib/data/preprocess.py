@@ -1,28 +1,24 @@
 """A folder of X-rays to ``images.npy``, ``metadata.csv`` and ``manifest.json``."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-import PIL
 from tqdm import tqdm
 
-from lib import __version__, paths
-from lib.data import chestmnist, count_patients, decode, nih, sha256, sources, tables
+from lib import paths
+from lib.data import chestmnist, decode, finished, nih, save, sha256, sources, tables
 
 # Mean gray level below or above which a 64x64 image shows no chest, and standard deviation below
 # which it shows nothing. The darkest of 1,617 radiographs of NIH has a mean of 49, the brightest of
@@ -85,7 +81,7 @@ def preprocess(
     if fit not in decode.FITS or not 0 <= max_broken <= 1:
         valid = f"need fit in {decode.FITS} and 0 <= max_broken <= 1"
         raise ValueError(f"{valid}, not {fit=}, {max_broken=}")
-    out_dir, note = Path(out_dir), sources.read_source(Path(source_dir)) or {}
+    out_dir, note = Path(out_dir), sources.read_source(Path(source_dir))
     folder = Path(note.get("path", source_dir))
     if folder.suffix.lower() == ".npz":
         with paths.alone(out_dir):
@@ -95,12 +91,7 @@ def preprocess(
         raise ValueError(f"a column is named ({column!r}), but there is no table: give --csv")
     options = [split_seed, fit, bool(drop_outliers), image_column, label_column]
     fingerprint = source.fingerprint(options)
-    path = out_dir / "manifest.json"
-    manifest = paths.load_json(path) if path.is_file() else {}
-    if manifest.get("fingerprint") == fingerprint and all(
-        (out_dir / name).is_file() and (out_dir / name).stat().st_size == file["bytes"]
-        for name, file in manifest["files"].items()
-    ):
+    if manifest := finished(out_dir, fingerprint):
         return manifest
     with paths.alone(out_dir):
         table, rows, counts = _rows(source, image_column, label_column)
@@ -110,22 +101,13 @@ def preprocess(
         kept = [n for n, record in records.items() if not any(record[key] for key in unwanted)]
         if not kept:
             raise ValueError(f"no image of {folder} shows a chest: look at them, or keep outliers")
-        frame, split = _labelled(records, kept, table, rows, source.lists, split_seed)
-        _write(partial, records, frame)
-        manifest = _manifest(source, records, frame, unwanted) | counts
-        manifest |= {"split": split, "fit": fit, "verification": _verified(source, records, table)}
-        manifest["files"] = {
-            name: {"bytes": (partial / name).stat().st_size, "sha256": sha256(partial / name)}
-            for name in ("images.npy", "metadata.csv")
-        }
-        paths.save_json(partial / path.name, manifest | {"fingerprint": fingerprint})
-        # The manifest vouches for the other two: an older one goes first, the new one comes last.
-        path.unlink(missing_ok=True)
-        for name in (*manifest["files"], path.name):
-            os.replace(partial / name, out_dir / name)
-        for old in out_dir.glob(".partial-*"):
-            shutil.rmtree(old, ignore_errors=True)
-    return paths.load_json(path)
+        frame = tables.join(kept, [records[name] for name in kept], table, rows)
+        frame, split = _split(frame, source.lists, split_seed)
+        manifest = _manifest(source, records, kept, unwanted) | counts
+        readable = [name for name, record in records.items() if not record["reason"]]
+        manifest["verification"] = nih.verify(source.kind, readable, table)
+        manifest |= {"split": split, "fit": fit, "fingerprint": fingerprint}
+        return save(partial, manifest, frame, _images(partial, records, set(kept)))
 
 
 @dataclass(frozen=True)
@@ -144,22 +126,14 @@ class Source:
     @classmethod
     def look(
         cls, folder: Path, note: dict[str, Any], csv: str | os.PathLike | None, column: str | None
-    ) -> Source:
+    ) -> Self:
         """Find images, table and lists in a folder and below it; ValueError if there is none.
 
         image_id is the file name. Of NIH's names, which are identities, a repeated one is left out;
         of other names that occur in several folders (``patient1/frontal.png``,
         ``patient2/frontal.png``) image_id is the relative path.
         """
-        if not folder.is_dir():
-            what = "is a file, not a folder: unpack it" if folder.exists() else "is not there"
-            raise ValueError(f"{folder} {what}; give a folder with X-rays, or --data phantom")
-        files = sources.list_files(folder)
-        found = [file for file in files if _may_be_image(folder / file)]
-        if not found:
-            kinds = _suffixes(files).most_common(4)
-            held = ", ".join(f"{n} {suffix}" for suffix, n in kinds) or "no file"
-            raise ValueError(f"no images in {folder}: it holds {held}; give a folder with X-rays")
+        found, others = sources.find_images(folder)
         several = Counter(PurePosixPath(file).name for file in found)
         images: dict[str, str] = {}
         for file in found:
@@ -171,17 +145,9 @@ class Source:
         if repeated:
             text = "images were left out, since another one has their file name"
             warnings.warn(f"{len(repeated)} {text}", stacklevel=3)
-        if csv:
-            inside = folder / Path(csv).expanduser()
-            table = inside if inside.is_file() else Path(csv).expanduser()
-            if not table.is_file():
-                raise ValueError(f"--csv {os.fspath(csv)!r}: no such file here or in {folder}")
-        else:
-            table = tables.find_metadata(folder, files, column)
-        named = sum(nih.NIH_NAME.fullmatch(image_id) is not None for image_id in images)
-        kind = note.get("kind") or ("nih" if 2 * named > len(images) else "folder")
-        others = sorted(set(files) - set(found))
-        lists = tables.read_lists(folder, files)
+        table = tables.find_metadata(folder, others, column, csv)
+        kind = note.get("kind") or sources.kind_of(images)
+        lists = tables.read_lists(folder, others)
         return cls(folder, kind, note, images, repeated, others, table, lists)
 
     def fingerprint(self, options: list) -> str:
@@ -193,21 +159,6 @@ class Source:
             status = path.stat() if path.exists() else None  # a link may lead nowhere
             state.append([file, status and [status.st_size, status.st_mtime_ns]])
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
-
-
-def _may_be_image(path: Path) -> bool:
-    """By its extension; without one, or if a DICOM number is the name, by the first bytes."""
-    plain = "." not in path.name or path.suffix[1:].isdecimal()
-    dicom = plain and path.name != "DICOMDIR" and decode.is_dicom(path)
-    return bool(tables.IMAGE_SUFFIX.search(path.name)) or dicom
-
-
-def _suffixes(files: Iterable[str]) -> Counter[str]:
-    suffixes = (PurePosixPath(file).suffix.lower() or "no extension" for file in files)
-    return Counter(map(tables.printable, suffixes))
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def _decode_all(source: Source, partial: Path, fit: str, max_broken: float) -> Records:
@@ -268,36 +219,23 @@ def _rows(
     source: Source, image_column: str | None, label_column: str | None
 ) -> tuple[pd.DataFrame | None, dict[str, list[int]], dict[str, Any]]:
     """The table, its rows of each image, and counts for the manifest."""
-    table, rows, facts = None, {}, {}
+    table, rows, counts = None, {}, {}
     if source.table:
         drawn = source.kind in ("phantom", "digits")
-        table, facts = tables.read_table(source.table, image_column, label_column, drawn)
-        rows, facts["images_matched"] = tables.match(source.images, table["path"])
+        table, counts = tables.read_table(source.table, image_column, label_column, drawn)
+        rows, counts["images_matched"] = tables.match(source.images, table["path"])
         tables.check_match(source.table.name, source.images, table["path"], rows)
     total, used = 0 if table is None else len(table), sum(map(len, rows.values()))
-    return (
-        table,
-        rows,
-        facts
-        | {
-            "csv_rows": total,
-            "csv_rows_joined": used - len(rows),
-            "csv_rows_without_image": total - used,
-            "images_without_csv_row": len(source.images) - len(rows),
-        },
-    )
+    counts |= {"csv_rows": total, "csv_rows_joined": used - len(rows)}
+    counts["csv_rows_without_image"] = total - used
+    counts["images_without_csv_row"] = len(source.images) - len(rows)
+    return table, rows, counts
 
 
-def _labelled(
-    records: Records,
-    kept: list[str],
-    table: pd.DataFrame | None,
-    rows: dict[str, list[int]],
-    lists: dict[str, str],
-    seed: int,
+def _split(
+    frame: pd.DataFrame, lists: dict[str, str], seed: int
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """``metadata.csv`` of the images that are kept, and a description of its split."""
-    frame = tables.join(kept, [records[name] for name in kept], table, rows)
+    """``metadata.csv`` with its column split, and a description of the split."""
     one_patient = len(frame) > 1 and frame["patient_id"].nunique() == 1
     if one_patient:
         warnings.warn("one patient is named for all images: each is split by itself", stacklevel=3)
@@ -311,37 +249,20 @@ def _labelled(
     return frame, split
 
 
-def _write(partial: Path, records: Records, frame: pd.DataFrame) -> None:
-    """``images.npy``, from one chunk after the other, and ``metadata.csv``."""
-    with paths.atomic_write(partial / "metadata.csv", "w") as handle:
-        frame.to_csv(handle, index=False, lineterminator="\n")
-    kept, read = set(frame["image_id"]), (n for n, r in records.items() if not r["reason"])
-    with paths.atomic_write(partial / "images.npy") as handle:
-        shape = (len(kept), decode.SIZE, decode.SIZE)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(handle, header)
-        for chunk in sorted(partial.glob("*.npz")):
-            with np.load(chunk, allow_pickle=False) as saved:
-                for image in saved["pixels"]:
-                    handle.write(image.tobytes() if next(read) in kept else b"")
-
-
-def _verified(source: Source, records: Records, table: pd.DataFrame | None) -> dict[str, Any]:
-    """The comparison with NIH's published numbers, which is warned of if it finds a difference."""
-    if source.kind != "nih":
-        return {"checked": False, "why": "not a folder of NIH's files"}
-    result = nih.verify([n for n, record in records.items() if not record["reason"]], table)
-    if differences := "; ".join(result.get("differences", [])):
-        warnings.warn(f"this is not ChestX-ray14 as published: {differences}", stacklevel=3)
-    return result
+def _images(partial: Path, records: Records, kept: set[str]) -> Iterator[np.ndarray]:
+    """The images that are kept, from one chunk after the other."""
+    read = (name for name, record in records.items() if not record["reason"])
+    for chunk in sorted(partial.glob("*.npz")):
+        with np.load(chunk, allow_pickle=False) as saved:
+            yield from (image for image in saved["pixels"] if next(read) in kept)
 
 
 def _manifest(
-    source: Source, records: Records, frame: pd.DataFrame, unwanted: tuple[str, ...]
+    source: Source, records: Records, kept: list[str], unwanted: tuple[str, ...]
 ) -> dict[str, Any]:
-    """What the manifest says of the images."""
-    kept = [records[name] for name in frame["image_id"]]
-    not_square = sum(record["width"] != record["height"] for record in kept)
+    """What the manifest says of the files."""
+    images = [records[name] for name in kept]
+    not_square = sum(record["width"] != record["height"] for record in images)
     if not_square:
         text = "images are not square (see the parameter fit)"
         warnings.warn(f"{not_square} of {len(kept)} {text}", stacklevel=3)
@@ -350,26 +271,19 @@ def _manifest(
         if why := next(filter(None, (record[key] for key in unwanted)), ""):
             (dropped if record["image"] else reports)[source.images[name]] = why
     outliers = {name: record["outlier"] for name, record in records.items() if record["outlier"]}
-    labels = Counter(name for text in frame["findings"] for name in text.split("|") if name)
     kinds = ("too dark", "too bright", "constant")
     return {
         "format": FORMAT,
         "source": {"kind": source.kind, "csv": source.table.name if source.table else None}
         | {key: source.note[key] for key in ("seed", "orientation") if key in source.note},
-        "images": len(frame),
-        "size": decode.SIZE,
-        "patients": count_patients(frame),
-        "findings": dict(labels.most_common()),
         "dropped": [{"file": tables.printable(f), "reason": why} for f, why in dropped.items()],
         "not_images": [{"file": tables.printable(f), "reason": why} for f, why in reports.items()],
-        "other_files": dict(sorted(_suffixes(source.others).items())),
+        "other_files": dict(sorted(sources.suffixes(source.others).items())),
         "outliers": {k: sum(why.startswith(k) for why in outliers.values()) for k in kinds}
         | {"images": [{"image_id": n, "reason": why} for n, why in outliers.items()]},
-        "image_modes": dict(Counter(record["mode"] for record in kept).most_common()),
-        "gray_scales": dict(Counter(record["scale"] for record in kept).most_common()),
+        "image_modes": dict(Counter(record["mode"] for record in images).most_common()),
+        "gray_scales": dict(Counter(record["scale"] for record in images).most_common()),
         "not_square": not_square,
-        "enlarged": sum(min(r["width"], r["height"]) < decode.SIZE for r in kept),
+        "enlarged": sum(min(r["width"], r["height"]) < decode.SIZE for r in images),
         "attribution": sources.ATTRIBUTIONS[source.kind],
-        "versions": {"python": platform.python_version(), "lib": __version__}
-        | {package.__name__: package.__version__ for package in (np, pd, PIL)},
     }

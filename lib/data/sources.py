@@ -1,7 +1,5 @@
 """Where images come from: drawn here, from Kaggle, Zenodo, NIH's archives, or a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -9,7 +7,9 @@ import os
 import re
 import shutil
 import warnings
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
@@ -17,7 +17,7 @@ import requests
 from PIL import Image
 
 from lib import paths
-from lib.data import chestmnist, digits, http, nih, phantom, tables
+from lib.data import chestmnist, decode, digits, http, nih, phantom, tables
 from lib.data.http import DownloadError
 
 WORDS = ("phantom", "digits", "digits-turned", "chestmnist", "kaggle", "kaggle-sample")
@@ -40,17 +40,12 @@ ATTRIBUTIONS = {
     "nih": nih.ATTRIBUTION,
     "folder": "Images of the user's own folder, under their own terms. Not for clinical use.",
 }
-_KAGGLES = {  # Kaggle's headers of what is drawn here
-    "image_id": "Image Index",
-    "findings": "Finding Labels",
-    "patient_id": "Patient ID",
-    "age": "Patient Age",
-    "sex": "Patient Gender",
-    "view_position": "View Position",
-}
+_HEADERS = {  # Kaggle's, for what is drawn here
+    "image_id": "Image Index", "findings": "Finding Labels", "patient_id": "Patient ID",
+    "age": "Patient Age", "sex": "Patient Gender", "view_position": "View Position",
+}  # fmt: skip
 _BESIDE = (*nih.METADATA_NAMES, *nih.LIST_NAMES, "BBox_List_2017.csv")
 _TAR = re.compile(r"(images_\d{2,3})\.(tar\.gz|tgz)", re.IGNORECASE)
-_BARE = re.compile(r"(^|/)[^./]+$|\.\d+$")  # perhaps a DICOM
 _UNREAD = "nothing yet: 01_preprocess reads image by image"
 _DONE = ".done.json"  # in a folder that was filled to the end
 
@@ -58,9 +53,8 @@ _DONE = ".done.json"  # in a folder that was filled to the end
 def parse(source: str | os.PathLike) -> tuple[str, Path | None]:
     """Split a source into a word and a path.
 
-    ``"kaggle"`` gives ``("kaggle", None)``, ``"nih:PATH"`` gives ``("nih", PATH)``,
-    ``"chestmnist:FILE"`` and any ``FILE.npz`` give ``("chestmnist", FILE)``, and another path gives
-    ``("folder", PATH)``.
+    A word of `WORDS` has no path. ``"nih:PATH"`` gives ``("nih", PATH)``, ``"chestmnist:FILE"`` and
+    any ``FILE.npz`` give ``("chestmnist", FILE)``, and another path gives ``("folder", PATH)``.
     """
     text = os.fspath(source)
     if text in WORDS:
@@ -77,34 +71,24 @@ def fetch(
     n_phantoms: int = 256,
     seed: int = 0,
     csv: str | os.PathLike | None = None,
-    *,
-    orientation: str = "upright",
 ) -> dict[str, Any]:
     """Put a source of images into place for `preprocess`. What is here already is not fetched.
 
     Parameters
     ----------
     source : str or path
-        ``"phantom"``, ``"digits"`` and ``"digits-turned"`` are drawn, in Kaggle's layout, so that
-        they pass through the reader of real X-rays. ``"kaggle"`` and ``"kaggle-sample"`` come from
-        Kaggle, ``"chestmnist"`` from Zenodo; ``"chestmnist:FILE.npz"`` is a file that is here.
-        ``"nih:PATH"`` is a folder with NIH's ``images_001.tar.gz`` and so on, or with what was
-        unpacked from them. Anything else is a folder with images, which stays where it is.
+        A word of `WORDS`, ``"chestmnist:FILE.npz"``, ``"nih:PATH"`` of a folder with NIH's archives
+        or with what was unpacked from them, or a folder with images, which stays where it is.
+        Phantoms and digits are drawn in Kaggle's layout: the reader of real X-rays reads them.
     raw_dir : path
-        Folder of this source, usually ``paths.raw_dir(dataset)``. Downloads go beside it, under a
-        name of their own, so that every preset uses the same.
+        Usually ``paths.raw_dir(dataset)``. Downloads go beside it, so that every preset uses the
+        same.
     n_phantoms, seed : int
         Number of phantoms; seed of phantoms and of the digits' angles.
     csv : path, optional
         Table of a folder, if it is not the only one.
-    orientation : {"upright", "any"}
-        How phantoms and digits hang. ``"digits-turned"`` is ``"digits"`` with ``"any"``.
 
-    Returns
-    -------
-    dict
-        For display: kind, images, csv, folder, attribution, origin, verified; no path of this
-        machine.
+    Returns a dict for display: kind, images, csv, folder, attribution, origin, verified.
 
     Raises
     ------
@@ -118,10 +102,8 @@ def fetch(
     raw_dir = Path(raw_dir)
     word, path = parse(source)
     if word in ("phantom", "digits", "digits-turned"):
-        kind, turned = word.split("-")[0], word == "digits-turned" or orientation == "any"
-        note = _drawn(kind, raw_dir, int(n_phantoms), int(seed), "any" if turned else "upright")
-        return _shown(note, raw_dir)
-    if word in KAGGLE:
+        note = _drawn(word, raw_dir, int(n_phantoms), int(seed))
+    elif word in KAGGLE:
         store = raw_dir.with_name(KAGGLE[word][0].replace("/", "-"))
         note = _from_kaggle(*KAGGLE[word], store)
     elif word == "chestmnist":
@@ -130,36 +112,78 @@ def fetch(
         name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
         note = _from_nih(path.resolve(), raw_dir.with_name(f"nih-{name}"))
     else:
-        if not path.is_dir():
-            what = "is a file, not a folder: unpack it" if path.exists() else "is not there"
-            raise ValueError(f"{path} {what}; give the path of a folder with X-rays")
-        note = _note(path, "your own folder", csv=csv)
-        if not note["images"]:
-            raise ValueError(f"no images in {path}: give a folder with X-rays, or --data phantom")
-    paths.save_json(raw_dir / "source.json", note)
-    return _shown(note, Path(note["path"]))
-
-
-def read_source(raw_dir: Path) -> dict[str, Any] | None:
-    """The note that `fetch` left in a folder, if there is one."""
-    note = raw_dir / "source.json"
-    content = paths.load_json(note) if note.is_file() else None
-    known = isinstance(content, dict) and content.get("kind") in ATTRIBUTIONS
-    return content if known else None
-
-
-def _shown(note: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A note as a notebook may show it."""
+        note = _note(path, "your own folder", csv=csv, needed=True)
+    if "path" in note:
+        paths.save_json(raw_dir / "source.json", note)
     shown = {key: note.get(key) for key in ("kind", "images", "csv", "origin", "verified")}
-    return shown | {"folder": paths.show(folder), "attribution": ATTRIBUTIONS[note["kind"]]}
+    folder = paths.show(note.get("path", raw_dir))
+    return shown | {"folder": folder, "attribution": ATTRIBUTIONS[note["kind"]]}
 
 
-# --------------------------------------------------------------------------------------------------
+def read_source(raw_dir: Path) -> dict[str, Any]:
+    """The note that `fetch` left in a folder; empty if there is none."""
+    note = _json(raw_dir / "source.json")
+    return note if isinstance(note, dict) and note.get("kind") in ATTRIBUTIONS else {}
 
 
-def _drawn(kind: str, raw_dir: Path, n: int, seed: int, orientation: str) -> dict[str, Any]:
+def _json(path: Path) -> Any:
+    return paths.load_json(path) if path.is_file() else {}
+
+
+def find_images(folder: Path, needed: bool = True) -> tuple[list[str], list[str]]:
+    """Relative paths (``/``) of the images in a folder and of its other files, without hidden ones.
+
+    ValueError if it is no folder, or if there are no images and they are `needed`.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder: unpack it" if folder.exists() else "is not there"
+        raise ValueError(f"{folder} {what}; give a folder with X-rays, or --data phantom")
+    images, others = [], []
+    for base, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        for path in (Path(base, name) for name in names if not name.startswith(".")):
+            found = images if _may_be_image(path) else others
+            found.append(path.relative_to(folder).as_posix())
+    if needed and not images:
+        held = ", ".join(f"{n} {suffix}" for suffix, n in suffixes(others).most_common(4))
+        text = f"it holds {held or 'no file'}; give a folder with X-rays"
+        raise ValueError(f"no images in {folder}: {text}")
+    return sorted(images), sorted(others)
+
+
+def _may_be_image(path: Path) -> bool:
+    """By its extension; without one, or if a DICOM number is the name, by the first bytes."""
+    if "." not in path.name or path.suffix[1:].isdecimal():
+        return path.name != "DICOMDIR" and decode.is_dicom(path)
+    return tables.IMAGE_SUFFIX.search(path.name) is not None
+
+
+def suffixes(files: Iterable[str]) -> Counter[str]:
+    """How many files have which extension."""
+    found = (PurePosixPath(file).suffix.lower() or "no extension" for file in files)
+    return Counter(map(tables.printable, found))
+
+
+def kind_of(images: Collection[str]) -> str:
+    """``"nih"`` if most images are named as NIH's are, else ``"folder"``."""
+    named = sum(nih.NIH_NAME.fullmatch(image.rpartition("/")[2]) is not None for image in images)
+    return "nih" if 2 * named > len(images) else "folder"
+
+
+def _note(
+    folder: Path, origin: str, verified: str = _UNREAD, csv: Any = None, needed: bool = False
+) -> dict[str, Any]:
+    """A note of a folder with images."""
+    images, others = find_images(folder, needed)
+    with warnings.catch_warnings(action="ignore"):  # 01_preprocess says which tables it cannot use
+        table = tables.find_metadata(folder, others, given=csv)
+    note = {"kind": kind_of(images), "path": str(folder.resolve()), "images": len(images)}
+    return note | {"csv": table and table.name, "origin": origin, "verified": verified}
+
+
+def _drawn(word: str, raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
     """Phantoms or digits in `raw_dir`, drawn anew if something else is there."""
-    module = {"phantom": phantom, "digits": digits}[kind]
+    kind, module = ("phantom", phantom) if word == "phantom" else ("digits", digits)
     # The generator is part of the identity: what an older version has drawn is drawn again.
     note = {
         "kind": kind,
@@ -170,21 +194,19 @@ def _drawn(kind: str, raw_dir: Path, n: int, seed: int, orientation: str) -> dic
         "seed": seed,
         "generator": hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest(),
     }
-    note |= {} if orientation == "upright" else {"orientation": orientation}
+    note |= {"orientation": "any"} if word == "digits-turned" else {}
     if read_source(raw_dir) == note:
         return note
     with paths.alone(raw_dir, raw_dir.with_name(f".{raw_dir.name}.lock")):
-        there = (read_source(raw_dir) or {}).get("kind")
         files = {path.name for path in raw_dir.iterdir()} if raw_dir.exists() else set()
+        there = read_source(raw_dir).get("kind")
         if there not in ("phantom", "digits") and files - {"source.json"}:
-            raise ValueError(
-                f"{paths.show(raw_dir)} holds files that were not drawn here: move them away, or "
-                "choose another dataset name"
-            )
+            holds = f"{paths.show(raw_dir)} holds files that were not drawn here"
+            raise ValueError(f"{holds}: move them away, or choose another dataset name")
         if kind == "phantom":
-            images, table = phantom.make_phantoms(n, seed, orientation)
+            images, table = phantom.make_phantoms(n, seed)
         else:
-            images, table = digits.make_digits(orientation == "any", seed)
+            images, table = digits.make_digits(word == "digits-turned", seed)
         _write_drawn(raw_dir, note, images, table)
     return note
 
@@ -200,7 +222,7 @@ def _write_drawn(raw_dir: Path, note: dict[str, Any], images: Any, table: pd.Dat
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / image_id)
         with open(building / note["csv"], "w", encoding="utf-8", newline="\n") as handle:
-            table.rename(columns=_KAGGLES).to_csv(handle, index=False, lineterminator="\n")
+            table.rename(columns=_HEADERS).to_csv(handle, index=False, lineterminator="\n")
         paths.save_json(building / "source.json", note)
         if raw_dir.exists():
             os.replace(raw_dir, old)
@@ -208,43 +230,12 @@ def _write_drawn(raw_dir: Path, note: dict[str, Any], images: Any, table: pd.Dat
         shutil.rmtree(old, ignore_errors=True)
 
 
-def list_files(folder: Path) -> list[str]:
-    """Relative paths (``/``) of all files in `folder`, sorted, without hidden ones."""
-    found = []
-    for base, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        prefix = Path(base).relative_to(folder)
-        found += [(prefix / name).as_posix() for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def _note(folder: Path, origin: str, verified: str = _UNREAD, csv: Any = None) -> dict[str, Any]:
-    """A note of a folder with images. It is NIH's if most of its images are named as NIH's are."""
-    files = list_files(folder)
-    images = [file for file in files if tables.IMAGE_SUFFIX.search(file)]
-    images = images or [file for file in files if _BARE.search(file)]
-    named = sum(nih.NIH_NAME.fullmatch(file.rpartition("/")[2]) is not None for file in images)
-    with warnings.catch_warnings(action="ignore"):  # 01_preprocess says which tables it cannot use
-        table = Path(csv) if csv else tables.find_metadata(folder, files)
-    return {
-        "kind": "nih" if 2 * named > len(images) else "folder",
-        "path": str(folder.resolve()),
-        "images": len(images),
-        "csv": table.name if table else None,
-        "origin": origin,
-        "verified": verified,
-    }
-
-
-# --------------------------------------------------------------------------------------------------
-
-
 def _from_kaggle(name: str, expected: int, store: Path) -> dict[str, Any]:
     """A Kaggle data set. Its zip is unpacked while it is read and never lies on the disk."""
-    done = paths.load_json(store / _DONE) if (store / _DONE).is_file() else {"files": 0}
     origin = f"{name} from Kaggle"
-    note = _note(store, origin)
-    if not done["files"] or note["images"] < done["images"]:
+    done = _json(store / _DONE)
+    note = _note(store, origin) if done else {}
+    if not done or note["images"] < done["images"]:
         with paths.alone(store):
             remote = http.RemoteFile(lambda: _kaggle_address(name), origin)
             with io.BufferedReader(remote, http.READ_AHEAD) as opened:
@@ -270,10 +261,8 @@ def _kaggle_address(name: str) -> str:
     it looks for them and asks the network. If there are none, it prints a help and calls ``exit``,
     which is a NameError in a Jupyter kernel. Its errors may hold a credential: none is chained.
     """
-    hint = (
-        f"open https://www.kaggle.com/datasets/{name} while signed in and accept what it asks for, "
-        "or make a new token at https://www.kaggle.com/settings/api"
-    )
+    page = f"https://www.kaggle.com/datasets/{name} while signed in and accept what it asks for"
+    hint = f"open {page}, or make a new token at https://www.kaggle.com/settings/api"
     unseen = io.StringIO()
     try:
         with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
@@ -306,15 +295,14 @@ def _from_chestmnist(given: Path | None, path: Path) -> dict[str, Any]:
     path = given or path
     facts = chestmnist.check(path)
     note = {"kind": "chestmnist", "path": str(path.resolve()), "images": facts["images"]}
-    origin = f"{chestmnist.PAGE}" if facts["published"] else f"{path.name}, not the published file"
-    verified = "MD5 as published, " if facts["published"] else ""
-    return note | {"csv": None, "origin": origin, "verified": f"{verified}shape of the arrays"}
+    origin, verified = chestmnist.PAGE, "MD5 as published, all arrays"
+    if not facts["published"]:
+        origin, verified = f"{path.name}, not the published file", "all arrays"
+    return note | {"csv": None, "origin": origin, "verified": verified}
 
 
 def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
     """NIH's own files: used where they lie if they are unpacked, else unpacked into `store`."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give the one with images_001.tar.gz")
     note = _note(folder, "NIH's own files")
     if not note["csv"]:
         raise ValueError(
@@ -323,12 +311,12 @@ def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
         )
     if note["kind"] == "nih":
         return note
-    files = [folder / file for file in list_files(folder)]
+    files = [folder / file for file in find_images(folder, needed=False)[1]]
     tars = {name[1].lower(): file for file in files if (name := _TAR.fullmatch(file.name))}
     if not tars:
         raise ValueError(f"{folder} holds neither images nor images_001.tar.gz and so on")
     with paths.alone(store):
-        done = paths.load_json(store / _DONE) if (store / _DONE).is_file() else {}
+        done = _json(store / _DONE)
         states = {name: [file.stat().st_size, file.stat().st_mtime] for name, file in tars.items()}
         todo = [name for name in tars if done.get(name) != states[name]]
         need = sum(states[name][0] for name in todo)  # PNGs unpack to what they were packed to

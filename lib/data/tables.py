@@ -1,10 +1,9 @@
 """What is known of the images: tables in any dialect, matched with the files, and the split."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io
+import os
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -21,13 +20,20 @@ IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|dcm|dicom)$", re.IGNORECASE)
 
 
 def find_metadata(
-    folder: Path, files: Sequence[str], image_column: str | None = None
+    folder: Path, files: Sequence[str], image_column: str | None = None, given: Any = None
 ) -> Path | None:
-    """The table with the labels: one of NIH's names, else the only CSV that names images.
+    """The table with the labels: that which is `given`, in the folder or elsewhere; else one of
+    NIH's names; else the only CSV that names images.
 
-    `files` are the relative paths (``/``) of all files in `folder`. ValueError if several tables
-    could be it; if none of those in the folder can be it, a warning says why.
+    `files` are relative paths (``/``) in `folder`. ValueError if the given one is not there, or if
+    several tables could be it; if none of those in the folder can be it, a warning says why.
     """
+    if given:
+        table = Path(given).expanduser()
+        table = folder / table if (folder / table).is_file() else table
+        if not table.is_file():
+            raise ValueError(f"--csv {os.fspath(given)!r}: no such file here or in {folder}")
+        return table
     found = [file for file in files if file.lower().endswith((".csv", ".tsv"))]
     for known in nih.METADATA_NAMES:
         named = [file for file in found if PurePosixPath(file).name.lower() == known.lower()]
@@ -38,17 +44,15 @@ def find_metadata(
     unused = [f"{file} is a spreadsheet (save it as CSV)" for file in sheets]
     for file in found:
         try:
-            cells = _read(folder / file, image_column)
+            header = _read(folder / file, image_column).columns
         except ValueError as error:
             unused.append(str(error))
             continue
-        roles = _roles(cells.columns, image_column)
-        if any("bbox" in name.lower() for name in cells):  # NIH's BBox_List_2017.csv
-            continue
-        if "image_id" in roles:
+        roles = _roles(header, image_column)
+        if "image_id" not in roles:
+            unused.append(f"{file} has no column that names images (it has {', '.join(header)})")
+        elif not any("bbox" in name.lower() for name in header):  # NIH's BBox_List_2017.csv
             (labelled if "findings" in roles else others).append(file)
-        else:
-            unused.append(f"{file} has no column that names images (it has {', '.join(cells)})")
     candidates = labelled or others
     if len(candidates) > 1:
         names = ", ".join(map(printable, candidates))
@@ -98,14 +102,12 @@ def _roles(header: Sequence[str], image: str | None, label: str | None = None) -
     for role, aliases in nih.ALIASES.items():
         known = [letters.index(alias) for alias in aliases if alias in letters]
         roles |= {role: known[0]} if known else {}
+    folded = [name.casefold() for name in header]
     for role, wanted in (("image_id", image), ("findings", label)):
         if wanted:
             roles.pop(role, None)
-            for names, name in (
-                ([name.casefold() for name in header], wanted.strip().casefold()),
-                (header, wanted.strip()),
-            ):
-                roles |= {role: names.index(name)} if name in names else {}
+            if wanted.strip().casefold() in folded:
+                roles[role] = folded.index(wanted.strip().casefold())
     return roles
 
 
@@ -149,14 +151,10 @@ def read_table(
     if extra_columns:
         places = enumerate(cells.columns)
         roles |= {c: p for p, c in places if re.fullmatch("[a-z_]+", c) and p not in roles.values()}
-    columns = dict.fromkeys([*nih.COLUMNS[:-1], *roles])
-    empty = pd.Series("", index=cells.index, dtype=str)
-    frame = pd.DataFrame(
-        {
-            name: cells.iloc[:, roles[name]].str.strip() if name in roles else empty
-            for name in columns
-        }
-    ).rename(columns={"image_id": "path"})
+    frame = pd.DataFrame("", cells.index, list(nih.COLUMNS[:-1]), dtype=str)
+    for name, place in roles.items():
+        frame[name] = cells.iloc[:, place].str.strip()
+    frame = frame.rename(columns={"image_id": "path"})
     frame["path"] = frame["path"].str.replace(r"[/\\]+", "/", regex=True).str.removeprefix("./")
     nameless = (frame["path"] == "") & (frame != "").any(axis=1)
     frame = frame[frame["path"] != ""].reset_index(drop=True)
@@ -198,9 +196,6 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def match(
     images: dict[str, str], paths: Sequence[str]
 ) -> tuple[dict[str, list[int]], Counter[str]]:
@@ -210,12 +205,12 @@ def match(
     are several such images. Paths are compared as they are; then, for what has no partner, without
     extension, in any case, and without leading zeros, which spreadsheets drop.
 
-    `images` are the relative paths (``/``) by image_id, `paths` those of the rows: names, or paths
-    from anywhere. Returns the numbers of the rows by image_id, for images that have one, and how
-    many images were found in which way.
+    `images` are relative paths (``/``) by image_id, `paths` those of the rows: names, or paths from
+    anywhere. Returns the numbers of the rows by image_id, for images that have one, and how many
+    images were found in which way.
     """
     forms = {
-        "by name": lambda path: path,
+        "by name": str,
         "without extension": lambda path: IMAGE_SUFFIX.sub("", path),
         "in any case": lambda path: IMAGE_SUFFIX.sub("", path).casefold(),
         "without leading zeros": lambda path: re.sub(
