@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from tests.server import Server
+
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 
 
@@ -19,3 +21,11 @@ def browser():
         opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+@pytest.fixture
+def server():
+    """A server on this machine, for downloads."""
+    started = Server()
+    yield started
+    started.close()

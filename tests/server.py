@@ -40,21 +40,11 @@ def visible(folder):
 
 
 class Server:
-    """Serves `files`.
+    """Serves `files` (content by path), and notes method, path and headers in `log`.
 
-    Attributes
-    ----------
-    files : dict
-        Content by path.
-    faults : list
-        What the next GETs do instead: (status, headers), or a number of bytes after which the
-        answer breaks off. None lets one pass.
-    refusals : list
-        Statuses of the next calls of Kaggle's API; None lets one pass.
-    ranges : bool
-        Whether a part of a file is sent if asked for.
-    log : list
-        (method, path, headers) of each request.
+    `faults` are what the next GETs do instead: (status, headers), or a number of bytes after which
+    the answer breaks off; `refusals` are statuses of the next calls of Kaggle's API. None lets one
+    pass. If not `ranges`, all of a file is sent and never a part.
     """
 
     def __init__(self):
@@ -67,33 +57,27 @@ class Server:
                 pass
 
             def do_GET(self):
-                server.log.append(("GET", self.path, dict(self.headers)))
-                server.get(self)
+                server.log.append((self.command, self.path, dict(self.headers)))
+                (server.get if self.command == "GET" else server.post)(self)
 
-            def do_POST(self):
-                server.log.append(("POST", self.path, dict(self.headers)))
-                server.post(self)
+            do_POST = do_GET
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         port = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{port}"
         self.storage = f"http://localhost:{port}"  # another host: credentials must not follow there
-        options = {"poll_interval": 0.01}
-        threading.Thread(target=self.http.serve_forever, kwargs=options, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):
         self.http.shutdown()
         self.http.server_close()
 
-    def paths(self, method="GET"):
-        return [path for name, path, _ in self.log if name == method]
-
     def answer(self, handler, status, headers=None, body=b"", length=None):
         handler.send_response(status)
-        for name, value in (headers or {}).items():
+        length = len(body) if length is None else length
+        for name, value in ((headers or {}) | {"Content-Length": str(length)}).items():
             handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(body) if length is None else length))
         handler.end_headers()
         try:
             handler.wfile.write(body)
@@ -102,18 +86,14 @@ class Server:
 
     def get(self, handler):
         fault = self.faults.pop(0) if self.faults else None
-        if isinstance(fault, tuple):
-            return self.answer(handler, *fault)
         content = self.files.get(handler.path.partition("?")[0])
-        if content is None:
-            return self.answer(handler, 404)
+        if isinstance(fault, tuple) or content is None:
+            return self.answer(handler, *(fault if isinstance(fault, tuple) else (404,)))
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
         begin, end, status = 0, len(content), 200
         if asked and self.ranges:
             begin, status = int(asked[1]), 206
             end = min(end, int(asked[2]) + 1) if asked[2] else end
-            if begin >= len(content):
-                return self.answer(handler, 416)
         headers = {"Content-Range": f"bytes {begin}-{end - 1}/{len(content)}"}
         body = content[begin:end]
         if fault is not None:

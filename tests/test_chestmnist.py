@@ -7,6 +7,7 @@ import pytest
 
 from lib import data
 from lib.data import chestmnist, nih
+from lib.data.preprocess import preprocess
 
 
 def medmnist(path, n=(7, 2, 3), **changed):
@@ -27,26 +28,16 @@ def together(arrays, kind):
     return np.concatenate([arrays[f"{part}_{kind}"] for part in chestmnist.PARTS])
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """A small file in the place of the published one."""
-    arrays = medmnist(tmp_path / "published.npz")
-    monkeypatch.setattr(chestmnist, "MD5", chestmnist.check(tmp_path / "published.npz")["md5"])
-    return arrays
-
-
-def test_what_is_published():
-    assert sorted(chestmnist.LABELS) == sorted(nih.FINDINGS)
-    assert nih.ATTRIBUTION in chestmnist.ATTRIBUTION
-    assert "CC BY 4.0" in chestmnist.ATTRIBUTION
-
-
-def test_images_and_labels_arrive_unchanged(published, tmp_path):
-    manifest = chestmnist.preprocess(tmp_path / "published.npz", tmp_path / "out")
-    images, metadata = data.load(tmp_path / "out", verify=True)
-    np.testing.assert_array_equal(images, together(published, "images"))
-    labels = together(published, "labels").astype(bool)
-    for row, text in zip(labels, metadata["findings"], strict=True):
+def test_images_and_labels_arrive_unchanged(tmp_path, monkeypatch):
+    path, out = tmp_path / "published.npz", tmp_path / "out"
+    arrays = medmnist(path)
+    with pytest.warns(UserWarning, match="published.npz is not the published file"):
+        assert not preprocess(path, tmp_path / "other")["source"]["published"]
+    monkeypatch.setattr(chestmnist, "MD5", chestmnist.check(path)["md5"])
+    manifest = preprocess(path, out)
+    images, metadata = data.load(out, verify=True)
+    np.testing.assert_array_equal(images, together(arrays, "images"))
+    for row, text in zip(together(arrays, "labels"), metadata["findings"], strict=True):
         found = {name for name, has in zip(chestmnist.LABELS, row, strict=True) if has}
         assert set(text.split("|")) == (found or {nih.NO_FINDING})
     assert metadata["findings"][1] == "Atelectasis|Hernia"
@@ -56,25 +47,13 @@ def test_images_and_labels_arrive_unchanged(published, tmp_path):
         assert metadata[name].isin(["", np.nan]).all(), name
     assert (manifest["split"]["train"], manifest["split"]["test"]) == (9, 3)
     assert manifest["source"]["published"]
-    assert manifest["not_square"] == 0
-
-
-def test_finished_work_is_not_done_again(published, tmp_path):
-    path, out = tmp_path / "published.npz", tmp_path / "out"
-    manifest = chestmnist.preprocess(path, out)
+    assert manifest["attribution"] == chestmnist.ATTRIBUTION
     before = (out / "images.npy").stat().st_mtime_ns
-    assert chestmnist.preprocess(path, out) == manifest
-    assert (out / "images.npy").stat().st_mtime_ns == before
+    assert preprocess(path, out) == manifest
+    assert (out / "images.npy").stat().st_mtime_ns == before, "done again"
     (out / "metadata.csv").unlink()
-    assert chestmnist.preprocess(path, out) == manifest
+    assert preprocess(path, out) == manifest
     assert (out / "metadata.csv").exists()
-
-
-def test_another_file_is_said_to_be_another(tmp_path):
-    medmnist(tmp_path / "mine.npz")
-    with pytest.warns(UserWarning, match=r"mine.npz is not the published file"):
-        manifest = chestmnist.preprocess(tmp_path / "mine.npz", tmp_path / "out")
-    assert not manifest["source"]["published"]
 
 
 class Boom:
@@ -102,22 +81,15 @@ def test_another_file_is_refused(changed, tmp_path, monkeypatch):
     assert not (tmp_path / "unpickled").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*not the published")
-def test_a_damaged_file_is_read_rightly_or_refused(tmp_path):
-    pixels = together(medmnist(tmp_path / "x.npz"), "images")
+def test_a_damaged_file_is_refused(tmp_path):
+    medmnist(tmp_path / "x.npz")
     content = (tmp_path / "x.npz").read_bytes()
-    faults, places = [], range(0, len(content), len(content) // 30)
-    for place in places:
+    for place in range(99, len(content) - 999, len(content) // 9):
         damaged = bytearray(content)
         damaged[place] ^= 0x55
         (tmp_path / "x.npz").write_bytes(damaged)
-        try:
-            chestmnist.preprocess(tmp_path / "x.npz", tmp_path / "out")
-            assert np.array_equal(data.load_images(tmp_path / "out"), pixels)
-        except ValueError as error:
-            faults.append(str(error))
-    assert all("x.npz is" in fault for fault in faults)
-    assert len(faults) > len(places) / 2
+        with pytest.raises(ValueError, match=r"x\.npz is not ChestMNIST"):
+            chestmnist.check(tmp_path / "x.npz")
     (tmp_path / "x.npz").write_bytes(content[: len(content) // 2])
     for path in (tmp_path / "x.npz", tmp_path / "none.npz"):
         with pytest.raises(ValueError, match=path.name):

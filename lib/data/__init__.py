@@ -7,7 +7,6 @@ must see no label, and `load` for evaluation.
 
 import hashlib
 import os
-import platform
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,19 +24,9 @@ from lib.data import nih
 def load_images(dataset_dir: str | os.PathLike, verify: bool = False) -> np.ndarray:
     """Open ``images.npy``, and no other file: training must not see labels.
 
-    Parameters
-    ----------
-    dataset_dir : path
-        Where `lib.data.preprocess` wrote.
-    verify : bool
-        Compare the file's SHA-256 with the manifest (this opens ``manifest.json``).
-
-    Returns
-    -------
-    memmap, shape (N, 64, 64), uint8, 0..255
-        Read-only, in the order of ``metadata.csv``.
-
-    Raises ValueError if the file is missing, is no such array, or is not that of the manifest.
+    Returns a read-only memmap, uint8 (N, 64, 64), 0..255, in the order of ``metadata.csv``. With
+    `verify` the file's SHA-256 is compared with ``manifest.json``. ValueError if the file is
+    missing, is no such array, or is not that of the manifest.
     """
     path = _written(dataset_dir, "images.npy", verify)
     try:
@@ -51,15 +40,11 @@ def load_images(dataset_dir: str | os.PathLike, verify: bool = False) -> np.ndar
 
 
 def load(dataset_dir: str | os.PathLike, verify: bool = False) -> tuple[np.ndarray, pd.DataFrame]:
-    """Open the images with what is known of them; parameters and errors as for `load_images`.
+    """Open the images with what is known of them; arguments and errors as of `load_images`.
 
-    Returns
-    -------
-    images : memmap, shape (N, 64, 64), uint8
-    metadata : DataFrame, N rows
-        image_id, patient_id, findings, view_position, sex, split: text, empty if unknown, never
-        NaN. age: float64, years, NaN if unknown. Further columns (of phantoms) are bool, float64 or
-        text, as their values are.
+    Returns the images, uint8 (N, 64, 64), and a DataFrame of N rows. image_id, patient_id,
+    findings, view_position, sex and split are text, empty if unknown, never NaN; age is float64,
+    years, NaN if unknown; further columns (of phantoms) are bool, float64 or text.
     """
     images = load_images(dataset_dir, verify)
     path = _written(dataset_dir, "metadata.csv", verify)
@@ -83,9 +68,9 @@ def load(dataset_dir: str | os.PathLike, verify: bool = False) -> tuple[np.ndarr
 def _written(dataset_dir: str | os.PathLike, name: str, verify: bool) -> Path:
     """Path of a file that `save` wrote; ValueError if it is absent or changed."""
     path, manifest = Path(dataset_dir) / name, Path(dataset_dir) / "manifest.json"
-    if not path.is_file() or (verify and not manifest.is_file()):
-        absent = manifest if path.is_file() else path
-        raise ValueError(f"there is no {paths.show(absent)}: run 01_preprocess")
+    for file in (path, manifest) if verify else (path,):
+        if not file.is_file():
+            raise ValueError(f"there is no {paths.show(file)}: run 01_preprocess")
     if verify and sha256(path) != paths.load_json(manifest)["files"][name]["sha256"]:
         raise ValueError(f"{paths.show(path)} is not the file of its manifest: run 01_preprocess")
     return path
@@ -101,11 +86,9 @@ def finished(dataset_dir: Path, fingerprint: str) -> dict[str, Any] | None:
     """The manifest, if it has this fingerprint and its files have their lengths."""
     path = dataset_dir / "manifest.json"
     manifest = paths.load_json(path) if path.is_file() else {}
-    if manifest.get("fingerprint") != fingerprint:
-        return None
-    files = {dataset_dir / name: file["bytes"] for name, file in manifest["files"].items()}
+    files = {dataset_dir / name: file["bytes"] for name, file in manifest.get("files", {}).items()}
     whole = all(file.is_file() and file.stat().st_size == n for file, n in files.items())
-    return manifest if whole else None
+    return manifest if whole and manifest.get("fingerprint") == fingerprint else None
 
 
 def save(
@@ -128,8 +111,7 @@ def save(
         "size": 64,
         "patients": count_patients(metadata),
         "findings": dict(labels.most_common()),
-        "versions": {"python": platform.python_version(), "lib": __version__}
-        | {package.__name__: package.__version__ for package in (np, pd, PIL)},
+        "versions": {"lib": __version__, "numpy": np.__version__, "pillow": PIL.__version__},
         "files": {
             name: {"bytes": (work_dir / name).stat().st_size, "sha256": sha256(work_dir / name)}
             for name in ("images.npy", "metadata.csv")
@@ -164,10 +146,7 @@ def label_set(metadata: pd.DataFrame) -> tuple[str, ...]:
 
 
 def finding_matrix(findings: Iterable[str], names: Sequence[str]) -> np.ndarray:
-    """Which of F `names` each of N images has, (N, F) bool.
-
-    `findings` are N texts of labels joined by ``|``; labels that are not in `names` set nothing.
-    """
+    """Which of F `names` each of N texts has, labels joined by ``|``: (N, F) bool."""
     has = [set(text.split("|")) for text in findings]
     matrix = [[name in labels for name in names] for labels in has]
     return np.array(matrix, bool).reshape(len(has), len(names))

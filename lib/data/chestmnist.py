@@ -46,11 +46,10 @@ def _read(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Check that an ``.npz`` is ChestMNIST at 64x64, all of it; nothing in it is unpickled.
+    """Check all of an ``.npz`` of ChestMNIST at 64x64; nothing in it is unpickled.
 
-    Returns a dict: labels, bool (n, 14) of `nih.FINDINGS` by part; images, their number; md5; and
-    published, whether this is the file of the Zenodo record. ValueError if there is no such file,
-    or it is another one or damaged.
+    Returns labels, bool (n, 14) of `nih.FINDINGS` by part; images, their number; md5; published,
+    whether this is the file of the Zenodo record. ValueError if it is another file, or damaged.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give {NAME} from {PAGE}")
@@ -65,9 +64,8 @@ def preprocess(path: Path, out_dir: Path) -> dict[str, Any]:
     """Write ``images.npy``, ``metadata.csv`` and ``manifest.json`` from the ``.npz`` at `path`,
     pixels unchanged; return the manifest. Errors are those of `check` and `lib.data.save`.
 
-    The file's own split is used, and its ``val`` joins ``train``. MedMNIST keeps every patient on
-    one side, which the file cannot show; NIH's official split is another one. Images are called
-    ``train_000000`` and so on, since the file has no names.
+    The split is the file's own, not NIH's; ``val`` joins ``train``. MedMNIST keeps every patient on
+    one side, which the file cannot show. Images are called ``train_000000`` and so on.
     """
     facts = check(path)
     fingerprint = f"chestmnist {facts['md5']}"

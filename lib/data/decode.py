@@ -8,8 +8,8 @@ import io
 import math
 import re
 import struct
+from collections.abc import MutableSequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 try:
-    import pydicom
-    from pydicom.dataset import Dataset
-    from pydicom.multival import MultiValue
-    from pydicom.pixels import apply_windowing
+    import pydicom.pixels
+    from pydicom import uid
     from pydicom.tag import Tag
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 except ImportError:
     pydicom = None
 
@@ -30,10 +27,6 @@ SIZE = 64
 FITS = ("pad", "crop", "stretch")
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _ROWS = 256  # rows turned into float64 at a time: a large image is never held as floats
-
-
-class NotAnImageError(ValueError):
-    """A whole file that holds no image, such as a structured report."""
 
 
 def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray | None, dict]:
@@ -44,13 +37,10 @@ def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray |
     An image that is not square is centred on a black square (`fit` ``"pad"``), reduced to the
     square in its middle (``"crop"``), or scaled along each axis by itself (``"stretch"``).
 
-    Returns
-    -------
-    pixels : ndarray, shape (size, size), uint8, or None
-    record : dict
-        reason (empty if the image was read); image (False if the file is whole but holds no image);
-        mode, width and height of the original; scale, which values became black and white; from
-        DICOM also patient_id (hashed), view_position, age and sex.
+    Returns pixels, uint8 (size, size), or None; and a record: reason (empty if the image was read);
+    image (False if the file is whole but holds none); mode, width and height of the original;
+    scale, which values became black and white; from DICOM also patient_id (hashed), view_position,
+    age and sex.
     """
     record: dict[str, Any] = {"reason": "", "image": True, "mode": "", "width": 0, "height": 0}
     try:
@@ -64,8 +54,6 @@ def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray |
         else:
             raise ValueError("not a PNG, JPEG or DICOM image" if content else "empty file")
         return shrink(gray, size, fit), record
-    except NotAnImageError as error:
-        record |= {"reason": str(error), "image": False}
     except Exception as error:  # a damaged file may raise anything, and must not stop the others
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         text = "damaged header" if isinstance(error, Image.UnidentifiedImageError) else text
@@ -150,11 +138,10 @@ def _luminance(channels: np.ndarray) -> np.ndarray:
 def _range(values: np.ndarray, stored: int = 0, signed: bool = False) -> tuple[int, int, str]:
     """Values that become black and white, from the bits in use, and a text that says so.
 
-    Images of 12-bit detectors are stored in 16 bits: with 65,535 as white they would be black. No
-    single pixel decides: the middle 99.8 % are in use; if the brightest 3 % begin two bits or more
-    above all others (a burnt-in letter), they are not counted. The number of bits that the file
-    states, `stored`, is taken if it is no more than one above the bits in use (of signed values
-    without a negative one: if it is equal). Low is 0, or a power of two below negative values.
+    No single pixel decides: the middle 99.8 % are in use; if the brightest 3 % begin two bits or
+    more above all others (a burnt-in letter), they are not counted. The number of bits that the
+    file states, `stored`, is taken if it is no more than one above the bits in use (of signed
+    values without a negative one: if it is equal). Low is 0, or a power of two below negative ones.
     """
     last = values.size - 1
     places = [-int(-0.001 * last // 1), int(0.97 * last), int(0.999 * last)]
@@ -216,26 +203,20 @@ def _dicom(content: bytes, record: dict[str, Any]) -> np.ndarray:
         raise ValueError('DICOM needs pydicom: python -m pip install "pydicom>=3"')
     dataset = pydicom.dcmread(io.BytesIO(content), force=True)
     if "PixelData" not in dataset:
-        uid = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
-        if uid and "Image" not in uid.name:
-            raise NotAnImageError(f"not an image: DICOM {uid.name}")
-        raise ValueError(f"DICOM {uid.name if uid else 'file'} without PixelData")
+        kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
+        record["image"] = not kind or "Image" in kind.name  # else a structured report or the like
+        raise ValueError(f"DICOM {kind.name if kind else 'file'} without PixelData")
     kind = str(dataset.get("PhotometricInterpretation") or "without PhotometricInterpretation")
     width, height = int(_number(dataset, "Columns", 0)), int(_number(dataset, "Rows", 0))
     record |= {"mode": f"DICOM {kind}", "width": width, "height": height, **_header(dataset)}
     frames, samples = (_number(dataset, name, 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
-    if not width * height:
-        raise ValueError(f"DICOM of Rows {dataset.get('Rows')}, Columns {dataset.get('Columns')}")
     if frames > 1:
         raise ValueError(f"multi-frame DICOM ({frames:g} frames): export the frame that you need")
     colour = samples == 3 and kind.startswith(("RGB", "YBR"))
     if not colour and (samples != 1 or kind not in ("MONOCHROME1", "MONOCHROME2")):
         raise ValueError(f"DICOM {kind} with {samples:g} samples per pixel is no radiograph")
     values = _stored_values(dataset)
-    if colour:  # pydicom has made RGB of YBR
-        values = _luminance(values)
-        *ends, record["scale"] = _range(values, int(dataset.BitsStored))
-        return _to_8_bits(values, *ends)
+    values = _luminance(values) if colour else values  # pydicom has made RGB of YBR
     padding = np.zeros(values.shape, bool)
     if (first := _number(dataset, "PixelPaddingValue")) is not None:
         low, high = sorted((first, _number(dataset, "PixelPaddingRangeLimit", first)))
@@ -252,22 +233,14 @@ def _stored_values(dataset: Any) -> np.ndarray:
     """Pixels as stored, (H, W) or (H, W, 3): BitsStored bits that end at HighBit."""
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little = dataset.original_encoding
-        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-    syntax = dataset.file_meta.TransferSyntaxUID
+        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
     allocated = _number(dataset, "BitsAllocated", 8)
     stored = int(_number(dataset, "BitsStored", allocated))
     high = int(_number(dataset, "HighBit", 0))
     shift = high + 1 - stored if stored <= high < allocated else 0
     dataset.BitsStored = stored + shift  # pydicom clears what is above
-    try:
-        values = dataset.pixel_array >> shift
-    except RuntimeError as error:  # every decoder is missing or has failed
-        if not syntax.is_encapsulated:
-            raise
-        more = "" if find_spec("pylibjpeg") else "; others come with: pip install pylibjpeg[all]"
-        reason = f"the installed decoders cannot read it{more}"
-        raise ValueError(f"DICOM compressed as {syntax.name}: {reason}") from error
+    values = dataset.pixel_array >> shift
     dataset.BitsStored = stored
     return values
 
@@ -292,12 +265,12 @@ def _presentation(dataset: Any, values: np.ndarray, inside: np.ndarray) -> tuple
     if voi is not None:
         return _to_8_bits(*_look_up(voi, shown, little)), "VOI LUT"
     if center is not None and width is not None:
-        window = Dataset()
+        window = pydicom.Dataset()
         window.PhotometricInterpretation, window.PixelRepresentation = "MONOCHROME2", 0
         window.BitsStored, window.WindowCenter, window.WindowWidth = 8, center, width
         window.VOILUTFunction = dataset.get("VOILUTFunction") or "LINEAR"
         with np.errstate(over="ignore"):  # exp of a sigmoid far from its centre
-            return _to_8_bits(apply_windowing(shown, window), 0, 255), "window"
+            return _to_8_bits(pydicom.pixels.apply_windowing(shown, window), 0, 255), "window"
     if modality is not None:
         return _to_8_bits(shown, black, white), "modality LUT"
     signed = bool(_number(dataset, "PixelRepresentation", 0))
@@ -308,8 +281,8 @@ def _presentation(dataset: Any, values: np.ndarray, inside: np.ndarray) -> tuple
 def _look_up(item: Any, values: np.ndarray, little: bool) -> tuple[np.ndarray, int, int]:
     """What a lookup table makes of `values`, its black, and its white: all bits that it uses.
 
-    Tables that claim 16 bits and end at 4095 are common. pydicom's own function cannot read tables
-    of 8 bits per entry: they are two entries per word, the first one in the lower byte.
+    Tables that claim 16 bits and end at 4095 are common. pydicom's own function cannot read those
+    with two entries of 8 bits per word, the first one in the lower byte.
     """
     count, first, bits = (int(number) for number in item.LUTDescriptor)
     count = count or 2**16
@@ -330,7 +303,7 @@ def _number(dataset: Any, keyword: str, default: float | None = None) -> float |
     """First value of an element, or `default` if it is empty. ValueError if it is no number."""
     try:
         value = dataset.get(keyword)
-        value = next(iter(value), None) if isinstance(value, MultiValue | list) else value
+        value = next(iter(value), None) if isinstance(value, MutableSequence) else value
         if value is None or value == "":
             return default
         if math.isfinite(float(value)):
@@ -342,11 +315,10 @@ def _number(dataset: Any, keyword: str, default: float | None = None) -> float |
 
 
 def _header(dataset: Any) -> dict[str, str]:
-    """What a header may say of its image. Names, dates and numbers of a patient are not copied.
+    """What a header may say of its image, without names, dates and numbers.
 
-    patient_id groups images only: the first 16 hexadecimal digits of the number's SHA-256. It has
-    no salt, so that two runs agree. Who can guess the numbers can undo it: the table stays as
-    private as the files.
+    patient_id begins the number's SHA-256, without salt, so that two runs agree. Who can guess the
+    numbers can undo it: the table stays as private as the files.
     """
     number = str(dataset.get("PatientID") or "").strip().encode("utf-8", "surrogatepass")
     found = {"patient_id": f"sha256-{hashlib.sha256(number).hexdigest()[:16]}" if number else ""}

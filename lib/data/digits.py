@@ -25,22 +25,12 @@ def make_digits(
     A digit becomes a quadratic B-spline with its 8 x 8 values as coefficients: smooth, without
     overshoot, and evaluated once per pixel, so that a turned digit is as sharp as an upright one.
 
-    Parameters
-    ----------
-    turned : bool
-        Turn each image by an angle of its own, uniform over the full circle.
-    seed : int
-        Of the angles. Image i depends on `seed` and i alone.
-    n : int, optional
-        The first n images; all 1,797 if None.
+    If `turned`, each image is turned by an angle of its own, uniform over the full circle; image i
+    depends on `seed` and i alone. `n` takes the first n of 1,797.
 
-    Returns
-    -------
-    images : ndarray of uint8, shape (n, 64, 64)
-        White strokes on black; the corners are black.
-    table : DataFrame, n rows
-        image_id, patient_id (each image is its own), findings ("0" to "9") and angle (degrees
-        counter-clockwise on the screen, 0.0 if upright).
+    Returns the images, uint8 (n, 64, 64), white on black, and a table of n rows: image_id,
+    patient_id (each image is its own), findings ("0" to "9") and angle (degrees counter-clockwise
+    on the screen, 0.0 if upright).
     """
     digits = load_digits()
     pixels, labels = digits.images[:n], digits.target[:n]  # (n, 8, 8), 0..16

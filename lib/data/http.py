@@ -1,8 +1,7 @@
 """Files over HTTP: retried, resumed after a cut, checked; and archives, unpacked file by file.
 
-`urllib3.Retry` repeats a request that finds no connection or a busy server. If a body stops
-halfway, `RemoteFile` asks for the rest of it. Every error is a DownloadError, or an OSError of the
-disk; what has arrived is kept, and the same call goes on from there.
+`urllib3.Retry` repeats a request that finds no connection or a busy server, and `RemoteFile` one
+that breaks off. Errors are DownloadError, or OSError of the disk; what has arrived is kept.
 """
 
 import gzip
@@ -24,6 +23,7 @@ from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 
 TRIES = 7  # in a row that bring nothing
+BUSY = (408, 429, 500, 502, 503, 504)  # answers after which a request is repeated
 TIMEOUT = (20, 90)  # seconds to connect, and between two bytes
 READ_AHEAD = 2**24  # bytes of a zip per request: 45 GB take 2,700 requests, not one per image
 _BLOCK = 2**18
@@ -68,12 +68,9 @@ class _Adapter(HTTPAdapter):
 
 def patient(session: requests.Session) -> requests.Session:
     """Make a session repeat its requests while a server is busy or gone for a moment."""
+    # Any method, since Kaggle's API is asked by POST; waits of 0, 2, 4, ... s, or of Retry-After.
     retry = Retry(
-        total=TRIES,
-        status_forcelist=(408, 429, 500, 502, 503, 504),
-        allowed_methods=None,  # any method: Kaggle's API is asked by POST
-        backoff_factor=1,  # waits of 0, 2, 4, 8, ... seconds, or what Retry-After says
-        raise_on_status=False,
+        TRIES, status_forcelist=BUSY, allowed_methods=None, backoff_factor=1, raise_on_status=False
     )
     for scheme in ("https://", "http://"):
         session.mount(scheme, _Adapter(max_retries=retry))
@@ -84,8 +81,7 @@ class RemoteFile(io.RawIOBase):
     """A file on a server that `zipfile` can read. Wrap it in a `BufferedReader` of `READ_AHEAD`.
 
     `address` returns the URL. It is called again when the server refuses, since signed URLs expire.
-    `name` is for messages. DownloadError if there is no connection, if the server refuses, or (from
-    `read`) if it sends no parts of a file.
+    `name` is for messages. DownloadError if there is no connection or the server refuses.
     """
 
     def __init__(self, address: Callable[[], str], name: str) -> None:
@@ -93,11 +89,10 @@ class RemoteFile(io.RawIOBase):
         self._link = patient(requests.Session())
         self._url = address()
         with self._open(0) as answer:
-            self._in_parts = answer.status_code == 206
             self.size = int(answer.headers.get("Content-Length", 0))
 
     def _open(self, begin: int, end: int | None = None) -> requests.Response:
-        """An answer with the bytes from `begin` on, or all; its body is not read yet."""
+        """An answer with the bytes from `begin` on; its body is not read yet."""
         wanted = f"bytes={begin}-{'' if end is None else end - 1}"
         headers = {"Range": wanted, "Accept-Encoding": "identity"}
         for _ in range(2):
@@ -106,37 +101,29 @@ class RemoteFile(io.RawIOBase):
             except requests.RequestException as error:  # its text may hold a signed address
                 fault = f"no connection ({type(error).__name__})"
                 break
-            if answer.status_code in (200, 206):
+            if answer.status_code == 206:
                 return answer
             answer.close()
-            fault = f"the server answers {answer.status_code}"
+            fault = f"the server answers {answer.status_code}, not with a part of the file"
             self._url = self._address()
         raise DownloadError(f"{self._name}: {fault}; give the same command again later")
 
-    def blocks(self, begin: int, end: int) -> Iterator[bytes]:
-        """Yield the bytes from `begin` to `end`; after a cut, ask for the rest."""
-        failures = 0
-        while begin < end and failures < TRIES:
-            start = begin
-            with suppress(*_CUT), self._open(begin, end) as answer:
-                skip = begin if answer.status_code == 200 else 0  # all of it and not the part
-                for block in answer.iter_content(_BLOCK):
-                    part, skip = block[skip:], max(0, skip - len(block))
-                    begin += len(part)
-                    yield part
-            failures = failures + 1 if begin == start else 1
-            if begin < end:
-                time.sleep(2.0 ** (failures - 1))
-        if begin < end:
-            raise DownloadError(f"{self._name}: cut {TRIES} times at byte {begin:,}; try later")
-
     def readinto(self, buffer: memoryview) -> int:
-        if not self._in_parts:
-            raise DownloadError(f"{self._name}: the server sends no parts of the file")
-        data = b"".join(self.blocks(self._place, min(self._place + len(buffer), self.size)))
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
+        """Read up to a cut. If nothing has come, ask again."""
+        wanted = min(len(buffer), self.size - self._place)
+        if wanted <= 0:
+            return 0
+        for failures in range(TRIES):
+            done = 0
+            time.sleep(2.0**failures - 1)
+            with suppress(*_CUT), self._open(self._place, self._place + wanted) as answer:
+                for block in answer.iter_content(_BLOCK):
+                    buffer[done : done + len(block)] = block
+                    done += len(block)
+            if done:
+                self._place += done
+                return done
+        raise DownloadError(f"{self._name}: cut {TRIES} times at {self._place:,} B; try later")
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._place = offset + (0, self._place, self.size)[whence]
@@ -165,8 +152,9 @@ def download(url: str, path: Path, md5: str) -> Path:
             begin = file.tell()
             need_space(part.parent, remote.size - begin, path.name)
             bar = tqdm(total=remote.size, initial=begin, desc=path.name, unit="B", unit_scale=True)
+            remote.seek(begin)
             with bar:
-                for block in remote.blocks(begin, remote.size):
+                while block := remote.read(READ_AHEAD):
                     file.write(block)
                     bar.update(len(block))
         with open(part, "rb") as file:
@@ -220,19 +208,10 @@ def _is_whole(path: Path, info: zipfile.ZipInfo) -> bool:
 
 
 def untar(path: Path, target: Path) -> None:
-    """Unpack a ``.tar.gz``; files that are there already with the right length are skipped.
-
-    tarfile's ``data`` filter refuses members that would leave the folder.
-    """
-
-    def missing(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-        place = Path(folder, member.name)
-        there = place.is_file() and place.stat().st_size == member.size
-        return None if there else tarfile.data_filter(member, folder)
-
+    """Unpack a ``.tar.gz``; tarfile's filter refuses members that would leave the folder."""
     try:
         with naming_disk_errors(target), tarfile.open(path) as archive:
-            archive.extractall(target, tqdm(archive, path.name, unit="file"), filter=missing)
+            archive.extractall(target, tqdm(archive, path.name, unit="file"), filter="data")
             while archive.fileobj.read(_BLOCK):  # gzip compares its checksum at the end
                 pass
     except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:

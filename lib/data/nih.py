@@ -51,39 +51,26 @@ def findings_text(has: np.ndarray) -> list[str]:
     return ["|".join(names[row]) or NO_FINDING for row in has]
 
 
-def differences(table: pd.DataFrame) -> list[str]:
-    """Differences of a table (patient_id and findings, one row per image) from the full set as
-    published, one sentence per number; empty if all agree.
-    """
-    counts = Counter(name for text in table["findings"] for name in text.split("|") if name)
-    found = {"images": len(table), "patients": table["patient_id"].nunique()}
-    found |= {name: counts.pop(name, 0) for name in COUNTS}
-    published = {"images": IMAGES, "patients": PATIENTS} | COUNTS
-    lines = [
-        f"{name}: {found[name]:,}, published {n:,} ({found[name] - n:+,})"
-        for name, n in published.items()
-        if found[name] != n
-    ]
-    lines += [f"{name}: {n:,} images, not a published finding" for name, n in counts.items()]
-    texts = map(set, table["findings"].str.split("|"))
-    both = sum(NO_FINDING in names and len(names) > 1 for names in texts)
-    return lines + ([f"{both:,} images have {NO_FINDING} beside a finding"] if both else [])
-
-
 def verify(kind: str, image_ids: Collection[str], table: pd.DataFrame | None) -> dict[str, Any]:
     """Compare images and their table (of `lib.data.tables.read_table`) with the published numbers.
 
-    Returns a dict: checked (bool), and differences (list of str), of which a warning tells, or why
-    nothing was compared: another kind of data set, or only a part of this one.
+    Returns a dict: checked (bool), and differences (list of str, one per number), of which a
+    warning tells, or why nothing was compared: other images, or only a part of these.
     """
     rows = 0 if table is None else table["path"].nunique()
     if kind != "nih" or max(rows, len(image_ids)) < IMAGES:
         part = f"not the full ChestX-ray14: {len(image_ids):,} images, {rows:,} rows in the table"
         return {"checked": False, "why": part if kind == "nih" else "not a folder of NIH's files"}
-    lines = ["there is no table Data_Entry_2017.csv"] if table is None else differences(table)
-    if len(image_ids) != IMAGES:
-        lines.append(f"{len(image_ids):,} images were read, published {IMAGES:,}")
-    if lines:
-        text = f"this is not ChestX-ray14 as published: {'; '.join(lines)}"
-        warnings.warn(text, stacklevel=3)
+    found, published = {"images read": len(image_ids)}, {"images read": IMAGES}
+    if table is not None:
+        found |= {"rows of the table": rows, "patients": table["patient_id"].nunique()}
+        found |= Counter(name for text in table["findings"] for name in text.split("|") if name)
+        published |= {"rows of the table": IMAGES, "patients": PATIENTS} | COUNTS
+    lines = ["there is no table Data_Entry_2017.csv"] if table is None else []
+    for name in published | found:
+        here, there = found.get(name, 0), published.get(name, 0)
+        if here != there:
+            lines.append(f"{name}: {here:,}, published {there:,} ({here - there:+,})")
+    if text := "; ".join(lines):
+        warnings.warn(f"this is not ChestX-ray14 as published: {text}", stacklevel=3)
     return {"checked": True, "differences": lines}

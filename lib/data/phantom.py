@@ -2,18 +2,14 @@
 
 A phantom is a sum of attenuations (soft tissue, minus lung air, plus bone, heart, vessels, devices)
 at every pixel, passed through a saturating film curve. Nothing is resampled: a turned phantom is
-the same scene seen by a turned detector, and no blur betrays its angle.
-
-Shapes and gray levels were fitted to NIH ChestX-ray14 at this size: mean PA and AP image,
-percentiles, radial power spectrum.
+the same scene seen by a turned detector, and no blur betrays its angle. Shapes and gray levels were
+fitted to NIH ChestX-ray14 at this size: mean PA and AP image, percentiles, radial power spectrum.
 
 Scene coordinates: x to the image's right (the patient's left), y downwards, the frame is [-1, 1] in
 both; 1 is about 19 cm.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,37 +82,11 @@ def _bump(u: np.ndarray) -> np.ndarray:
     return np.exp(-np.square(u))
 
 
-def _effusion(s: SimpleNamespace) -> np.ndarray:
-    """Fluid in the costophrenic angle, its upper edge a meniscus climbing the lateral wall."""
-    level = s.floor + 0.10 - s.a * (0.23 + 0.27 * (s.X / s.width) ** 4)
-    return s.on * s.aired * 0.95 * _step(s.y - level, 0.09)
-
-
-def _pneumothorax(s: SimpleNamespace) -> np.ndarray:
-    """Air outside a thin pleural line, without vessels; the lung inside is denser."""
-    rim = np.minimum(s.lateral, 0.8 * (s.y - s.apex)) - s.a * 0.16 * (1.2 - 0.7 * s.t)
-    outside = _step(-rim, 0.03)
-    line = 0.16 * _bump(rim / 0.018)
-    return s.on * s.lung * (outside * (-0.22 - s.vessels) + line + 0.10 * s.a * (1 - outside))
-
-
 def _disc(s: SimpleNamespace, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Round opacity at lung fractions (x, y), projected thickness of a ball."""
     y = y + np.where(s.x > 0, 0.12, -0.04) * s.left * s.right  # on both sides, no mirror image
     dx, dy = s.X - _INNER - x * (s.width - _INNER), s.y - s.apex - y * (s.floor - s.apex)
     return s.on * s.lung * np.clip(1.3 - (dx**2 + dy**2) / radius**2, 0, 1)
-
-
-def _nodule(s: SimpleNamespace) -> np.ndarray:
-    """One or two round opacities under 3 cm."""
-    radius = 0.035 + 0.03 * s.a
-    second = _disc(s, 1.1 - s.nodule_x, s.nodule_y + 0.25, radius * 0.9) * (s.pick > 0.5)
-    return 0.48 * np.maximum(_disc(s, s.nodule_x, s.nodule_y, radius), second)
-
-
-def _mass(s: SimpleNamespace) -> np.ndarray:
-    """Opacity over 3 cm with a lobulated edge."""
-    return 0.75 * _disc(s, s.mass_x, s.mass_y, (0.09 + 0.06 * s.a) * (1 + 0.25 * s.cloud))
 
 
 def _focus(s: SimpleNamespace, radius: float) -> np.ndarray:
@@ -126,88 +96,72 @@ def _focus(s: SimpleNamespace, radius: float) -> np.ndarray:
     return s.on * s.lung * _bump(np.sqrt(dx**2 + (0.8 * dy) ** 2) / radius)
 
 
-def _consolidation(s: SimpleNamespace) -> np.ndarray:
-    """Dense airspace filling, bronchi standing out dark in it."""
-    return 0.60 * s.a * _focus(s, 0.26) * (1 + 0.3 * s.cloud) * (1 - 1.5 * s.vessels)
+def _sign(finding: str, s: SimpleNamespace) -> np.ndarray:
+    """What a finding of severity `s.a` adds to the density of the scene."""
+    match finding:
+        case "Atelectasis":  # a plate over a raised diaphragm (see _SHAPES), crowded base
+            plate = s.y - s.floor + 0.17 + 0.25 * (s.X - 0.35) * (s.pick - 0.3)
+            base = 0.30 * _bump((s.y - s.floor) / 0.16)
+            plate = 0.42 * _bump(plate / 0.032) * _step(s.X - 0.18, 0.1)
+            return s.on * s.lung * s.a * (plate + base)
+        case "Consolidation":  # dense airspace filling, bronchi standing out dark in it
+            return 0.60 * s.a * _focus(s, 0.26) * (1 + 0.3 * s.cloud) * (1 - 1.5 * s.vessels)
+        case "Edema":  # bat wings at the hila, fuller vessels, Kerley lines at the lateral bases
+            wing = _bump((s.X - 0.26) / 0.19) * _bump((s.y + 0.02) / 0.30)
+            wing = 0.36 * wing * (1 + 0.4 * s.cloud)
+            lateral, basal = (s.lateral - 0.06) / 0.06, (s.y - s.floor + 0.15) / 0.15
+            kerley = np.sin(s.y * 75) * _bump(lateral) * _bump(basal)
+            return s.a * s.lung * (wing + 0.10 * kerley + 0.6 * s.vessels)
+        case "Effusion":  # fluid in the costophrenic angle, a meniscus climbing the lateral wall
+            level = s.floor + 0.10 - s.a * (0.23 + 0.27 * (s.X / s.width) ** 4)
+            return s.on * s.aired * 0.95 * _step(s.y - level, 0.09)
+        case "Emphysema":  # bright air, few vessels; flat diaphragms and a narrow heart
+            return -s.a * (0.13 * s.aired + 0.5 * s.vessels * s.lung)
+        case "Fibrosis":  # reticular lines, basal and peripheral, both lungs
+            basal, peripheral = _step(s.t - 0.60, 0.6), 0.5 + _bump(s.lateral / 0.18)
+            return 0.34 * s.a * s.lung * (0.6 + 0.8 * s.net) * basal * peripheral
+        case "Hernia":  # round retrocardiac shadow: gas above a straight fluid level
+            r = np.sqrt((s.x - 0.07) ** 2 + (s.y - s.floor + 0.16) ** 2) / (0.10 + 0.05 * s.a)
+            content = np.where(s.y > s.floor - 0.15, 0.35, -0.45)
+            return _step(1 - r, 0.3) * content + 0.25 * _bump((r - 1) / 0.15)
+        case "Infiltration":  # patchy, ill-defined haze
+            return 0.44 * s.a * _focus(s, 0.42) * np.clip(0.6 + s.cloud, 0, 2)
+        case "Mass":  # opacity over 3 cm with a lobulated edge
+            return 0.75 * _disc(s, s.mass_x, s.mass_y, (0.09 + 0.06 * s.a) * (1 + 0.25 * s.cloud))
+        case "Nodule":  # one or two round opacities under 3 cm
+            radius = 0.035 + 0.03 * s.a
+            second = _disc(s, 1.1 - s.nodule_x, s.nodule_y + 0.25, radius * 0.9) * (s.pick > 0.5)
+            return 0.48 * np.maximum(_disc(s, s.nodule_x, s.nodule_y, radius), second)
+        case "Pleural_Thickening":  # dense band inside the lateral wall and over the apex
+            band = _bump(np.minimum(s.lateral, s.y - s.apex) / (0.06 + 0.05 * s.a))
+            return s.on * s.lung * 0.60 * s.a * band * (0.8 + 0.4 * s.cloud)
+        case "Pneumonia":  # one focal, soft-edged airspace opacity
+            return 0.65 * s.a * _focus(s, 0.24) * np.clip(1 + 0.4 * s.cloud, 0.3, 2)
+        case "Pneumothorax":  # air outside a thin pleural line, no vessels; a denser lung inside
+            rim = np.minimum(s.lateral, 0.8 * (s.y - s.apex)) - s.a * 0.16 * (1.2 - 0.7 * s.t)
+            out = _step(-rim, 0.03)
+            line = 0.16 * _bump(rim / 0.018)
+            return s.on * s.lung * (out * (-0.22 - s.vessels) + line + 0.10 * s.a * (1 - out))
+        case _:  # Cardiomegaly is in the shapes alone
+            return np.zeros(1, np.float32)
 
 
-def _pneumonia(s: SimpleNamespace) -> np.ndarray:
-    """One focal, soft-edged airspace opacity."""
-    return 0.65 * s.a * _focus(s, 0.24) * np.clip(1 + 0.4 * s.cloud, 0.3, 2)
-
-
-def _infiltration(s: SimpleNamespace) -> np.ndarray:
-    """Patchy, ill-defined haze."""
-    return 0.44 * s.a * _focus(s, 0.42) * np.clip(0.6 + s.cloud, 0, 2)
-
-
-def _atelectasis(s: SimpleNamespace) -> np.ndarray:
-    """Plate-like density over a raised diaphragm (the raise is in the geometry), crowded base."""
-    plate = s.y - s.floor + 0.17 + 0.25 * (s.X - 0.35) * (s.pick - 0.3)
-    base = 0.30 * _bump((s.y - s.floor) / 0.16)
-    plate = 0.42 * _bump(plate / 0.032) * _step(s.X - 0.18, 0.1)
-    return s.on * s.lung * s.a * (plate + base)
-
-
-def _edema(s: SimpleNamespace) -> np.ndarray:
-    """Bat-wing haze around both hila, fuller vessels, Kerley lines at the lateral bases."""
-    wing = _bump((s.X - 0.26) / 0.19) * _bump((s.y + 0.02) / 0.30)
-    lateral, basal = _bump((s.lateral - 0.06) / 0.06), _bump((s.y - s.floor + 0.15) / 0.15)
-    kerley = np.sin(s.y * 75) * lateral * basal
-    return s.a * s.lung * (0.36 * wing * (1 + 0.4 * s.cloud) + 0.10 * kerley + 0.6 * s.vessels)
-
-
-def _emphysema(s: SimpleNamespace) -> np.ndarray:
-    """Hyperlucent lung with few vessels; flat diaphragms and a narrow heart are in the geometry."""
-    return -s.a * (0.13 * s.aired + 0.5 * s.vessels * s.lung)
-
-
-def _fibrosis(s: SimpleNamespace) -> np.ndarray:
-    """Reticular lines, basal and peripheral, both lungs."""
-    basal, peripheral = _step(s.t - 0.60, 0.6), 0.5 + _bump(s.lateral / 0.18)
-    return 0.34 * s.a * s.lung * (0.6 + 0.8 * s.net) * basal * peripheral
-
-
-def _pleural_thickening(s: SimpleNamespace) -> np.ndarray:
-    """Dense band inside the lateral wall and over the apex."""
-    band = _bump(np.minimum(s.lateral, s.y - s.apex) / (0.06 + 0.05 * s.a))
-    return s.on * s.lung * 0.60 * s.a * band * (0.8 + 0.4 * s.cloud)
-
-
-def _hernia(s: SimpleNamespace) -> np.ndarray:
-    """Round retrocardiac shadow: gas above a straight fluid level."""
-    r = np.sqrt((s.x - 0.07) ** 2 + (s.y - s.floor + 0.16) ** 2) / (0.10 + 0.05 * s.a)
-    content = np.where(s.y > s.floor - 0.15, 0.35, -0.45)
-    return _step(1 - r, 0.3) * content + 0.25 * _bump((r - 1) / 0.15)
-
-
-@dataclass(frozen=True)
-class _Finding:
-    """AP : PA ratio of its frequencies, whether it takes a side, its sign, its change of shapes."""
-
-    ap_ratio: float
-    lateral: bool = False
-    draw: Callable[[SimpleNamespace], np.ndarray] | None = None
-    geometry: dict[str, float] = field(default_factory=dict)
-
-
-_EMPHYSEMA = {"dome": 0.09, "curve": -0.7, "heart": -0.04, "width": 0.02}
-_FINDINGS = {  # in the order of nih.FINDINGS; ratios: the first 39,999 rows of Data_Entry_2017
-    "Atelectasis": _Finding(1.7, True, _atelectasis, {"lift": -0.11}),
-    "Cardiomegaly": _Finding(1.1, False, None, {"heart": 0.13}),
-    "Consolidation": _Finding(3.1, True, _consolidation),
-    "Edema": _Finding(8.5, False, _edema, {"heart": 0.015}),
-    "Effusion": _Finding(1.45, True, _effusion),
-    "Emphysema": _Finding(1.1, False, _emphysema, _EMPHYSEMA),
-    "Fibrosis": _Finding(0.3, False, _fibrosis, {"dome": -0.09}),
-    "Hernia": _Finding(0.25, False, _hernia),
-    "Infiltration": _Finding(2.0, True, _infiltration),
-    "Mass": _Finding(1.0, True, _mass),
-    "Nodule": _Finding(0.85, True, _nodule),
-    "Pleural_Thickening": _Finding(0.5, True, _pleural_thickening),
-    "Pneumonia": _Finding(1.4, True, _pneumonia),
-    "Pneumothorax": _Finding(0.9, True, _pneumothorax),
+_SHAPES = {  # what a finding of severity 1 adds to the parameters
+    "Atelectasis": {"lift": -0.11},
+    "Cardiomegaly": {"heart": 0.13},
+    "Edema": {"heart": 0.015},
+    "Emphysema": {"dome": 0.09, "curve": -0.7, "heart": -0.04, "width": 0.02},
+    "Fibrosis": {"dome": -0.09},
 }
+_LATERAL = {  # findings that take a side
+    "Atelectasis", "Consolidation", "Effusion", "Infiltration", "Mass", "Nodule",
+    "Pleural_Thickening", "Pneumonia", "Pneumothorax",
+}  # fmt: skip
+_AP_RATIO = {  # AP : PA ratio of the frequencies: the first 39,999 rows of Data_Entry_2017
+    "Atelectasis": 1.7, "Cardiomegaly": 1.1, "Consolidation": 3.1, "Edema": 8.5, "Effusion": 1.45,
+    "Emphysema": 1.1, "Fibrosis": 0.3, "Hernia": 0.25, "Infiltration": 2.0, "Mass": 1.0,
+    "Nodule": 0.85, "Pleural_Thickening": 0.5, "Pneumonia": 1.4, "Pneumothorax": 0.9,
+}  # fmt: skip
 _AP_SHARE = 0.398
 # Gaussian copula of the findings: a common part (the sick have more of everything), the pairs that
 # NIH shows together, and the share of a finding's liability that belongs to the patient.
@@ -224,16 +178,6 @@ _PAIRS = {
 }  # fmt: skip
 
 
-def _copula() -> np.ndarray:
-    """Cholesky factor of the findings' correlation."""
-    corr = np.full((len(FINDINGS),) * 2, _COMMON)
-    np.fill_diagonal(corr, 1.0)
-    for (a, b), rho in _PAIRS.items():
-        i, j = FINDINGS.index(a), FINDINGS.index(b)
-        corr[i, j] = corr[j, i] = rho
-    return np.linalg.cholesky(corr)
-
-
 def _patients(n: int, seed: int) -> dict[str, np.ndarray]:
     """Patients with at least `n` images in all: arrays with one row per patient."""
     blocks, total = [], 0
@@ -243,19 +187,18 @@ def _patients(n: int, seed: int) -> dict[str, np.ndarray]:
         count = np.minimum(rng.random(_PATIENTS) ** (-1 / 1.2), 100).astype(int)
         quantile = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
         ages = (1, 10, 18, 36, 49, 59, 72, 81, 95)  # NIH's
-        blocks.append(
-            {
-                "count": count,
-                "age": np.interp(rng.random(_PATIENTS), quantile, ages),
-                "female": rng.random(_PATIENTS) < 0.435,
-                "portable": rng.standard_normal(_PATIENTS),
-                "tree": rng.integers(_TREES, size=_PATIENTS),
-                "place": rng.random((_PATIENTS, 4)),
-                "side": rng.choice(3, size=_PATIENTS, p=(0.45, 0.38, 0.17)),  # right, left, both
-                "liability": rng.standard_normal((_PATIENTS, len(FINDINGS))),
-                "anatomy": rng.standard_normal((_PATIENTS, len(_NAMES))),
-            }
-        )
+        block = {
+            "count": count,
+            "age": np.interp(rng.random(_PATIENTS), quantile, ages),
+            "female": rng.random(_PATIENTS) < 0.435,
+            "portable": rng.standard_normal(_PATIENTS),
+            "tree": rng.integers(_TREES, size=_PATIENTS),
+            "place": rng.random((_PATIENTS, 4)),
+            "side": rng.choice(3, size=_PATIENTS, p=(0.45, 0.38, 0.17)),  # right, left, both
+            "liability": rng.standard_normal((_PATIENTS, len(FINDINGS))),
+            "anatomy": rng.standard_normal((_PATIENTS, len(_NAMES))),
+        }
+        blocks.append(block)
         total += count.sum()
     return {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
 
@@ -271,61 +214,62 @@ def cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.n
     patients = _patients(n, seed)
     who = np.repeat(np.arange(len(patients["count"])), patients["count"])[:n]
     number = np.arange(n) - np.searchsorted(who, who)
-    per_chunk = []
+    blocks = []
     for chunk in range(n // _CHUNK):
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, chunk)))
-        per_chunk.append(
-            {
-                "portable": rng.standard_normal(_CHUNK),
-                "liability": rng.standard_normal((_CHUNK, len(FINDINGS))),
-                "anatomy": rng.standard_normal((_CHUNK, len(_NAMES))),
-                "severity": rng.random((_CHUNK, len(FINDINGS))),
-                "device": rng.random((_CHUNK, 8)),
-                "pick": rng.random(_CHUNK),
-                "turn": rng.random(_CHUNK),
-                "mirror": rng.random(_CHUNK) < 0.5,
-            }
-        )
-    images = {k: np.concatenate([c[k] for c in per_chunk]) for k in per_chunk[0]}
+        block = {
+            "portable": rng.standard_normal(_CHUNK),
+            "liability": rng.standard_normal((_CHUNK, len(FINDINGS))),
+            "anatomy": rng.standard_normal((_CHUNK, len(_NAMES))),
+            "severity": rng.random((_CHUNK, len(FINDINGS))),
+            "device": rng.random((_CHUNK, 8)),
+            "pick": rng.random(_CHUNK),
+            "turn": rng.random(_CHUNK),
+            "mirror": rng.random(_CHUNK) < 0.5,
+        }
+        blocks.append(block)
+    images = {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
     mine = {k: v[who] for k, v in patients.items()}
 
     ap = 0.8 * mine["portable"] + 0.6 * images["portable"] < norm.ppf(_AP_SHARE)
     age = np.minimum(mine["age"] + number // 8, 95).astype(int)
-    mean, between, within, d_ap, d_female, d_age = _TABLE.T
+    mean, between, within, of_ap, of_woman, of_age = _TABLE.T
     value = mean + between * np.clip(mine["anatomy"], -2.2, 2.2)
     value = value + within * np.clip(images["anatomy"], -2.5, 2.5)
-    of_age = np.outer((age - 49) / 10, d_age)
-    value += np.outer(ap, d_ap) + np.outer(mine["female"], d_female) + of_age
+    shift = np.outer(ap, of_ap) + np.outer(mine["female"], of_woman)
+    value += shift + np.outer((age - 49) / 10, of_age)
     parameters = dict(zip(_NAMES, value.T, strict=True))
     parameters |= {"ap": ap} | {name: mine[name] for name in ("tree", "place")}
     parameters |= {name: images[name] for name in ("device", "pick")}
 
-    own, new = mine["liability"], images["liability"]
-    z = (np.sqrt(_PERSIST) * own + np.sqrt(1 - _PERSIST) * new) @ _copula().T
+    correlation = np.full((len(FINDINGS),) * 2, _COMMON)
+    np.fill_diagonal(correlation, 1.0)
+    for pair, rho in _PAIRS.items():
+        i, j = map(FINDINGS.index, pair)
+        correlation[i, j] = correlation[j, i] = rho
+    own, new = np.sqrt(_PERSIST) * mine["liability"], np.sqrt(1 - _PERSIST) * images["liability"]
+    z = (own + new) @ np.linalg.cholesky(correlation).T
     count = np.array([float(COUNTS[name]) for name in FINDINGS])
-    ratio = np.array([finding.ap_ratio for finding in _FINDINGS.values()])
+    ratio = np.array([_AP_RATIO[name] for name in FINDINGS])
     frequency = count / IMAGES / (1 - _AP_SHARE + _AP_SHARE * ratio)
     present = z > norm.isf(frequency * np.where(ap[:, None], ratio, 1.0))
     severity = present * (0.55 + 0.9 * images["severity"])
 
-    lateral = np.array([f.lateral for f in _FINDINGS.values()])
-    side = np.where((present & lateral).any(1), np.array(["R", "L", "both"])[mine["side"]], "")
+    one_sided = present[:, [name in _LATERAL for name in FINDINGS]].any(1)
     parameters["right"], parameters["left"] = mine["side"] != 1, mine["side"] != 0
-    frame = pd.DataFrame(
-        {
-            "image_id": [f"{p:08d}_{k:03d}.png" for p, k in zip(who + 1, number, strict=True)],
-            "patient_id": who + 1,
-            "findings": findings_text(present),
-            "view_position": np.where(ap, "AP", "PA"),
-            "age": age,
-            "sex": np.where(mine["female"], "F", "M"),
-            "side": side,
-            "exposure": parameters["gain"],
-            "angle": images["turn"] * 360.0,
-            "mirrored": images["mirror"],
-        }
-    )
-    return frame, parameters, severity
+    columns = {
+        "image_id": [f"{p:08d}_{k:03d}.png" for p, k in zip(who + 1, number, strict=True)],
+        "patient_id": who + 1,
+        "findings": findings_text(present),
+        "view_position": np.where(ap, "AP", "PA"),
+        "age": age,
+        "sex": np.where(mine["female"], "F", "M"),
+        "side": np.where(one_sided, np.array(["R", "L", "both"])[mine["side"]], ""),
+        "exposure": parameters["gain"],
+        "angle": images["turn"] * 360.0,
+        "mirrored": images["mirror"],
+    }
+    return pd.DataFrame(columns), parameters, severity
 
 
 @functools.cache
@@ -353,20 +297,13 @@ def _atlas() -> dict[str, np.ndarray]:
     net = gaussian_filter(noise[1:], (0, 3.2, 3.2), mode="wrap")
     # The zero crossings of a smooth noise are a net.
     net = np.exp(-np.square(net / net.std() / 0.45)) - 0.4
-    return {
-        "tree": np.minimum(trees, 1.6).astype(np.float32),
-        "cloud": (cloud / cloud.std()).astype(np.float32),
-        "net": net.astype(np.float32),
-    }
+    textures = {"tree": np.minimum(trees, 1.6), "cloud": cloud / cloud.std(), "net": net}
+    return {name: texture.astype(np.float32) for name, texture in textures.items()}
 
 
-def _look(
-    texture: np.ndarray, which: np.ndarray | int, x: np.ndarray, y: np.ndarray, wrap: bool = True
-) -> np.ndarray:
-    """Nearest texel: textures are smooth over several texels."""
-    x, y = x.astype(np.int32), y.astype(np.int32)
-    x, y = (x & 255, y & 255) if wrap else (np.clip(x, 0, 255), np.clip(y, 0, 255))
-    return texture[which, y, x]
+def _look(texture: np.ndarray, which: np.ndarray | int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Nearest texel of a texture that repeats itself; it is smooth over several texels."""
+    return texture[which, y.astype(np.int32) & 255, x.astype(np.int32) & 255]
 
 
 def scene(
@@ -378,9 +315,9 @@ def scene(
     """
     atlas, p = _atlas(), dict(p)
     p["lift"] = np.zeros(len(severity))
-    for k, finding in enumerate(_FINDINGS.values()):
-        for name, change in finding.geometry.items():
-            p[name] = p[name] + change * severity[:, k]
+    for finding, shapes in _SHAPES.items():
+        for name, change in shapes.items():
+            p[name] = p[name] + change * severity[:, FINDINGS.index(finding)]
     s = {k: np.asarray(v, np.float32)[:, None, None] for k, v in p.items() if np.ndim(v) == 1}
     s = SimpleNamespace(**s)
     place, device = (np.asarray(p[k], np.float32).T[:, :, None, None] for k in ("place", "device"))
@@ -411,9 +348,10 @@ def scene(
     # Vessels branch from the hila, drawn per lung from the patient's trees.
     hilum = y + 0.04 + 0.06 * (x > 0).astype(np.float32)
     stretch = 190 * (0.85 + 0.3 * place[0])
-    across, along = (X - 0.11) * stretch, 128 + np.sign(place[1] - 0.5) * hilum * stretch
+    across = np.clip((X - 0.11) * stretch, 0, 255)
+    along = np.clip(128 + np.sign(place[1] - 0.5) * hilum * stretch, 0, 255)
     which = (p["tree"][:, None, None] + 3 * (x > 0)) % _TREES
-    s.vessels = s.vessel * _look(atlas["tree"], which, across, along, wrap=False)
+    s.vessels = s.vessel * _look(atlas["tree"], which, across, along)
     haze = np.maximum(s.haze, 0) * (0.4 + _step(y, 0.9))
     marks = haze + s.vessels + 0.025 * s.cloud + 0.01 * s.net
     density += s.lung * marks + 0.03 * s.cloud * s.inside
@@ -428,14 +366,13 @@ def scene(
     gas = np.hypot((x - 0.36) / 1.7, y - s.dome_edge - 1.1 * s.bubble) / np.maximum(s.bubble, 0.02)
     density -= (0.2 + 0.45 * place[3]) * _step(1 - gas + 0.3 * s.cloud, 0.4) * (place[2] > 0.45)
 
-    for k, finding in enumerate(_FINDINGS.values()):
-        some = np.flatnonzero(severity[:, k])
-        if finding.draw is not None and len(some):
+    for k, finding in enumerate(FINDINGS):
+        if len(some := np.flatnonzero(severity[:, k])):
             part = SimpleNamespace(**{name: value[some] for name, value in vars(s).items()})
             part.a = severity[some, k].astype(np.float32)[:, None, None]
-            density[some] += finding.draw(part)
+            density[some] += _sign(finding, part)
 
-    density += _devices(s, fx, fy, device)
+    density += _devices(s, device)
     density += s.ramp * (fx + fy)
     # Softly positive: scatter fills the darkest lung.
     density = (density + np.sqrt(np.square(density) + 0.06 * s.inside)) / 2
@@ -446,10 +383,7 @@ def scene(
 def _pose(
     s: SimpleNamespace, angle: np.ndarray, mirrored: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Detector to scene: undo the turn (counter-clockwise on the screen), the mirror, the position.
-
-    Sets the scene's coordinates in `s`, and returns those in the detector's frame.
-    """
+    """Set the scene's coordinates: undo turn, mirror and position; return those of the detector."""
     grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / (SIZE / 2) - 1
     turn = np.deg2rad(angle).astype(np.float32)[:, None, None]
     fx = np.cos(turn) * grid - np.sin(turn) * grid[:, None]
@@ -464,9 +398,7 @@ def _pose(
 
 
 def _soft_tissue(s: SimpleNamespace) -> np.ndarray:
-    """Density of the torso, which widens into the shoulder girdle and thickens downwards, of neck
-    and arms; the head is above the frame.
-    """
+    """Density of neck, arms, and a torso that widens into the shoulders and thickens downwards."""
     x, y, X = s.x, s.y, s.X
     torso = s.body * (1 - 0.05 * _step(y - 0.3, 1.2)) + 0.30 * _step(-0.22 - y, 0.7)
     flare = s.flare * np.clip(1.7 - 0.7 * X / s.neck, 0, 1.2) ** 3
@@ -499,9 +431,7 @@ def _lungs(s: SimpleNamespace) -> None:
 
 
 def _add_bones(s: SimpleNamespace, density: np.ndarray) -> None:
-    """Ribs as two families of arcs, rear ones falling laterally and front ones medially; clavicles,
-    scapulae, arms, spine.
-    """
+    """Ribs, falling laterally behind and medially in front; clavicles, scapulae, arms, spine."""
     x, y, X = s.x, s.y, s.X
     cage = _step(s.lateral + 0.05, 0.10) * _step(y - s.apex + 0.05, 0.12)
     cage = cage * (1 - 0.8 * s.abdomen) * (1 - 0.7 * s.middle)
@@ -521,7 +451,7 @@ def _add_bones(s: SimpleNamespace, density: np.ndarray) -> None:
     density += s.spine * _step(0.10 - spine, 0.06) * (0.82 + 0.18 * np.cos(y * 46)) * s.inside
 
 
-def _devices(s: SimpleNamespace, fx: np.ndarray, fy: np.ndarray, u: np.ndarray) -> np.ndarray:
+def _devices(s: SimpleNamespace, u: np.ndarray) -> np.ndarray:
     """Leads, electrodes, tube and central line (mostly portable views)."""
     portable = np.where(s.ap > 0, 0.55, 0.06)
     wave = 0.14 * np.sin(3 * s.y + 6 * u[3])
@@ -561,39 +491,32 @@ def make_phantoms(
     """Draw `n` synthetic frontal chest radiographs with known findings.
 
     Frequencies of findings, views, ages, sexes and images per patient follow NIH ChestX-ray14 (Wang
-    et al., CVPR 2017).
+    et al., CVPR 2017). Image i depends on `seed` and i alone: fewer images are a prefix of more.
 
     Parameters
     ----------
-    n : int
-        Number of images, at least 1. Image i depends on `seed` and i alone: fewer images are a
-        prefix of more.
-    seed : int
-        Non-negative.
+    n, seed : int
+        Number of images, at least 1; any seed that is not negative.
     orientation : {"upright", "any"}
         ``"upright"``: as a radiographer would hang them, tilted by a few degrees at most.
-        ``"any"``: the same phantoms, each mirrored with probability 1/2, then turned by a uniform
-        angle.
+        ``"any"``: the same, each mirrored with probability 1/2, then turned by a uniform angle.
 
     Returns
     -------
     images : ndarray of uint8, shape (n, 64, 64)
         White is dense. The patient's right is on the image's left, as hung.
     metadata : DataFrame, n rows
-        ``image_id``, ``patient_id`` (int), ``findings`` (NIH's names joined by ``|``, or ``No
-        Finding``), ``view_position`` (PA, AP), ``age`` (years), ``sex`` (M, F), ``side`` of the
-        patient on which the one-sided findings lie (R, L, both, or empty if there is none),
-        ``exposure`` (gain of the film curve, about 0.6 to 1.6; more is brighter), ``angle``
-        (degrees counter-clockwise on the screen; 0.0 if upright) and ``mirrored`` (before turning).
+        image_id, patient_id (int), findings (NIH's names joined by ``|``, or No Finding),
+        view_position (PA, AP), age (years), sex (M, F), side of the patient on which the one-sided
+        findings lie (R, L, both, or empty if there is none), exposure (gain of the film curve,
+        about 0.6 to 1.6; more is brighter), angle (degrees counter-clockwise on the screen; 0.0 if
+        upright) and mirrored (before turning).
 
     Raises ValueError if `n` is below 1, `seed` negative, or `orientation` another word.
     """
-    if n < 1 or n != int(n):
-        raise ValueError(f"n is {n}: ask for a whole number of images, at least 1")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}: give a non-negative integer")
-    if orientation not in ORIENTATIONS:
-        raise ValueError(f"orientation is {orientation!r}: choose from {', '.join(ORIENTATIONS)}")
+    if n < 1 or n != int(n) or seed < 0 or orientation not in ORIENTATIONS:
+        valid = f"need a whole n >= 1, seed >= 0, and orientation in {ORIENTATIONS}"
+        raise ValueError(f"{valid}, not {n=}, {seed=}, {orientation=}")
     frame, parameters, severity = cohort(n, seed)
     if orientation == "upright":
         frame[["angle", "mirrored"]] = 0.0, False

@@ -44,8 +44,7 @@ def preprocess(
     """Write ``images.npy``, ``metadata.csv`` and ``manifest.json`` from a folder of X-rays.
 
     Every readable PNG, JPEG and DICOM becomes one row, in order of image_id. The work is saved
-    every 256 images and goes on from there when called again. If all is done for the same files and
-    options, the manifest is returned at once.
+    every 256 images and goes on from there when called again, or is over at once if it is done.
 
     Parameters
     ----------
@@ -66,17 +65,11 @@ def preprocess(
     image_column, label_column : str, optional
         Columns of the table, see `lib.data.tables.read_table`.
 
-    Returns
-    -------
-    dict
-        The manifest: source, counts, sha256 of both files, what was dropped and why, attribution.
+    Returns the manifest: source, counts, sha256 of both files, what was dropped and why.
 
-    Raises
-    ------
-    ValueError
-        No images, too many of them unreadable, a table of other images, a bad option.
-    OSError
-        `out_dir` not writable, in use, or disk full; no file is left half-written.
+    Raises ValueError if there are no images, too many unreadable ones, a table of other images, or
+    a bad option; OSError if `out_dir` is not writable or in use, or the disk is full. No file is
+    left half-written.
     """
     if fit not in decode.FITS or not 0 <= max_broken <= 1:
         valid = f"need fit in {decode.FITS} and 0 <= max_broken <= 1"
@@ -89,8 +82,7 @@ def preprocess(
     source = Source.look(folder, note, csv, image_column)
     if source.table is None and (column := image_column or label_column):
         raise ValueError(f"a column is named ({column!r}), but there is no table: give --csv")
-    options = [split_seed, fit, bool(drop_outliers), image_column, label_column]
-    fingerprint = source.fingerprint(options)
+    fingerprint = source.fingerprint(split_seed, fit, drop_outliers, image_column, label_column)
     if manifest := finished(out_dir, fingerprint):
         return manifest
     with paths.alone(out_dir):
@@ -101,11 +93,11 @@ def preprocess(
         kept = [n for n, record in records.items() if not any(record[key] for key in unwanted)]
         if not kept:
             raise ValueError(f"no image of {folder} shows a chest: look at them, or keep outliers")
-        frame = tables.join(kept, [records[name] for name in kept], table, rows)
-        frame, split = _split(frame, source.lists, split_seed)
+        frame = tables.join({name: records[name] for name in kept}, table, rows)
+        frame, split = tables.split_patients(frame, source.lists, split_seed)
         manifest = _manifest(source, records, kept, unwanted) | counts
         readable = [name for name, record in records.items() if not record["reason"]]
-        manifest["verification"] = nih.verify(source.kind, readable, table)
+        manifest["verification"] = nih.verify(source.note["kind"], readable, table)
         manifest |= {"split": split, "fit": fit, "fingerprint": fingerprint}
         return save(partial, manifest, frame, _images(partial, records, set(kept)))
 
@@ -115,8 +107,7 @@ class Source:
     """A folder of X-rays and what lies in it."""
 
     folder: Path
-    kind: str  # phantom, digits, nih (known by the names of its images) or folder
-    note: dict[str, Any]  # of `lib.data.sources.fetch`, or empty
+    note: dict[str, Any]  # kind, csv, and of what is drawn seed and orientation
     images: dict[str, str]  # relative path (``/``) of each image by image_id, sorted
     repeated: list[str]  # images left out because another one has their name
     others: list[str]  # all other files
@@ -130,29 +121,29 @@ class Source:
         """Find images, table and lists in a folder and below it; ValueError if there is none.
 
         image_id is the file name. Of NIH's names, which are identities, a repeated one is left out;
-        of other names that occur in several folders (``patient1/frontal.png``,
-        ``patient2/frontal.png``) image_id is the relative path.
+        of others (``1/front.png`` and ``2/front.png``) image_id is the relative path.
         """
         found, others = sources.find_images(folder)
-        several = Counter(PurePosixPath(file).name for file in found)
+        names = {file: PurePosixPath(file).name for file in found}
+        several = Counter(names.values())
         images: dict[str, str] = {}
-        for file in found:
-            name = PurePosixPath(file).name
+        for file, name in names.items():
             own = several[name] == 1 or nih.NIH_NAME.fullmatch(name)
             images.setdefault(tables.printable(name if own else file), file)
         images = dict(sorted(images.items()))
         repeated = sorted(set(found) - set(images.values()))
         if repeated:
-            text = "images were left out, since another one has their file name"
-            warnings.warn(f"{len(repeated)} {text}", stacklevel=3)
+            text = f"{len(repeated)} images were left out: another one has their name"
+            warnings.warn(text, stacklevel=3)
         table = tables.find_metadata(folder, others, column, csv)
-        kind = note.get("kind") or sources.kind_of(images)
+        kept = {key: note[key] for key in ("kind", "seed", "orientation") if key in note}
+        note = {"kind": sources.kind_of(images), "csv": table and table.name} | kept
         lists = tables.read_lists(folder, others)
-        return cls(folder, kind, note, images, repeated, others, table, lists)
+        return cls(folder, note, images, repeated, others, table, lists)
 
-    def fingerprint(self, options: list) -> str:
+    def fingerprint(self, *options: Any) -> str:
         """SHA-256 of all that decides the result: the same work is not done twice."""
-        state: list = [FORMAT, CHUNK, options, self.kind, self.repeated, sorted(self.lists.items())]
+        state: list = [FORMAT, CHUNK, options, self.note, self.repeated, sorted(self.lists.items())]
         state += [self.table.name, sha256(self.table)] if self.table else []
         for file in self.images.values():
             path = self.folder / file
@@ -168,9 +159,8 @@ def _decode_all(source: Source, partial: Path, fit: str, max_broken: float) -> R
     with (
         tqdm(total=len(names), desc="preprocess", unit="image", mininterval=0.5) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        warnings.catch_warnings(),
+        warnings.catch_warnings(action="ignore"),  # a decoder's is no error if it has pixels
     ):
-        warnings.simplefilter("ignore")  # a decoder's warning is no error if the pixels are whole
         for start in range(0, len(names), CHUNK):
             part = names[start : start + CHUNK]
             chunk = partial / f"{start // CHUNK:06d}.npz"
@@ -202,51 +192,44 @@ def _outlier(image: np.ndarray | None) -> str:
 def _too_many_broken(source: Source, records: Records, max_broken: float) -> str:
     """Why the images seen so far are too many to go on; reports and the like are not counted."""
     reports = sum(not record["image"] for record in records.values())
-    broken = {n: r["reason"] for n, r in records.items() if r["reason"] and r["image"]}
+    bad = ((n, r["reason"]) for n, r in records.items() if r["reason"] and r["image"])
+    broken = [f"{source.images[name]}: {why}" for name, why in bad]
     total, seen = len(source.images) - reports, len(records) - reports
     if not total:
         return f"no images in {source.folder}, but {reports} DICOM files without one"
     if len(broken) <= max_broken * total and len(broken) < total:
         return ""
-    first = "; ".join(f"{source.images[n]}: {why}" for n, why in list(broken.items())[:3])
     share = math.ceil(20 * len(broken) / seen) / 20
     allow = f", or allow them with --max-broken {share:g}" if len(broken) < total else ""
     text = f"{len(broken)} of {seen} images in {source.folder} cannot be read"
-    return f"{text} ({tables.printable(first)}): replace or remove them{allow}"
+    return f"{text} ({tables.printable('; '.join(broken[:3]))}): replace or remove them{allow}"
 
 
 def _rows(
     source: Source, image_column: str | None, label_column: str | None
 ) -> tuple[pd.DataFrame | None, dict[str, list[int]], dict[str, Any]]:
-    """The table, its rows of each image, and counts for the manifest."""
+    """The table, its rows of each image, and counts; ValueError if it describes no image."""
     table, rows, counts = None, {}, {}
     if source.table:
-        drawn = source.kind in ("phantom", "digits")
+        drawn = source.note["kind"] in ("phantom", "digits")
         table, counts = tables.read_table(source.table, image_column, label_column, drawn)
         rows, counts["images_matched"] = tables.match(source.images, table["path"])
-        tables.check_match(source.table.name, source.images, table["path"], rows)
-    total, used = 0 if table is None else len(table), sum(map(len, rows.values()))
-    counts |= {"csv_rows": total, "csv_rows_joined": used - len(rows)}
-    counts["csv_rows_without_image"] = total - used
+    total, used = 0 if table is None else len(table), set().union(*rows.values())
+    counts |= {"csv_rows": total, "csv_rows_joined": len(used) - len(rows)}
+    counts["csv_rows_without_image"] = total - len(used)
     counts["images_without_csv_row"] = len(source.images) - len(rows)
+    if source.table and 2 * len(rows) < len(source.images):
+        row = next((path for k, path in enumerate(table["path"]) if k not in used), "no other")
+        image = next(path for image_id, path in source.images.items() if image_id not in rows)
+        text = (
+            f"{source.table.name} describes {len(rows) or 'none'} of {len(source.images)} images: "
+            f"it names {tables.printable(row)!r}, and the folder holds {tables.printable(image)!r};"
+            " choose the table with --csv and its column with --image-column"
+        )
+        if not rows:
+            raise ValueError(text)
+        warnings.warn(text, stacklevel=3)
     return table, rows, counts
-
-
-def _split(
-    frame: pd.DataFrame, lists: dict[str, str], seed: int
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """``metadata.csv`` with its column split, and a description of the split."""
-    one_patient = len(frame) > 1 and frame["patient_id"].nunique() == 1
-    if one_patient:
-        warnings.warn("one patient is named for all images: each is split by itself", stacklevel=3)
-        frame["patient_id"] = frame["image_id"]
-    parts, split = tables.split_patients(frame, lists, seed)
-    split["method"] = "drawn by image: one patient for all" if one_patient else split["method"]
-    frame.insert(nih.COLUMNS.index("split"), "split", parts)
-    if both := split["patients_on_both_sides"]:
-        text = "patients are in both of NIH's lists: probes will look too good"
-        warnings.warn(f"{both} {text}", stacklevel=3)
-    return frame, split
 
 
 def _images(partial: Path, records: Records, kept: set[str]) -> Iterator[np.ndarray]:
@@ -264,8 +247,7 @@ def _manifest(
     images = [records[name] for name in kept]
     not_square = sum(record["width"] != record["height"] for record in images)
     if not_square:
-        text = "images are not square (see the parameter fit)"
-        warnings.warn(f"{not_square} of {len(kept)} {text}", stacklevel=3)
+        warnings.warn(f"{not_square} of {len(kept)} images are not square: see fit", stacklevel=3)
     dropped, reports = dict.fromkeys(source.repeated, "another image has its file name"), {}
     for name, record in records.items():
         if why := next(filter(None, (record[key] for key in unwanted)), ""):
@@ -273,17 +255,15 @@ def _manifest(
     outliers = {name: record["outlier"] for name, record in records.items() if record["outlier"]}
     kinds = ("too dark", "too bright", "constant")
     return {
-        "format": FORMAT,
-        "source": {"kind": source.kind, "csv": source.table.name if source.table else None}
-        | {key: source.note[key] for key in ("seed", "orientation") if key in source.note},
+        "source": source.note,
         "dropped": [{"file": tables.printable(f), "reason": why} for f, why in dropped.items()],
         "not_images": [{"file": tables.printable(f), "reason": why} for f, why in reports.items()],
-        "other_files": dict(sorted(sources.suffixes(source.others).items())),
+        "other_files": len(source.others),
         "outliers": {k: sum(why.startswith(k) for why in outliers.values()) for k in kinds}
         | {"images": [{"image_id": n, "reason": why} for n, why in outliers.items()]},
         "image_modes": dict(Counter(record["mode"] for record in images).most_common()),
         "gray_scales": dict(Counter(record["scale"] for record in images).most_common()),
         "not_square": not_square,
         "enlarged": sum(min(r["width"], r["height"]) < decode.SIZE for r in images),
-        "attribution": sources.ATTRIBUTIONS[source.kind],
+        "attribution": sources.ATTRIBUTIONS[source.note["kind"]],
     }

@@ -8,11 +8,10 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import requests
 from PIL import Image
 
@@ -28,10 +27,9 @@ KAGGLE = {  # name on Kaggle, and images in it
 NO_CREDENTIALS = (
     "Kaggle needs credentials, and there are none that it takes: (1) sign in at "
     "https://www.kaggle.com, an account is free; (2) make a token at "
-    "https://www.kaggle.com/settings/api, 'Generate New Token'; (3) put it into the environment "
-    "variable KAGGLE_API_TOKEN or into the file ~/.kaggle/access_token (kaggle.json does as well), "
-    "and give the same command again. Without an account: --data chestmnist (the same X-rays at "
-    "64x64) or --data phantom (drawn ones)"
+    "https://www.kaggle.com/settings/api; (3) put it into the environment variable "
+    "KAGGLE_API_TOKEN or the file ~/.kaggle/access_token, and give the same command again. "
+    "Without an account: --data chestmnist (the same X-rays at 64x64) or --data phantom"
 )
 ATTRIBUTIONS = {
     "phantom": phantom.ATTRIBUTION,
@@ -44,7 +42,6 @@ _HEADERS = {  # Kaggle's, for what is drawn here
     "image_id": "Image Index", "findings": "Finding Labels", "patient_id": "Patient ID",
     "age": "Patient Age", "sex": "Patient Gender", "view_position": "View Position",
 }  # fmt: skip
-_BESIDE = (*nih.METADATA_NAMES, *nih.LIST_NAMES, "BBox_List_2017.csv")
 _TAR = re.compile(r"(images_\d{2,3})\.(tar\.gz|tgz)", re.IGNORECASE)
 _UNREAD = "nothing yet: 01_preprocess reads image by image"
 _DONE = ".done.json"  # in a folder that was filled to the end
@@ -81,8 +78,7 @@ def fetch(
         or with what was unpacked from them, or a folder with images, which stays where it is.
         Phantoms and digits are drawn in Kaggle's layout: the reader of real X-rays reads them.
     raw_dir : path
-        Usually ``paths.raw_dir(dataset)``. Downloads go beside it, so that every preset uses the
-        same.
+        Usually ``paths.raw_dir(dataset)``. Downloads go beside it; every preset uses the same.
     n_phantoms, seed : int
         Number of phantoms; seed of phantoms and of the digits' angles.
     csv : path, optional
@@ -90,14 +86,9 @@ def fetch(
 
     Returns a dict for display: kind, images, csv, folder, attribution, origin, verified.
 
-    Raises
-    ------
-    DownloadError
-        No credentials, space, connection or permission, or a damaged archive.
-    ValueError
-        `source` is not what it promises, or `raw_dir` holds something that is not ours to replace.
-    OSError
-        A folder cannot be written or the disk is full; what has arrived is kept.
+    Raises DownloadError without credentials, space, connection or permission, or if an archive is
+    damaged; ValueError if `source` is not what it promises, or `raw_dir` holds what was not drawn
+    here; OSError if the disk refuses. What has arrived is kept.
     """
     raw_dir = Path(raw_dir)
     word, path = parse(source)
@@ -142,26 +133,16 @@ def find_images(folder: Path, needed: bool = True) -> tuple[list[str], list[str]
     for base, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         for path in (Path(base, name) for name in names if not name.startswith(".")):
-            found = images if _may_be_image(path) else others
-            found.append(path.relative_to(folder).as_posix())
+            is_image = tables.IMAGE_SUFFIX.search(path.name)
+            if "." not in path.name or path.suffix[1:].isdecimal():  # perhaps a DICOM
+                is_image = path.name != "DICOMDIR" and decode.is_dicom(path)
+            (images if is_image else others).append(path.relative_to(folder).as_posix())
     if needed and not images:
-        held = ", ".join(f"{n} {suffix}" for suffix, n in suffixes(others).most_common(4))
+        found = Counter(Path(other).suffix.lower() or "no extension" for other in others)
+        held = ", ".join(f"{n} {tables.printable(end)}" for end, n in found.most_common(4))
         text = f"it holds {held or 'no file'}; give a folder with X-rays"
         raise ValueError(f"no images in {folder}: {text}")
     return sorted(images), sorted(others)
-
-
-def _may_be_image(path: Path) -> bool:
-    """By its extension; without one, or if a DICOM number is the name, by the first bytes."""
-    if "." not in path.name or path.suffix[1:].isdecimal():
-        return path.name != "DICOMDIR" and decode.is_dicom(path)
-    return tables.IMAGE_SUFFIX.search(path.name) is not None
-
-
-def suffixes(files: Iterable[str]) -> Counter[str]:
-    """How many files have which extension."""
-    found = (PurePosixPath(file).suffix.lower() or "no extension" for file in files)
-    return Counter(map(tables.printable, found))
 
 
 def kind_of(images: Collection[str]) -> str:
@@ -182,7 +163,7 @@ def _note(
 
 
 def _drawn(word: str, raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
-    """Phantoms or digits in `raw_dir`, drawn anew if something else is there."""
+    """Phantoms or digits in Kaggle's layout, drawn anew beside `raw_dir` if it holds others."""
     kind, module = ("phantom", phantom) if word == "phantom" else ("digits", digits)
     # The generator is part of the identity: what an older version has drawn is drawn again.
     note = {
@@ -197,7 +178,8 @@ def _drawn(word: str, raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
     note |= {"orientation": "any"} if word == "digits-turned" else {}
     if read_source(raw_dir) == note:
         return note
-    with paths.alone(raw_dir, raw_dir.with_name(f".{raw_dir.name}.lock")):
+    new, old, lock = (raw_dir.with_name(f".{raw_dir.name}.{end}") for end in ("new", "old", "lock"))
+    with paths.alone(raw_dir, lock), http.naming_disk_errors(raw_dir):
         files = {path.name for path in raw_dir.iterdir()} if raw_dir.exists() else set()
         there = read_source(raw_dir).get("kind")
         if there not in ("phantom", "digits") and files - {"source.json"}:
@@ -207,27 +189,20 @@ def _drawn(word: str, raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
             images, table = phantom.make_phantoms(n, seed)
         else:
             images, table = digits.make_digits(word == "digits-turned", seed)
-        _write_drawn(raw_dir, note, images, table)
-    return note
-
-
-def _write_drawn(raw_dir: Path, note: dict[str, Any], images: Any, table: pd.DataFrame) -> None:
-    """Write images and table in Kaggle's layout, beside their place, and move them there whole."""
-    building, old = (raw_dir.with_name(f".{raw_dir.name}.{end}") for end in ("partial", "old"))
-    with http.naming_disk_errors(raw_dir):
-        for leftover in (building, old):  # of a run that was killed
+        for leftover in (new, old):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         for place, (image_id, image) in enumerate(zip(table["image_id"], images, strict=True)):
-            folder = building / f"images_{place // 10_000 + 1:03d}" / "images"  # as on Kaggle
+            folder = new / f"images_{place // 10_000 + 1:03d}" / "images"  # as on Kaggle
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / image_id)
-        with open(building / note["csv"], "w", encoding="utf-8", newline="\n") as handle:
+        with open(new / note["csv"], "w", encoding="utf-8", newline="\n") as handle:
             table.rename(columns=_HEADERS).to_csv(handle, index=False, lineterminator="\n")
-        paths.save_json(building / "source.json", note)
+        paths.save_json(new / "source.json", note)
         if raw_dir.exists():
             os.replace(raw_dir, old)
-        os.replace(building, raw_dir)
+        os.replace(new, raw_dir)
         shutil.rmtree(old, ignore_errors=True)
+    return note
 
 
 def _from_kaggle(name: str, expected: int, store: Path) -> dict[str, Any]:
@@ -326,7 +301,7 @@ def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
             done[name] = states[name]
             paths.save_json(store / _DONE, done)
         for file in files:
-            if file.name in _BESIDE:
+            if file.suffix in (".csv", ".txt"):
                 shutil.copyfile(file, store / file.name)
     if len(tars) != 12:
         warnings.warn(f"{len(tars)} of NIH's 12 archives are in {paths.show(folder)}", stacklevel=3)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from lib.data import nih
 
+TEST_SHARE = 0.2
 IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|dcm|dicom)$", re.IGNORECASE)
 
 
@@ -117,27 +118,15 @@ def read_table(
     label_column: str | None = None,
     extra_columns: bool = False,
 ) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Read a table of images.
+    """Read a table of images, in UTF-8, UTF-16 or Windows-1252, with any usual separator.
 
-    Parameters
-    ----------
-    table : Path
-        Text in UTF-8, UTF-16 or Windows-1252 with commas, semicolons, tabs or ``|`` between cells.
-    image_column, label_column : str, optional
-        Columns with the images (names or paths) and with their labels, if they are not named as
-        NIH's. Labels of such a column are separated by ``|``, ``;`` or ``,``.
-    extra_columns : bool
-        Keep other columns, too, if their names are lower-case words: the ground truth of phantoms.
+    `image_column` and `label_column` hold the images (names or paths) and their labels, if they are
+    not named as NIH's; labels of such a column are separated by ``|``, ``;`` or ``,``.
+    `extra_columns` keeps other columns with lower-case names, too: the ground truth of phantoms.
 
-    Returns
-    -------
-    frame : DataFrame, of text
-        One row per row that names an image: path, patient_id, findings (joined by ``|``),
-        view_position, age (completed years), sex; empty if unknown.
-    counts : dict
-        csv_rows_without_name, ages_set_missing.
-
-    Raises ValueError if a column is not there, or the file is no table.
+    Returns text, one row per row that names an image: path, patient_id, findings (joined by ``|``),
+    view_position, age (completed years), sex, empty if unknown; and the count ages_set_missing.
+    ValueError if a column is not there, or the file is no table.
     """
     cells = _read(table, image_column, label_column)
     roles = _roles(cells.columns, image_column, label_column)
@@ -156,7 +145,6 @@ def read_table(
         frame[name] = cells.iloc[:, place].str.strip()
     frame = frame.rename(columns={"image_id": "path"})
     frame["path"] = frame["path"].str.replace(r"[/\\]+", "/", regex=True).str.removeprefix("./")
-    nameless = (frame["path"] == "") & (frame != "").any(axis=1)
     frame = frame[frame["path"] != ""].reset_index(drop=True)
     separator = re.compile(r"[|;,]" if label_column else r"\|")
     frame["findings"] = [_labels(separator.split(text)) for text in frame["findings"]]
@@ -165,8 +153,7 @@ def read_table(
     frame["sex"] = frame["sex"].str.upper().replace({"MALE": "M", "FEMALE": "F"})
     stated = frame["age"] != ""
     frame["age"] = frame["age"].map(clean_age)
-    missing = int((stated & (frame["age"] == "")).sum())
-    return frame, {"csv_rows_without_name": int(nameless.sum()), "ages_set_missing": missing}
+    return frame, {"ages_set_missing": int((stated & (frame["age"] == "")).sum())}
 
 
 def _labels(parts: Sequence[str]) -> str:
@@ -183,9 +170,7 @@ def clean_patient(text: str) -> str:
 
 
 def clean_age(text: str) -> str:
-    """Completed years of ``60`` and of DICOM's ``060Y``, ``007M``, ``010W`` and ``012D``; empty if
-    unreadable or over 120 (NIH has 414).
-    """
+    """Completed years of ``60``, ``060Y``, ``007M``, ``010W`` or ``012D``; empty if over 120."""
     age = re.fullmatch(r"(\d{1,4})(?:\.\d*)?\s*([YMWD]?)", text.upper(), re.ASCII)
     years = int(age[1]) // {"M": 12, "W": 52, "D": 365}.get(age[2], 1) if age else 999
     return str(years) if years <= 120 else ""
@@ -201,13 +186,12 @@ def match(
 ) -> tuple[dict[str, list[int]], Counter[str]]:
     """Which rows of a table describe which image.
 
-    A row belongs to the image with which its path has the longest common end, and to none if there
-    are several such images. Paths are compared as they are; then, for what has no partner, without
+    `images` are relative paths (``/``) by image_id, `paths` those of the rows: names, or paths from
+    anywhere. A row belongs to the image with which its path has the longest common end, and to none
+    if there are several. Paths are compared as they are; then, for what has no partner, without
     extension, in any case, and without leading zeros, which spreadsheets drop.
 
-    `images` are relative paths (``/``) by image_id, `paths` those of the rows: names, or paths from
-    anywhere. Returns the numbers of the rows by image_id, for images that have one, and how many
-    images were found in which way.
+    Returns the numbers of the rows by image_id, and how many images were found in which way.
     """
     forms = {
         "by name": str,
@@ -246,52 +230,29 @@ def _ends(path: str) -> list[str]:
     return ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)]
 
 
-def check_match(
-    table: str, images: dict[str, str], paths: Sequence[str], found: dict[str, list[int]]
-) -> None:
-    """ValueError if a table describes no image; a warning if less than half of them."""
-    if 2 * len(found) >= len(images):
-        return
-    used = {number for rows in found.values() for number in rows}
-    row = next((path for number, path in enumerate(paths) if number not in used), "no other")
-    image = next(path for image_id, path in images.items() if image_id not in found)
-    text = (
-        f"{table} describes {len(found) or 'none'} of {len(images)} images: it names "
-        f"{printable(row)!r}, and the folder holds {printable(image)!r}; "
-        "choose the table with --csv and its column with --image-column"
-    )
-    if not found:
-        raise ValueError(text)
-    warnings.warn(text, stacklevel=3)
-
-
 def join(
-    image_ids: Sequence[str],
-    headers: Sequence[dict[str, Any]],
-    table: pd.DataFrame | None,
-    found: dict[str, list[int]],
+    records: dict[str, dict[str, Any]], table: pd.DataFrame | None, found: dict[str, list[int]]
 ) -> pd.DataFrame:
     """One row per image: what the table says, then the file's own header, then NIH's way of naming.
 
-    `headers` is what each file says of patient_id, view_position, age and sex (DICOM), `table` is
-    of `read_table` and `found` of `match`. The labels of several rows of an image are joined, and
-    "No Finding" is dropped if another row has a finding; of other columns the first value is taken.
-    An image of an unknown patient is its own patient: patient_id is its image_id.
+    `records`, by image_id, are of `decode`, `table` is of `read_table` and `found` of `match`. The
+    labels of several rows of an image are joined, and "No Finding" is dropped if another row has a
+    finding; of other columns the first value is taken. An image of an unknown patient is its own
+    patient: patient_id is its image_id.
     """
     columns = list(nih.COLUMNS[1:-1] if table is None else table.columns[1:])
     rows = [] if table is None else table[columns].to_dict("records")
     joined = []
-    for image_id, header in zip(image_ids, headers, strict=True):
-        own = [rows[number] for number in found.get(image_id, [])]
-        sources = [*own, header | {"age": clean_age(header.get("age", ""))}]
-        known = {n: next(filter(None, (s.get(n) for s in sources)), "") for n in columns}
-        labels = [label for row in own for label in row["findings"].split("|") if label]
-        if len(own) > 1 and set(labels) != {nih.NO_FINDING}:
-            labels = [label for label in labels if label != nih.NO_FINDING]
+    for image_id, record in records.items():
         named = nih.NIH_NAME.fullmatch(image_id)
-        patient = known["patient_id"] or (clean_patient(named[1]) if named else image_id)
-        labels = "|".join(dict.fromkeys(labels))
-        joined.append({"image_id": image_id} | known | {"patient_id": patient, "findings": labels})
+        own = [rows[number] for number in found.get(image_id, [])]
+        last = {"patient_id": clean_patient(named[1]) if named else image_id}
+        said = [*own, record | {"age": clean_age(record.get("age", ""))}, last]
+        known = {n: next(filter(None, (s.get(n) for s in said)), "") for n in columns}
+        labels = {label: None for row in own for label in row["findings"].split("|") if label}
+        if len(labels) > 1 and len(own) > 1:
+            labels.pop(nih.NO_FINDING, None)
+        joined.append({"image_id": image_id} | known | {"findings": "|".join(labels)})
     return pd.DataFrame(joined, columns=["image_id", *columns], dtype=str)
 
 
@@ -305,37 +266,41 @@ def read_lists(folder: Path, files: Sequence[str]) -> dict[str, str]:
 
 
 def split_patients(
-    frame: pd.DataFrame, lists: dict[str, str], seed: int, test_share: float = 0.2
-) -> tuple[list[str], dict[str, Any]]:
-    """``"train"`` or ``"test"`` for each image, whole patients only, and a description.
+    frame: pd.DataFrame, lists: dict[str, str], seed: int
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Insert a column split, ``"train"`` or ``"test"``, whole patients only, and describe it.
 
     NIH's lists (of `read_lists`) decide if they leave images in both parts; patients that they do
     not name are drawn. The draw sorts patients by the SHA-256 of seed and name, which no version of
-    a random generator can change, and takes as many as come nearest to `test_share` of the images.
+    a random generator can change, and takes as many as come nearest to `TEST_SHARE` of the images.
+    If one patient is named for all images, each image becomes its own patient.
     """
+    method = "drawn by patient"
+    if len(frame) > 1 and frame["patient_id"].nunique() == 1:
+        warnings.warn("one patient is named for all images: each is split by itself", stacklevel=3)
+        frame = frame.assign(patient_id=frame["image_id"])
+        method = "drawn by image: one patient for all"
     patients = frame["patient_id"].tolist()
     listed = [lists.get(image_id) for image_id in frame["image_id"]]
-    official = {"train", "test"} <= set(listed)
-    listed = listed if official else [None] * len(listed)
+    if {"train", "test"} <= set(listed):
+        method = "NIH's lists"
+    else:
+        listed = [None] * len(listed)
     sides: dict[str, str] = {}
     both = set()
     for patient, part in zip(patients, listed, strict=True):
         if part and sides.setdefault(patient, part) != part:
             both.add(patient)
+    if both:
+        warnings.warn(f"{len(both)} patients are in both lists: probes look too good", stacklevel=3)
     counts = Counter(patient for patient in patients if patient not in sides)
     order = sorted(counts, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     sums = np.cumsum([0, *(counts[patient] for patient in order)])
-    n_test = int(np.argmin(np.abs(sums - test_share * sums[-1])))
-    if test_share > 0 and len(order) > 1 and not sides:
+    n_test = int(np.argmin(np.abs(sums - TEST_SHARE * sums[-1])))
+    if len(order) > 1 and not sides:
         n_test = min(max(n_test, 1), len(order) - 1)  # nobody asked for an empty part
     sides |= {patient: "test" if place < n_test else "train" for place, patient in enumerate(order)}
     parts = [part or sides[patient] for part, patient in zip(listed, patients, strict=True)]
-    return parts, {
-        "method": "NIH's lists" if official else "drawn by patient",
-        "seed": seed,
-        "test_share": test_share,
-        "train": parts.count("train"),
-        "test": parts.count("test"),
-        "images_in_lists": len(listed) - listed.count(None),
-        "patients_on_both_sides": len(both),
-    }
+    frame.insert(nih.COLUMNS.index("split"), "split", parts)
+    split = {"method": method, "seed": seed, "patients_on_both_sides": len(both)}
+    return frame, split | {part: parts.count(part) for part in ("train", "test")}
