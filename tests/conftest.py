@@ -1,7 +1,9 @@
 """Fixtures that several files of tests share."""
 
+import itertools
 import os
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -29,3 +31,23 @@ def server():
     started = Server()
     yield started
     started.close()
+
+
+@pytest.fixture
+def dies_at(monkeypatch):
+    """A context in which a process is interrupted where it would move its k-th file into place."""
+
+    @contextmanager
+    def context(k):
+        calls, replace = itertools.count(), os.replace
+
+        def dying(source, target):
+            if next(calls) == k:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", dying)
+            yield
+
+    return context

@@ -44,13 +44,12 @@ class Server:
 
     `faults` are what the next GETs do instead: (status, headers), or a number of bytes after which
     the answer breaks off; `refusals` are statuses of the next calls of Kaggle's API. None lets one
-    pass. If not `ranges`, all of a file is sent and never a part.
+    pass.
     """
 
     def __init__(self):
         self.files, self.faults, self.refusals, self.log = {}, [], [], []
-        self.ranges, self.token = True, None
-        server = self
+        self.token, server = None, self
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_):
@@ -89,16 +88,13 @@ class Server:
         content = self.files.get(handler.path.partition("?")[0])
         if isinstance(fault, tuple) or content is None:
             return self.answer(handler, *(fault if isinstance(fault, tuple) else (404,)))
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
-        begin, end, status = 0, len(content), 200
-        if asked and self.ranges:
-            begin, status = int(asked[1]), 206
-            end = min(end, int(asked[2]) + 1) if asked[2] else end
-        headers = {"Content-Range": f"bytes {begin}-{end - 1}/{len(content)}"}
-        body = content[begin:end]
-        if fault is not None:
-            handler.close_connection = True
-        return self.answer(handler, status, headers, body[:fault], len(body))
+        begin, end = re.fullmatch(
+            r"bytes=(\d+)-(\d*)", handler.headers.get("Range", "bytes=0-")
+        ).groups()
+        body = content[int(begin) : int(end) + 1 if end else None]
+        handler.close_connection = fault is not None
+        headers = {"Content-Range": f"bytes {begin}-{int(begin) + len(body) - 1}/{len(content)}"}
+        return self.answer(handler, 206, headers, body[:fault], len(body))
 
     def post(self, handler):
         """Kaggle's API: is a token valid, and where is a data set?"""

@@ -1,7 +1,6 @@
 """lib.data: what is read of a finished data set, and its labels."""
 
 import builtins
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +21,11 @@ def done(tmp_path):
 
 def test_training_opens_the_images_and_nothing_else(done, monkeypatch):
     opened, real = [], builtins.open
-
-    def noting(file, *args, **options):
-        opened.append(os.fspath(file))
-        return real(file, *args, **options)
-
-    monkeypatch.setattr(builtins, "open", noting)
+    monkeypatch.setattr(
+        builtins, "open", lambda *a, **k: opened.append(Path(a[0])) or real(*a, **k)
+    )
     images = data.load_images(done)
-    assert {Path(file).name for file in opened} == {"images.npy"}
+    assert {path.name for path in opened} == {"images.npy"}
     assert isinstance(images, np.memmap)
     assert not images.flags.writeable
 

@@ -145,16 +145,13 @@ def test_orientation_is_applied_and_damaged_notes_do_no_harm(read):
     np.testing.assert_allclose(read(content[:2] + segment + content[2:]), RAMP, atol=3)
 
 
+SIDE = st.integers(1, 80)
+
+
 @example(1, 3, 1, 0, "stretch")  # a tie that Pillow's own reduce rounds down
 @example(80, 80, 20, 0, "pad")  # a power of two, for which Pillow's own is taken
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 80),
-    st.integers(1, 80),
-    st.sampled_from([1, 7, 20]),
-    st.integers(0, 2**32 - 1),
-    st.sampled_from(decode.FITS),
-)
+@given(SIDE, SIDE, st.sampled_from([1, 7, 20]), st.integers(0, 999), st.sampled_from(decode.FITS))
 def test_shrinking_is_the_exact_area_mean_and_commutes_with_the_square(h, w, size, seed, fit):
     image = np.random.default_rng(seed).integers(0, 256, (h, w), dtype=np.uint8)
     small = decode.shrink(image, size, fit)
@@ -284,8 +281,8 @@ def test_dicom_is_shown_as_the_standard_says(name, read):
 def test_window_after_rescale(slope, intercept, function, read):
     x, c, w = V * float(slope) + intercept, 1500, 1001
     exact, sigmoid = (x - c) / w + 0.5, 1 / (1 + np.exp(-4 * (x - c) / w))
-    shares = {"LINEAR_EXACT": exact, "SIGMOID": sigmoid}
-    share = shares.get(function, (x - c + 0.5) / (w - 1) + 0.5)
+    linear = (x - c + 0.5) / (w - 1) + 0.5
+    share = {"LINEAR_EXACT": exact, "SIGMOID": sigmoid}.get(function, linear)
     windows = {"WindowCenter": [c, 1], "WindowWidth": [w, 2], "VOILUTFunction": function}
     got = read(RescaleSlope=slope, RescaleIntercept=intercept, **windows)
     np.testing.assert_array_equal(got, np.floor(np.clip(share, 0, 1) * 255 + 0.5))
@@ -298,9 +295,7 @@ def test_padding_is_black_and_does_not_set_the_scale(read):
     options = {"BitsStored": 16, "PixelPaddingValue": 65535}
     np.testing.assert_array_equal(read(values, **options), np.where(upper, 0, FULL))
     values[:4] = 60000
-    options["PixelPaddingRangeLimit"] = 60000
-    np.testing.assert_array_equal(read(values, **options), np.where(upper, 0, FULL))
-    options["PhotometricInterpretation"] = "MONOCHROME1"
+    options |= {"PixelPaddingRangeLimit": 60000, "PhotometricInterpretation": "MONOCHROME1"}
     np.testing.assert_array_equal(read(values, **options), np.where(upper, 0, 255 - FULL))
 
 

@@ -90,9 +90,8 @@ def test_a_busy_server_is_asked_again_when_it_says(server, tmp_path, waits):
 
 
 def test_what_cannot_work_is_named(server, tmp_path, monkeypatch):
-    server.ranges = False
-    refused(server, tmp_path / "x", "a part of the file")
-    server.ranges = True
+    server.faults = [(200, {})] * 2
+    refused(server, tmp_path / "x", "200, not with a part of the file")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
     refused(server, tmp_path / "x", r"^x needs 3\.00MB in .*CXR_DATA_DIR")
     assert (tmp_path / "x.part").read_bytes() == b""

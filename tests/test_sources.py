@@ -1,8 +1,6 @@
 """Where images come from. Kaggle's own client is pointed at a server on 127.0.0.1."""
 
 import hashlib
-import io
-import itertools
 import json
 import os
 import subprocess
@@ -20,9 +18,9 @@ from lib.data.http import DownloadError
 from lib.data.preprocess import preprocess
 from tests.server import SIGNATURE, make_tar, packed, visible
 from tests.test_chestmnist import medmnist
+from tests.xrays import HEADER, png
 
 SECRET = "KGAT_0123456789abcdefSECRET"
-HEADER = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Sex,View Position"
 IMAGES = [f"{i // 2 + 1:08d}_{i % 2:03d}.png" for i in range(6)]
 
 pytestmark = pytest.mark.filterwarnings(
@@ -30,19 +28,16 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def png(seed):
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+def image(seed):
+    return png(np.random.default_rng(seed).integers(0, 256, (8, 8)), 8)
 
 
 def table(names):
-    rows = [f"{name},Mass,0,{name[:8]},057Y,M,PA" for name in names]
-    return "\n".join([HEADER, *rows, ""]).encode()
+    rows = [f"{name},Mass,0,{name[:8]},057Y,M,PA\n" for name in names]
+    return (HEADER + "".join(rows)).encode()
 
 
-PNGS = {f"images_001/images/{name}": png(i) for i, name in enumerate(IMAGES)}
+PNGS = {f"images_001/images/{name}": image(i) for i, name in enumerate(IMAGES)}
 FULL = {"Data_Entry_2017.csv": table(IMAGES), "BBox_List_2017.csv": b"Image Index\n"} | PNGS
 
 
@@ -122,31 +117,18 @@ def test_what_is_drawn_is_kept_until_something_else_is_asked_for(raw, monkeypatc
         sources.fetch("phantom", raw, n_phantoms=5, seed=seed)
         assert len(list(raw.rglob("*.png"))) == 5
         assert visible(raw) != before
-    monkeypatch.setattr(digits, "IMAGES", 3)
-    monkeypatch.setattr(
-        digits, "make_digits", lambda *args, make=digits.make_digits: make(*args, n=3)
-    )
-    upright, turned = (sources.fetch(word, raw) for word in ("digits", "digits-turned"))
-    assert upright == turned
+    made = digits.make_digits(True, n=3)
+    monkeypatch.setattr(digits, "make_digits", lambda turned, _: made if turned else (None, None))
+    sources.fetch("digits-turned", raw)
     images = [np.asarray(Image.open(path)) for path in sorted(raw.rglob("*.png"))]
-    np.testing.assert_array_equal(images, digits.make_digits(True, 0)[0])
+    np.testing.assert_array_equal(images, made[0])
 
 
-def test_a_kill_while_phantoms_are_written_harms_nothing(raw, monkeypatch):
-    replace = os.replace
+def test_a_kill_while_phantoms_are_written_harms_nothing(raw, dies_at):
     for stop in range(3):
-        calls = itertools.count()
-
-        def dying(source, target, stop=stop, calls=calls):
-            if next(calls) == stop:
-                raise KeyboardInterrupt
-            replace(source, target)
-
         sources.fetch("phantom", raw, n_phantoms=3)
-        monkeypatch.setattr(os, "replace", dying)
-        with pytest.raises(KeyboardInterrupt):
+        with dies_at(stop), pytest.raises(KeyboardInterrupt):
             sources.fetch("phantom", raw, n_phantoms=4)
-        monkeypatch.setattr(os, "replace", replace)
         sources.fetch("phantom", raw, n_phantoms=4)
         assert len(list(raw.rglob("*.png"))) == 4
         assert list(raw.parent.iterdir()) == [raw]
@@ -160,10 +142,10 @@ def make_folder(folder, files):
 
 
 def test_drawn_images_do_not_replace_what_is_not_theirs(raw):
-    make_folder(raw, {"mine.png": png(0)})
+    make_folder(raw, {"mine.png": image(0)})
     with pytest.raises(ValueError, match="holds files"):
         sources.fetch("phantom", raw)
-    assert visible(raw) == {"mine.png": png(0)}
+    assert visible(raw) == {"mine.png": image(0)}
 
 
 def test_a_folder_stays_where_it_is(tmp_path, raw):
@@ -177,12 +159,10 @@ def test_a_folder_stays_where_it_is(tmp_path, raw):
     assert (shown["kind"], shown["images"], shown["csv"]) == ("folder", 1, None)
 
 
-@pytest.mark.parametrize(
-    ("name", "word"), [("no", "not there"), ("empty", "1 .txt"), ("a.zip", "unpack")]
-)
-def test_what_is_no_folder_of_images_is_named(name, word, tmp_path, raw):
+@pytest.mark.parametrize("call", [sources.fetch, preprocess])
+def test_what_is_no_folder_of_images_is_named(call, tmp_path, raw):
     make_folder(tmp_path, {"empty/notes.txt": b"", "a.zip": b""})
-    for call in (sources.fetch, preprocess):
+    for name, word in (("no", "not there"), ("empty", "1 .txt"), ("a.zip", "unpack")):
         with pytest.raises(ValueError, match=f"{name}.*{word}"):
             call(tmp_path / name, raw)
     assert not raw.exists()
@@ -205,7 +185,7 @@ def test_kaggle_brings_everything_and_leaves_no_archive(kaggle, tmp_path, raw, c
 
 
 def test_kaggles_sample_is_a_zip_in_a_zip_and_has_doubles(kaggle, raw):
-    inner = {f"images/{name}": png(i) for i, name in enumerate(IMAGES)}
+    inner = {f"images/{name}": image(i) for i, name in enumerate(IMAGES)}
     inner |= {"sample_labels.csv": table(IMAGES)}
     inner |= {f"sample/{name}": content for name, content in inner.items()}
     kaggle.files["/nih-chest-xrays/sample"] = packed({"sample.zip": packed(inner)})
@@ -274,7 +254,6 @@ def test_chestmnist_is_downloaded_once_and_checked(server, home, tmp_path, raw, 
     server.faults = [None, 5000]
     shown = sources.fetch("chestmnist", raw)
     assert (shown["kind"], shown["images"], shown["csv"]) == ("chestmnist", 12, None)
-    assert "zenodo" in shown["origin"]
     assert "MD5" in shown["verified"]
     server.log.clear()
     assert sources.fetch("chestmnist", raw.with_name("paper")) == shown
@@ -290,7 +269,7 @@ def nih_box(folder, n=12):
     lists = {"Data_Entry_2017_v2020.csv": table(names), "test_list.txt": b"00000001_000.png\n"}
     make_folder(folder, lists | {"README.pdf": b"x"})
     for k, name in enumerate(names):
-        make_tar(folder / f"images_{k + 1:03d}.tar.gz", {f"images/{name}": png(k)})
+        make_tar(folder / f"images_{k + 1:03d}.tar.gz", {f"images/{name}": image(k)})
     return folder
 
 
@@ -301,7 +280,7 @@ def test_nih_archives_are_unpacked_once_beside_their_table(tmp_path, raw):
     assert (shown["images"], shown["csv"]) == (12, "Data_Entry_2017_v2020.csv")
     (store,) = raw.parent.glob("nih-*")
     files = visible(store)
-    assert files["images_012/images/00000012_000.png"] == png(11)
+    assert files["images_012/images/00000012_000.png"] == image(11)
     assert len(files) == 14, "images, table and list"
     assert visible(box) == before, "the folder is the user's"
     changed = (store / "images_001").stat().st_mtime_ns
@@ -321,7 +300,7 @@ def test_a_nih_folder_that_lacks_something_is_named(tmp_path, raw):
         path.unlink()
     with pytest.raises(ValueError, match="neither images nor"):
         sources.fetch(f"nih:{box}", raw)
-    make_folder(box, {f"images/{k:08d}_000.png": png(k) for k in range(2)})
+    make_folder(box, {f"images/{k:08d}_000.png": image(k) for k in range(2)})
     assert sources.fetch(f"nih:{box}", raw)["images"] == 2, "used where they lie"
     next(box.glob("*.csv")).unlink()
     for place, word in ((box, "no Data_Entry_2017"), (box / "README.pdf", "not a folder")):

@@ -1,12 +1,10 @@
 """lib.data.tables and lib.data.nih: dialects, matching, the split, and published counts."""
 
-import gzip
-
 import pandas as pd
 import pytest
 
-from lib.data import finding_matrix, nih, tables
-from tests.xrays import HEADER, SAMPLE, needs_sample
+from lib.data import nih, tables
+from tests.xrays import HEADER
 
 
 def write(path, text, encoding="utf-8"):
@@ -262,16 +260,3 @@ def test_any_difference_from_the_published_numbers_is_named(monkeypatch):
     ):
         with pytest.warns(UserWarning, match="this is not ChestX-ray14 as published"):
             assert nih.verify("nih", ids, table)["differences"] == lines
-
-
-@needs_sample
-@pytest.mark.slow
-def test_the_real_table(tmp_path):
-    content = gzip.decompress((SAMPLE / "all_labels.csv.gz").read_bytes())
-    frame, _ = tables.read_table(write(tmp_path / "all.csv", content))
-    with pytest.warns(UserWarning, match="as published"):
-        lines = nih.verify("nih", frame["path"].tolist(), frame)["differences"]
-    counts = finding_matrix(frame["findings"], nih.FINDINGS).sum(0)
-    pairs = zip(nih.FINDINGS, counts, strict=True)
-    others = {name for name, n in pairs if n != nih.COUNTS[name]}
-    assert {line.partition(":")[0] for line in lines} - {nih.NO_FINDING} == others
