@@ -42,9 +42,8 @@ def visible(folder):
 class Server:
     """Serves `files` (content by path), and notes method, path and headers in `log`.
 
-    `faults` are what the next GETs do instead: (status, headers), or a number of bytes after which
-    the answer breaks off; `refusals` are statuses of the next calls of Kaggle's API. None lets one
-    pass.
+    `faults` are what the next GETs do instead: nothing (None), (status, headers), or a number of
+    bytes after which the answer breaks off. `refusals` are the next answers of Kaggle's API.
     """
 
     def __init__(self):
@@ -104,7 +103,8 @@ class Server:
             known = asked["token"] == self.token
             answer = {"active": known, "username": "tester" if known else ""}
             return self.answer(handler, 200, kind, json.dumps(answer).encode())
-        if refusal := self.refusals.pop(0) if self.refusals else None:
+        if self.refusals:
+            refusal = self.refusals.pop(0)
             sent = {"code": refusal, "message": f"you sent {handler.headers['Authorization']}"}
             return self.answer(handler, refusal, kind, json.dumps(sent).encode())
         place = f"{self.storage}/{asked['ownerSlug']}/{asked['datasetSlug']}?X={SIGNATURE}"

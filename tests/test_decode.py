@@ -13,12 +13,7 @@ from PIL import Image
 from lib.data import decode
 from tests.xrays import RAMP, REPORT, V, chunk, dicom, needs_pydicom, png
 
-try:
-    import pydicom
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-except ImportError:
-    pydicom = None
-
+pydicom = decode.pydicom  # None without the extra
 FULL = np.floor(V * (255 / 4095) + 0.5)  # V as gray levels
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # decoders', of odd files
 
@@ -35,13 +30,11 @@ def decoded(folder, content=V, suffix="", **options):
 
 @pytest.fixture
 def read(tmp_path):
-    """Gray levels of a file."""
     return lambda *args, **options: decoded(tmp_path, *args, **options)[0].astype(int)
 
 
 @pytest.fixture
 def reason(tmp_path):
-    """Why a file is not read."""
     return lambda *args, **options: decoded(tmp_path, *args, **options)[1]["reason"]
 
 
@@ -81,8 +74,7 @@ def test_every_mode_becomes_the_same_gray(mode, read):
     np.testing.assert_allclose(read(MODES[mode]), levels, atol=3 if "JPEG" in mode else 0)
 
 
-def samples(values, colour):
-    """Samples of a PNG of a colour type from gray values; alpha, if there is one, is gray, too."""
+def samples(values, colour):  # of a PNG of a colour type, from gray values
     return np.repeat(values.astype(int)[..., None], {0: 1, 2: 3, 4: 2, 6: 4}[colour], axis=2)
 
 
@@ -319,7 +311,8 @@ def test_the_files_that_come_with_pydicom():
         if not single or not dataset.PhotometricInterpretation.startswith("MONOCHROME"):
             continue
         assert pixels is not None, (path.name, record["reason"])
-        shown = apply_voi_lut(apply_modality_lut(values, dataset), dataset).astype(float)
+        shown = pydicom.pixels.apply_modality_lut(values, dataset)
+        shown = pydicom.pixels.apply_voi_lut(shown, dataset).astype(float)
         shown = -shown if dataset.PhotometricInterpretation == "MONOCHROME1" else shown
         spread = max(float(np.ptp(shown)), 1)
         gray = np.round((shown - shown.min()) * (255 / spread)).astype(np.uint8)
@@ -359,11 +352,7 @@ def test_a_decimal_comma_is_named_with_its_element(keyword, tmp_path, reason):
 
 
 @needs_pydicom
-def test_the_header_gives_away_no_name(tmp_path):
-    record = decoded(tmp_path, PatientAge="060Y", PatientSex="F", ViewPosition="PA")[1]
-    assert (record["age"], record["sex"], record["view_position"]) == ("060Y", "F", "PA")
-    assert record["patient_id"].startswith("sha256-")
-    assert not any(word in str(record) for word in ("Secret", "4711", "1950"))
+def test_an_odd_header_says_nothing(tmp_path):
     odd = decoded(tmp_path, PatientID="", PatientSex="X", PatientAge="")[1]
     assert (odd["patient_id"], odd["age"], odd["sex"]) == ("", "", "")
 

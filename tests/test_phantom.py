@@ -1,5 +1,7 @@
 """Phantoms: seeds, frequencies, signs where a radiologist looks, and exact turns."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -101,8 +103,7 @@ def test_every_image_uses_the_gray_scale_and_the_exposure_is_seen(drawn):
     images, metadata = drawn
     low, high = np.percentile(images, (1, 99), axis=(1, 2))
     assert images.std((1, 2)).min() > 15
-    assert low.mean() < 20
-    assert high.mean() > 190
+    assert low.mean() < 20 < 190 < high.mean()
     assert (high - low).min() > 60
     plain = (metadata["findings"] == "No Finding") & (metadata["view_position"] == "PA")
     exposure = metadata["exposure"][plain]
@@ -151,11 +152,10 @@ def test_sign_lies_where_a_radiologist_looks(name):
 def test_quarter_turns_and_mirror_are_exact():
     p = anatomies(4)
     upright = draw(p)
-    for turns in range(4):
-        for mirrored in (False, True):
-            expected = np.rot90(upright[:, :, ::-1] if mirrored else upright, turns, axes=(1, 2))
-            got = draw(p, angle=90.0 * turns, mirrored=mirrored)
-            np.testing.assert_allclose(got, expected, atol=0.5)
+    for turns, mirrored in itertools.product(range(4), (False, True)):
+        expected = np.rot90(upright[:, :, ::-1] if mirrored else upright, turns, axes=(1, 2))
+        got = draw(p, angle=90.0 * turns, mirrored=mirrored)
+        np.testing.assert_allclose(got, expected, atol=0.5)
 
 
 def test_any_orientation_is_the_upright_phantom_turned_and_not_blurred():
@@ -166,9 +166,8 @@ def test_any_orientation_is_the_upright_phantom_turned_and_not_blurred():
     assert 0.3 < moved["mirrored"].mean() < 0.7
     assert np.bincount((moved["angle"] // 45).astype(int), minlength=8).min() > 10
     disc = np.hypot(*(np.mgrid[:64, :64] - 31.5)) < 29
-    for image, result, angle, mirrored in zip(
-        upright, turned, moved["angle"], moved["mirrored"], strict=True
-    ):
+    poses = zip(moved["angle"], moved["mirrored"], strict=True)
+    for image, result, (angle, mirrored) in zip(upright, turned, poses, strict=True):
         source = (image[:, ::-1] if mirrored else image).astype(float)
         expected, wrong = (
             ndimage.rotate(source, a, reshape=False, order=1) for a in (angle, -angle)

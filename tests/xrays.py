@@ -53,9 +53,8 @@ def chunk(kind, body):
 
 
 def png(values, bits, colour_type=0, extra=b""):
-    """Bytes of a PNG of any depth and colour type, which Pillow cannot write.
-
-    `values` are samples (H, W * channels), `extra` is put behind the pixels before they are packed.
+    """A PNG of any depth and colour type of samples (H, W * channels), which Pillow cannot write;
+    `extra` bytes follow the pixels.
     """
     rows = np.asarray(values)
     if bits < 8:
@@ -71,9 +70,8 @@ def png(values, bits, colour_type=0, extra=b""):
 
 
 def dicom(path, values=V, syntax=None, meta=True, implicit=False, **elements):
-    """A DICOM file of gray, 12 bits stored in 16, with other elements as named (None: without it).
-
-    Without `meta` only the data set is written, without preamble and file meta group.
+    """A DICOM file of gray, 12 bits stored in 16, with other elements as named (None: without it);
+    without `meta` only the bare data set.
     """
     import pydicom
     from pydicom.dataset import Dataset, FileMetaDataset
@@ -101,9 +99,9 @@ def dicom(path, values=V, syntax=None, meta=True, implicit=False, **elements):
         head.TransferSyntaxUID = syntax
     elif syntax is not None:
         dataset.compress(syntax)
-    if not meta:
+    if meta:
+        dataset.save_as(path, enforce_file_format=True)
+    else:
         dataset.file_meta = FileMetaDataset()
         dataset.save_as(path, implicit_vr=implicit, little_endian=True)
-    else:
-        dataset.save_as(path, enforce_file_format=True)
     return path
