@@ -44,22 +44,26 @@ def pages(
     ValueError
         No cluster, or `rows` < 1.
     """
-    if not clusters or rows < 1:
-        raise ValueError(f"need clusters and rows: got {len(clusters)} clusters and rows={rows}")
+    if not clusters:
+        raise ValueError("there is no cluster to show: clusters is empty")
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
     sizes = [cluster.size for cluster in clusters]
     overall = np.average([cluster.mean for cluster in clusters], axis=0, weights=sizes)
     for first in range(0, len(clusters), rows):
         part = clusters[first : first + rows]
         place = f"{first + 1} to {first + len(part)} of {len(clusters)}, the largest first"
+        figure = _page(images, part, overall, n_images, f"{title}: clusters {place}")
         with style.context():
-            figure = style.new_figure(0.5 + 0.52 * len(part), f"{title}: clusters {place}", 2)
-            _draw(figure, images, part, overall, n_images)
-            yield style.finish(figure, dataset_label, *NOTES)
+            style.finish(figure, dataset_label, *NOTES)
+        yield figure
 
 
-def _draw(
-    figure: Figure, images: np.ndarray, clusters: Sequence[Any], overall: np.ndarray, n_images: int
-) -> None:
+@style.context()
+def _page(
+    images: np.ndarray, clusters: Sequence[Any], overall: np.ndarray, n_images: int, title: str
+) -> Figure:
+    figure = style.new_figure(0.5 + 0.52 * len(clusters), title, 2)
     count = max(len(cluster.nearest) for cluster in clusters)
     widths = [1.3, 1, 1, *[1] * count, 3]
     grid = figure.subplots(len(clusters), count + 4, squeeze=False, width_ratios=widths)
@@ -81,3 +85,4 @@ def _draw(
         words.text(0, 0.5, "\n".join(more) or "none", fontsize=6, color=color, va="center")
     for column, head in HEADS.items():
         grid[0, column].set_title(head, loc="left", fontsize=6, pad=3)
+    return figure

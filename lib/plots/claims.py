@@ -98,7 +98,8 @@ def _differences(
 ) -> list[float]:
     """Treatment minus reference of each seed, positive if it speaks for the claim."""
     both = (arms[comparison[side]]["measures"] for side in ("treatment", "reference"))
-    a, b = ({str(k): v for k, v in m[measure["key"]]["by_seed"].items()} for m in both)
+    found = (measures.get(measure["key"], {}).get("by_seed", {}) for measures in both)
+    a, b = ({str(seed): value for seed, value in by_seed.items()} for by_seed in found)
     sign = 1 if measure["higher_is_better"] else -1
     return [sign * (a[seed] - b[seed]) for seed in map(str, seeds)]
 

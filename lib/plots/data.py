@@ -41,13 +41,15 @@ def cooccurrence(findings: Sequence[str], dataset_label: str) -> Figure:
     figure = style.new_figure(1.4 + 0.22 * len(names), title, 2)
     axes = figure.subplots()
     rows = [f"{style.shown(name)} ({total:,})" for name, total in zip(names, totals, strict=True)]
-    look = {"xticklabels": list(map(style.shown, names)), "yticklabels": rows, "cmap": "cividis"}
+    look = {"xticklabels": False, "yticklabels": rows, "cmap": "cividis"}
     look |= {"annot": counts, "fmt": ",", "annot_kws": {"fontsize": 6}, "vmin": 0}
     look["cbar_kws"] = {"label": "share of the row's images", "pad": 0.02}
     sns.heatmap(counts / totals[:, None], mask=left_out, ax=axes, **look)
+    slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(np.arange(len(names)) + 0.5, map(style.shown, names), **slant)
     axes.set(xlabel="also has", ylabel="images with")
     axes.tick_params(length=0)
-    axes.tick_params(axis="x", rotation=45)
+    axes.tick_params(axis="y", rotation=0)
     note = f"numbers: images; blank: the label itself, and rows of fewer than {LEAST} images"
     return style.finish(figure, dataset_label, note)
 
@@ -78,11 +80,8 @@ def population(metadata: pd.DataFrame, dataset_label: str) -> Figure:
         style.absent(ages, "no ages known")
     stated = metadata[["view_position", "sex"]].replace("", "not stated")
     look = {"multiple": "stack", "shrink": 0.6, "edgecolor": "white", "alpha": 1, "ax": views}
-    sexes = dict(zip(sorted(stated["sex"].unique()), PALETTE, strict=False))
+    sexes = dict(zip(sorted(stated["sex"].unique()), (PALETTE[0], PALETTE[5], LIGHT), strict=False))
     sns.histplot(stated, x="view_position", hue="sex", palette=sexes, **look)
-    for bars, hatch in zip(views.containers, ("", "////", "....", "xx"), strict=False):
-        for bar in bars:
-            bar.set_hatch(hatch)
     sns.move_legend(views, "lower left", bbox_to_anchor=(0, 0.98), ncols=4, title="")
     views.set(xlabel="view", ylabel="images")
     for axes in (patients, ages, views):

@@ -1,4 +1,4 @@
-"""The look of all figures and the parts they share: arrays and tables in, a matplotlib `Figure` out.
+"""The look of all figures and the parts they share: arrays and tables in, a `Figure` out.
 
 In all figures, `images` are uint8 (N, H, W), 0 to 255; `findings` are N texts, the labels of each
 image joined by ``|``; `dataset_label` names the data in the small print, and an empty one is a
@@ -100,13 +100,7 @@ def context() -> AbstractContextManager:
 
 
 def save(figure: Figure, path: Path | str) -> list[Path]:
-    """Write a figure as PNG (300 dpi) and SVG, each atomically; return the two paths.
-
-    Parameters
-    ----------
-    figure : Figure
-    path : Path
-        Without suffix: ``.png`` and ``.svg`` are appended.
+    """Write ``<path>.png`` (300 dpi) and ``<path>.svg``, each atomically; return the two paths.
 
     Raises
     ------
@@ -174,9 +168,11 @@ def finish(figure: Figure, dataset_label: str, *notes: str) -> Figure:
         legend.set_bbox_to_anchor((0.5, foot / height), figure.transFigure)
     small = {"fontsize": 6, "color": GRAY, "linespacing": 1.25, "va": "bottom"}
     figure.text(0.01, 0.03 / height, "\n".join(lines), **small)
-    # constrained layout moves things a little at each drawing: every copy is drawn as it is now
+    # constrained layout moves things a little at each drawing, and does not settle the last bit
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position(np.round(axes.get_position(original=True).bounds, 5))
     return figure
 
 

@@ -1,4 +1,8 @@
-"""Figures of training and of what it found; `lib.plots.style` says what their arguments are."""
+"""Figures of training and of what it found; `lib.plots.style` says what their arguments are.
+
+`runs` map an arm to a table with ``epoch``, ``seed`` and the column that is drawn; `published`, a
+table or None, has ``arm``, ``epoch`` and that column, and `published_n_clusters` is its K. It is a
+ValueError if a column is missing or an epoch of a seed is there twice."""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from sklearn.metrics import silhouette_score
 
 from lib.plots import style
 from lib.plots.pipeline import pipeline as pipeline
-from lib.plots.style import CHANCE, DARK, GRAY, LIGHT, MARKERS, NO_FINDING, PALETTE, SEEDS
+from lib.plots.style import CHANCE, DARK, GRAY, LIGHT, MARKERS, PALETTE, SEEDS
 
 PUBLISHED = {"color": DARK, "linestyle": ":", "linewidth": 0.8}
 DASHED = {"linestyle": "--", "linewidth": 0.9}
@@ -58,18 +62,11 @@ def nmi_curves(
     Parameters
     ----------
     runs : mapping of arm to DataFrame
-        Columns ``epoch``, ``seed``, ``nmi_prev`` (NaN at epoch 1) and, if known, ``ami_prev``.
-    published : DataFrame or None
-        Columns ``arm``, ``epoch``, ``nmi_prev``.
+        With ``nmi_prev`` (NaN at epoch 1) and, if known, ``ami_prev``.
     chance : mapping of arm to float
         NMI of two random assignments of these sizes; unlike AMI, it is not 0.
-    published_n_clusters, published_chance : int, float or None
-        K of the published curve, and the same chance level for it.
-
-    Raises
-    ------
-    ValueError
-        A column is missing, or an epoch of a seed is there twice.
+    published_chance : float or None
+        The same for the published curve.
     """
     figure, drawn = _curves("Does the clustering settle?", runs, "nmi_prev", published)
     for arm, axes in drawn.items():
@@ -100,17 +97,10 @@ def loss_curves(
     The cross-entropy of a uniform guess over K clusters is ln K. So 1 is chance for every curve,
     and losses at different K can be compared.
 
-    Parameters
-    ----------
-    runs, published : as for `nmi_curves`
-        With the column ``loss``, in nats.
-    n_clusters, published_n_clusters : int
-        K of this run and of the published curve, at least 2.
-
     Raises
     ------
     ValueError
-        K < 2, a column is missing, or an epoch of a seed is there twice.
+        A K, of this run or of the published curve, is below 2.
     """
     if min(n_clusters, published_n_clusters) < 2:
         raise ValueError(f"K must be at least 2: got {n_clusters} and {published_n_clusters}")
@@ -143,11 +133,6 @@ def known_classes(
         network), ``ami`` (1 for the classes themselves, 0 for chance) and, if known, ``nmi``.
     what : str
         What a class is, e.g. ``"digit"``.
-
-    Raises
-    ------
-    ValueError
-        A column is missing, or an epoch of a seed is there twice.
     """
     nested = any(not isinstance(table, pd.DataFrame) for table in tables.values())
     panels = tables if nested else {"": tables}
@@ -190,44 +175,40 @@ def occupancy(table: pd.DataFrame, dataset_label: str, collapsed: float = 0.5) -
         ``n_clusters``.
     collapsed : float
         A run counts as collapsed if its largest cluster holds at least this share.
-
-    Raises
-    ------
-    ValueError
-        A column is missing.
     """
     needed = {"arm", "seed", "largest_cluster", "clusters_used", "perplexity", "n_clusters"}
     if missing := needed - set(table.columns):
         raise ValueError(f"the table of occupancy has no column {', '.join(sorted(missing))}")
     arms = style.arm_order(dict.fromkeys(table["arm"]))
     figure = style.new_figure(
-        0.7 + 0.28 * max(len(arms), 2), "Do all images fall into one cluster?"
+        0.7 + 0.38 * max(len(arms), 2), "Do all images fall into one cluster?"
     )
-    panels = figure.subplots(1, 2, sharey=True)
-    shares = (table["largest_cluster"], table["perplexity"] / table["n_clusters"])
-    labels = ("largest cluster,\nshare of images", "perplexity of\nsizes / K")
-    places, fallen = table["arm"].map(arms.index), table["largest_cluster"] >= collapsed
-    dots = {"order": arms, "palette": {arm: style.arm(arm).colour for arm in arms}, "size": 4}
+    axes = figure.subplots()
+    if not arms:
+        style.absent(axes, "no run yet")
+    look = {"palette": {arm: style.arm(arm).colour for arm in arms}, "size": 4.5, "alpha": 0.8}
+    named = {"x": "largest_cluster", "y": "arm", "hue": "arm", "order": arms, "legend": False}
+    sns.stripplot(table, **named, **look, jitter=False, ax=axes)
+    fallen = table[table["largest_cluster"] >= collapsed]
     ring = {"s": 45, "facecolors": "none", "edgecolors": DARK, "linewidths": 0.8, "zorder": 4}
-    for axes, share, label in zip(panels, shares, labels, strict=True):
-        if not arms:
-            style.absent(axes, "no run yet")
-            continue
-        sns.stripplot(x=share, y=table["arm"], hue=table["arm"], **dots, ax=axes, jitter=False)
-        axes.get_legend().remove() if axes.get_legend() else None
-        axes.scatter(share[fallen], places[fallen], **ring)
-        axes.grid(axis="x")
-        axes.set(xlim=(-0.04, 1.04), xlabel=label, ylabel="", xticks=(0, 0.5, 1))
-        axes.tick_params(axis="y", length=0)
-    panels[0].axvline(collapsed, **CHANCE)
-    panels[1].plot(table["clusters_used"] / table["n_clusters"], places, "|", color=GRAY, ms=7)
-    counts = fallen.groupby(table["arm"]).agg(["sum", "size"]).T
-    names = [f"{style.arm(arm).title}\n{'{} of {} collapsed'.format(*counts[arm])}" for arm in arms]
-    panels[0].set_yticks(range(len(arms)), names)
-    panels[0].set_ylim(len(arms) - 0.5, -0.5)
-    notes = [f"a dot per seed; ringed: at least {collapsed:.0%} of the images in one cluster"]
-    notes += ["perplexity / K: 1 if all clusters are equal; |: clusters used / K"]
-    return style.finish(figure, dataset_label, *notes)
+    axes.scatter(fallen["largest_cluster"], fallen["arm"].map(arms.index), **ring)
+    axes.axvline(collapsed, **CHANCE)
+    texts = []
+    for arm in arms:
+        rows = table[table["arm"] == arm]
+        low, high, k = rows["perplexity"].min(), rows["perplexity"].max(), rows["n_clusters"].max()
+        size = (
+            f"perplexity {low:.0f} to {high:.0f}, {rows['clusters_used'].min()} or more of {k} used"
+        )
+        count = f"{(fallen['arm'] == arm).sum()} of {len(rows)} collapsed"
+        texts.append(f"{style.arm(arm).title}\n{count}\n{size}")
+    axes.set_yticks(range(len(arms)), texts)
+    axes.set(xlim=(-0.04, 1.04), ylim=(max(len(arms), 1) - 0.5, -0.5), ylabel="")
+    axes.set_xlabel("share in the largest cluster")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    note = f"a dot per seed; ringed: at least {collapsed:.0%} of the images in one cluster"
+    return style.finish(figure, dataset_label, f"{note}; perplexity: K if all clusters are equal")
 
 
 def _spread(points: np.ndarray) -> np.ndarray:
@@ -245,19 +226,16 @@ def _silhouette(points: np.ndarray, labels: np.ndarray) -> str:
     return f"silhouette {silhouette_score(points, labels, sample_size=some, random_state=0):.2f}"
 
 
-def _groups(findings: np.ndarray, n_findings: int) -> dict[str, tuple[np.ndarray, dict]]:
-    """Images of each entry of the legend, bool (M,), and how they are drawn."""
-    several = np.array(["|" in text for text in findings], dtype=bool)
-    none = np.isin(findings, [NO_FINDING, ""])
-    single = Counter(findings[~several & ~none])
+def _groups(findings: Sequence[str], n_findings: int) -> tuple[np.ndarray, dict[str, tuple]]:
+    """Entry of the legend of each image, and colour and marker of each entry."""
+    names = ["several labels" if "|" in text else style.shown(text) for text in findings]
+    none = {"No Finding": (LIGHT, "o"), "not stated": (LIGHT, "o")}
+    looks = none | {"several labels": (GRAY, "X"), "another label": (PALETTE[-1], "P")}
+    single = Counter(name for name in names if name not in looks)
     frequent = sorted(single, key=lambda name: (-single[name], name))[:n_findings]
-    other = ~several & ~none & ~np.isin(findings, frequent)
-    groups = {"No Finding or not stated": (none, {"color": LIGHT, "marker": "o"})}
-    groups["several labels"] = (several, {"color": GRAY, "marker": "x"})
-    groups["another single label"] = (other, {"color": PALETTE[-1], "marker": "+"})
-    for name, color, marker in zip(frequent, PALETTE, MARKERS, strict=False):
-        groups[style.shown(name)] = (findings == name, {"color": color, "marker": marker})
-    return {name: (mask, look) for name, (mask, look) in groups.items() if mask.any()}
+    looks |= dict(zip(frequent, zip(PALETTE, MARKERS, strict=True), strict=False))
+    groups = np.array([name if name in looks else "another label" for name in names], dtype=object)
+    return groups, {name: look for name, look in looks.items() if name in groups}
 
 
 @style.context()
@@ -270,8 +248,8 @@ def tsne_maps(
 ) -> Figure:
     """t-SNE maps, a column per arm: coloured by cluster above, by label below.
 
-    The number of a cluster is at its medoid. Below a panel is the silhouette of its colours in the
-    map: near 1 if they are apart, about 0 or less if they are mixed.
+    The number of a cluster is at the member next to its median. Below a panel is the silhouette of
+    its colours in the map: near 1 if they are apart, about 0 or less if they are mixed.
 
     Parameters
     ----------
@@ -288,13 +266,11 @@ def tsne_maps(
     """
     if not 0 <= n_findings < len(PALETTE):
         raise ValueError(f"n_findings must be 0 to {len(PALETTE) - 1}, got {n_findings}")
-    findings, n = np.asarray(findings, dtype=object), len(findings)
-    groups = _groups(findings, n_findings)
-    codes = sum(code * mask for code, (mask, _) in enumerate(groups.values()))
-    arms = style.arm_order(points)
+    groups, looks = _groups(findings, n_findings)
+    arms, n = style.arm_order(points), len(findings)
     figure = style.new_figure(3.9, "Are the clusters apart, and do they follow labels?")
     grid = figure.subplots(2, max(len(arms), 1), squeeze=False)
-    dots = {"s": float(np.clip(4000 / max(n, 1), 0.8, 6)), "rasterized": n > 5000}
+    dots = {"s": float(np.clip(4000 / max(n, 1), 0.8, 6)), "rasterized": n > 5000, "linewidth": 0}
     number = {"fontsize": 6, "ha": "center", "va": "center"}
     number["path_effects"] = [withStroke(linewidth=1.5, foreground="white")]
     for axes in grid.flat:
@@ -307,22 +283,23 @@ def tsne_maps(
             raise ValueError(f"{arm}: points, clusters and findings do not match: {shapes}")
         xy, (names, ids) = _spread(points[arm]), np.unique(clusters[arm], return_inverse=True)
         above.set_title(style.arm(arm).title.replace(", ", "\n", 1))
-        above.scatter(*xy.T, **dots, c=np.array(PALETTE[:-1])[ids % 6], alpha=0.7, linewidths=0)
+        above.scatter(*xy.T, **dots, c=np.array(PALETTE[:-1])[ids % 6], alpha=0.7)
         for place in np.argsort(-np.bincount(ids), kind="stable")[:30]:
             own = xy[ids == place]
-            medoid = own[((own - np.median(own, axis=0)) ** 2).sum(axis=1).argmin()]
-            above.text(*medoid, str(names[place]), **number)
+            middle = own[((own - np.median(own, axis=0)) ** 2).sum(axis=1).argmin()]
+            above.text(*middle, str(names[place]), **number)
         above.set_xlabel(f"{len(names)} clusters: {_silhouette(xy, ids)}", fontsize=6)
-        for mask, look in groups.values():
-            thin = {"linewidths": 0.4 if look["marker"] in "x+" else 0}
-            below.scatter(*xy[mask].T, **dots, **look, **thin)
-        below.set_xlabel(f"labels: {_silhouette(xy, codes)}", fontsize=6)
+        for name, (colour, marker) in looks.items():
+            below.scatter(*xy[groups == name].T, **dots, color=colour, marker=marker)
+        below.set_xlabel(f"labels: {_silhouette(xy, groups.astype(str))}", fontsize=6)
     if not arms:
         style.absent(grid[0, 0], "no run yet")
     grid[0, 0].set_ylabel("by cluster")
     grid[1, 0].set_ylabel("by label")
-    keys = {f"{name} ({mask.sum():,})": look for name, (mask, look) in groups.items()}
-    keys = {name: {**look, "linestyle": ""} for name, look in keys.items()}
+    keys = {
+        f"{name} ({(groups == name).sum():,})": {"color": look[0], "marker": look[1], "ls": ""}
+        for name, look in looks.items()
+    }
     style.legend_below(figure, keys, handletextpad=0.1)
     note = f"{n:,} images per map; numbers: clusters, the 30 largest at most"
     return style.finish(figure, dataset_label, note)
@@ -435,10 +412,6 @@ def probe_bars(table: pd.DataFrame, dataset_label: str) -> Figure:
         interval), ``baseline`` (score of a guess) and, if known, ``published``,
         ``published_baseline`` and ``n_seeds``. Scores are 0 to 1, NaN if not defined.
 
-    Raises
-    ------
-    ValueError
-        No rows, or a column is missing.
     """
     missing = {"target", "arm", "accuracy", "ci_low", "ci_high", "baseline"} - set(table.columns)
     if missing or table.empty:
