@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lib.plots import atlas, claims, data, style, training
+from lib.plots import atlas, claims, data, pipeline, style, training
 from tests.drawing import drawn_texts, said
 from tests.figures import (
     ANGLES,
@@ -42,9 +42,9 @@ TABLES = {name: enrichment() for name in ("alexnet", "p4m")}
 CONTROLS = {**RUNS, "p4m-index": RUNS["p4m"], "p4m-shuffled": RUNS["alexnet"]}
 CLASSES = {"digits": {"p4m": classes()}, "digits, turned": {"alexnet": classes()}, "views": {}}
 FIGURES = {
-    "pipeline": lambda: training.pipeline(IMAGES[0], LABEL),
+    "pipeline": lambda: pipeline.pipeline(IMAGES[0], LABEL),
     "nmi": lambda: training.nmi_curves(RUNS, PUBLISHED, CHANCE, LABEL, published_chance=0.22),
-    "nmi, four": lambda: training.nmi_curves({**CONTROLS}, None, CHANCE, LABEL),
+    "nmi, four": lambda: training.nmi_curves(CONTROLS, None, {"p4m": np.nan}, LABEL),
     "nmi, no run": lambda: training.nmi_curves({}, PUBLISHED, CHANCE, LABEL),
     "loss": lambda: training.loss_curves(RUNS, PUBLISHED, 20, LABEL),
     "known classes": lambda: training.known_classes({"p4m": classes()}, LABEL, "digit"),

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import normalized_mutual_info_score, silhouette_score
 
 from lib import paths
-from lib.plots import style, training
+from lib.plots import pipeline, style, training
 from tests.drawing import legend, said
 from tests.figures import (
     LABEL,
@@ -108,7 +108,7 @@ def test_occupancy_rings_the_runs_that_collapsed():
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert "2 of 3 collapsed" in names[0]
     assert "0 of 2 collapsed" in names[1]
-    assert "12 or more of 20 used" in names[0]
+    assert "12 of 20 used, perplexity 19" in names[0]
     *dots, rings = axes.collections
     assert sorted(x for d in dots for x, _ in d.get_offsets()) == [0.07, 0.08, 0.08, 0.55, 0.64]
     assert rings.get_offsets().tolist() == [[0.55, 0], [0.64, 0]]
@@ -204,13 +204,13 @@ def test_probes_have_a_panel_per_target():
 
 
 def test_pipeline_names_every_step_and_draws_eight_different_poses():
-    figure = training.pipeline(xrays()[0][0])
+    figure = pipeline.pipeline(xrays()[0][0])
     for step in ("Sobel", "rotations", "P4M", "whitening", "L2", "K-means", "cross-entropy"):
         assert step in said(figure)
     pictures = [np.asarray(image.get_array()) for image in figure.axes[0].images]
     assert len({image.tobytes() for image in pictures if image.shape == (5, 5)}) == 8
     with pytest.raises(ValueError, match="square"):
-        training.pipeline(np.zeros((3, 64, 64), np.uint8))
+        pipeline.pipeline(np.zeros((3, 64, 64), np.uint8))
 
 
 # --- the published numbers that figures show ------------------------------------------------------

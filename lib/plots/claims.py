@@ -174,7 +174,7 @@ def roc(
     for axes, average in zip(figure.subplots(1, 2, sharey=True), HEADINGS, strict=True):
         for name, line in lines.items():
             of, key = (names[0], "_prevalence") if name == "guess" else (name, "")
-            area = arms[of]["measures"][f"auroc_{average}{key}"]["mean"]
+            area = arms[of]["measures"].get(f"auroc_{average}{key}", {"mean": None})["mean"]
             label = "–" if area is None else f"{area:.3f}"
             axes.plot(false_positive_rates, curves[name][average], label=label, **line)
         axes.plot([0, 1], [0, 1], **CHANCE)

@@ -18,7 +18,6 @@ from matplotlib.patheffects import withStroke
 from sklearn.metrics import silhouette_score
 
 from lib.plots import style
-from lib.plots.pipeline import pipeline as pipeline
 from lib.plots.style import CHANCE, DARK, GRAY, LIGHT, MARKERS, PALETTE, SEEDS
 
 PUBLISHED = {"color": DARK, "linestyle": ":", "linewidth": 0.8}
@@ -179,10 +178,10 @@ def occupancy(table: pd.DataFrame, dataset_label: str, collapsed: float = 0.5) -
     needed = {"arm", "seed", "largest_cluster", "clusters_used", "perplexity", "n_clusters"}
     if missing := needed - set(table.columns):
         raise ValueError(f"the table of occupancy has no column {', '.join(sorted(missing))}")
+    table = table.dropna(subset=["largest_cluster"])
     arms = style.arm_order(dict.fromkeys(table["arm"]))
-    figure = style.new_figure(
-        0.7 + 0.38 * max(len(arms), 2), "Do all images fall into one cluster?"
-    )
+    title = "Do all images fall into one cluster?"
+    figure = style.new_figure(0.7 + 0.38 * max(len(arms), 2), title)
     axes = figure.subplots()
     if not arms:
         style.absent(axes, "no run yet")
@@ -194,14 +193,11 @@ def occupancy(table: pd.DataFrame, dataset_label: str, collapsed: float = 0.5) -
     axes.scatter(fallen["largest_cluster"], fallen["arm"].map(arms.index), **ring)
     axes.axvline(collapsed, **CHANCE)
     texts = []
-    for arm in arms:
-        rows = table[table["arm"] == arm]
-        low, high, k = rows["perplexity"].min(), rows["perplexity"].max(), rows["n_clusters"].max()
-        size = (
-            f"perplexity {low:.0f} to {high:.0f}, {rows['clusters_used'].min()} or more of {k} used"
-        )
-        count = f"{(fallen['arm'] == arm).sum()} of {len(rows)} collapsed"
-        texts.append(f"{style.arm(arm).title}\n{count}\n{size}")
+    for arm, rows in ((arm, table[table["arm"] == arm]) for arm in arms):
+        least, k = rows[["clusters_used", "perplexity"]].min(), rows["n_clusters"].max()
+        words = f"{style.arm(arm).title}\n{(fallen['arm'] == arm).sum()} of {len(rows)} collapsed"
+        used, perplexity = least
+        texts.append(f"{words}\nleast: {used:.0f} of {k} used, perplexity {perplexity:.0f}")
     axes.set_yticks(range(len(arms)), texts)
     axes.set(xlim=(-0.04, 1.04), ylim=(max(len(arms), 1) - 0.5, -0.5), ylabel="")
     axes.set_xlabel("share in the largest cluster")
