@@ -64,7 +64,7 @@ def xrays(n=40):
 def people(n=40):
     patients, ages = [str(i // 3) for i in range(n)], np.linspace(20, 80, n)
     sexes, views = (
-        [("F", "M", "")[i % 3] for i in range(n)],
+        [("F", "M", "", "O")[i % 4] for i in range(n)],
         [("PA", "AP")[i % 2] for i in range(n)],
     )
     table = {"patient_id": patients, "age": ages, "sex": sexes, "view_position": views}

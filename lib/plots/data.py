@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -23,11 +24,7 @@ def cooccurrence(findings: Sequence[str], dataset_label: str) -> Figure:
     how many have that of the column.
 
     Numbers are images, colour is their share; a row of fewer than `LEAST` images is left blank.
-
-    Raises
-    ------
-    ValueError
-        No image has a label other than No Finding.
+    Without any label other than No Finding it is a ValueError.
     """
     parts = [set(text.split("|")) for text in findings]
     names = [name for name in style.label_names(findings) if name != NO_FINDING]
@@ -80,7 +77,8 @@ def population(metadata: pd.DataFrame, dataset_label: str) -> Figure:
         style.absent(ages, "no ages known")
     stated = metadata[["view_position", "sex"]].replace("", "not stated")
     look = {"multiple": "stack", "shrink": 0.6, "edgecolor": "white", "alpha": 1, "ax": views}
-    sexes = dict(zip(sorted(stated["sex"].unique()), (PALETTE[0], PALETTE[5], LIGHT), strict=False))
+    tints = cycle((PALETTE[0], PALETTE[5], LIGHT))  # told apart in gray, too
+    sexes = dict(zip(sorted(stated["sex"].unique()), tints, strict=False))
     sns.histplot(stated, x="view_position", hue="sex", palette=sexes, **look)
     sns.move_legend(views, "lower left", bbox_to_anchor=(0, 0.98), ncols=4, title="")
     views.set(xlabel="view", ylabel="images")
@@ -95,15 +93,10 @@ def mean_images(images: np.ndarray, findings: Sequence[str], dataset_label: str)
     without a finding (of all images, if none has No Finding): orange is brighter, blue darker.
 
     A difference is drawn for labels of at least `LEAST` images.
-
-    Raises
-    ------
-    ValueError
-        `images` and `findings` differ in length.
     """
     members = style.members(images, findings)
     means = {name: images[has].mean(axis=0) for name, has in members.items() if has.any()}
-    reference = means.get(NO_FINDING, images.mean(axis=0))
+    reference = means[NO_FINDING] if NO_FINDING in means else images.mean(axis=0)
     differences = {
         name: mean - reference
         for name, mean in means.items()
@@ -135,11 +128,6 @@ def brightness(
 
     An image is flagged if its mean is below the first of `limits` or above the second, or its
     standard deviation is below the third.
-
-    Raises
-    ------
-    ValueError
-        `images` is not (N, H, W), or empty.
     """
     if images.ndim != 3 or not len(images):
         raise ValueError(f"images must be (N, H, W), got {images.shape}")
@@ -172,12 +160,7 @@ def texture_by_finding(table: pd.DataFrame, dataset_label: str) -> Figure:
     """Statistics of the images of each label: the median and the middle half.
 
     `table` has a row per image and label: ``finding``, and a panel for each numeric column (but
-    ``image``).
-
-    Raises
-    ------
-    ValueError
-        The table is empty or has no numeric column.
+    ``image``); without either it is a ValueError.
     """
     measures = [name for name in table.select_dtypes("number") if name != "image"]
     if table.empty or not measures:
@@ -203,13 +186,7 @@ def texture_by_finding(table: pd.DataFrame, dataset_label: str) -> Figure:
 
 @style.context()
 def sobel(images: np.ndarray, titles: Sequence[str], dataset_label: str) -> Figure:
-    """1 to 8 images above, their edges by Sobel's filter below, on one scale.
-
-    Raises
-    ------
-    ValueError
-        Too many images, or not a title for each.
-    """
+    """1 to 8 images above, their edges by Sobel's filter below, on one scale."""
     if images.ndim != 3 or not 1 <= len(images) <= 8 or len(images) != len(titles):
         raise ValueError(f"need 1 to 8 images (n, H, W), got {images.shape}; {len(titles)} titles")
     edges = [sobel_filter(image / 255) for image in images]

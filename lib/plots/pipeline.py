@@ -139,12 +139,7 @@ def _clustering(axes: Axes) -> None:
 @context()
 def pipeline(image: np.ndarray, dataset_label: str | None = None) -> Figure:
     """The method at a glance: two backbones, one clustering loop. Every small picture is computed,
-    from `image` (H, H), uint8, or from toy points.
-
-    Raises
-    ------
-    ValueError
-        `image` is not a square gray image.
+    from the square `image`, uint8 (H, H), or from toy points.
     """
     if image.ndim != 2 or image.shape[0] != image.shape[1]:
         raise ValueError(f"image must be one square gray image (H, H), got shape {image.shape}")

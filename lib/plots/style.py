@@ -1,8 +1,9 @@
 """The look of all figures and the parts they share: arrays and tables in, a `Figure` out.
 
 In all figures, `images` are uint8 (N, H, W), 0 to 255; `findings` are N texts, the labels of each
-image joined by ``|``; `dataset_label` names the data in the small print, and an empty one is a
-ValueError. A figure is 3.3 in wide, one column of a journal, or 7 in if it shows many images.
+image joined by ``|``; `dataset_label` names the data in the small print. It is a ValueError if that
+is empty, if lengths or shapes do not match, or if a number is out of its range. A figure is 3.3 in
+wide, one column of a journal, or 7 in if it shows many images.
 Colours are Okabe and Ito's (2008, *Color Universal Design*); a marker or a line style says the same
 a second time, so that a figure reads in gray."""
 

@@ -94,12 +94,7 @@ def loss_curves(
     """Mean training loss per epoch in units of ln K, a panel per arm.
 
     The cross-entropy of a uniform guess over K clusters is ln K. So 1 is chance for every curve,
-    and losses at different K can be compared.
-
-    Raises
-    ------
-    ValueError
-        A K, of this run or of the published curve, is below 2.
+    and losses at different K, from 2, can be compared.
     """
     if min(n_clusters, published_n_clusters) < 2:
         raise ValueError(f"K must be at least 2: got {n_clusters} and {published_n_clusters}")
@@ -254,11 +249,6 @@ def tsne_maps(
     clusters : mapping of arm to int array, shape (M,)
     n_findings : int
         How many of the most frequent single labels get a colour of their own, 0 to 6.
-
-    Raises
-    ------
-    ValueError
-        The lengths of points, clusters and findings differ, or `n_findings` is out of range.
     """
     if not 0 <= n_findings < len(PALETTE):
         raise ValueError(f"n_findings must be 0 to {len(PALETTE) - 1}, got {n_findings}")
@@ -313,11 +303,6 @@ def samples(
 
     Images with that label alone come first; one that has others too is marked with a plus sign.
     The choice depends on `seed` and on nothing else.
-
-    Raises
-    ------
-    ValueError
-        `images` and `findings` differ in length, or `examples_per_finding` < 1.
     """
     if examples_per_finding < 1:
         raise ValueError(f"examples_per_finding must be at least 1, got {examples_per_finding}")
@@ -366,11 +351,6 @@ def clusters(
     assignments : int array, shape (N,)
     n_rows, per_row : int
         Clusters and images of each, at most; at least 1.
-
-    Raises
-    ------
-    ValueError
-        The lengths differ.
     """
     lengths = len(images), len(embedding), len(assignments)
     if len(set(lengths)) > 1:
