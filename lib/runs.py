@@ -23,7 +23,7 @@ CHOICES = {
     "pseudo_labels": ("clusters", "index", "shuffled"),
     "head": HEADS,
     "bn_statistics": ("fresh", "running"),
-    "clusterer": tuple(kmeans.CLUSTERERS),
+    "clusterer": kmeans.CLUSTERERS,
     "device": ("auto", "cpu", "cuda"),
 }
 LEAST = {"n_clusters": 2, "pca_dim": 1, "epochs": 0, "batch_size": 2, "seed": 0}
