@@ -23,7 +23,7 @@ from lib import metrics, parallel, runs
 from lib.features import PCAWhiten, estimate_statistics, extract
 from lib.images import normalise, rotate
 from lib.kmeans import make_clusterer
-from lib.models import IMAGE_SIZE, Backbone, build
+from lib.models import IMAGE_SIZE, Backbone
 from lib.parallel import ALONE, World
 from lib.paths import atomic_write, save_json, save_npy, show
 from lib.runs import MOVE_ASIDE, Run, RunMismatchError, TrainConfig, is_complete, load_run
@@ -60,10 +60,8 @@ def fit(
 ) -> Run:
     """Run DeepCluster, or what is left of it, in `run_dir`.
 
-    Image i, feature i, cluster i and pseudo-label i are the same image at every step: features are
-    extracted in the order of `images`, and only the order of the batches is random. A run that was
-    stopped anywhere continues from its last whole epoch and ends with the numbers of an unbroken
-    one.
+    Image i, feature i, cluster i and pseudo-label i are the same image at every step. A stopped run
+    continues from its last whole epoch and ends with the numbers of an unbroken one.
 
     Parameters
     ----------
@@ -74,12 +72,10 @@ def fit(
         Gets config.json at the start; checkpoint.pt, metrics.csv and assignments.npy after each
         epoch; features.npy and clustering.npz at the end.
     nproc : int
-        Processes that train together, started by ``torchrun``: on GPUs, one each. Then `images`
-        must be the memory map of a file.
-    restart : bool
-        Move an existing run aside and start anew.
-    progress : bool
-        Show a bar over epochs.
+        Processes that train together, on GPUs one each; `images` must then be the memory map of a
+        file.
+    restart, progress : bool
+        Move an existing run aside and start anew; show a bar over epochs.
 
     Returns
     -------
@@ -189,21 +185,15 @@ def train_epoch(
     Parameters
     ----------
     images : uint8, shape (N, 64, 64)
-        All of them; each process reads its share of every batch.
     pseudo_labels : int, shape (N,)
-        Label i belongs to image i.
     epoch : int
         Counted from 1.
 
     Returns
     -------
     float
-        Mean loss over the images drawn, in nats; ln K is chance.
-
-    Raises
-    ------
-    FloatingPointError
-        The loss of a batch is not finite.
+        Mean loss over the images drawn, in nats; ln K is chance. FloatingPointError if the loss of
+        a batch is not finite.
     """
     device, n = next(model.parameters()).device, len(images)
     order = uniform_over_clusters(pseudo_labels, stream(config, epoch, ORDER))
@@ -266,9 +256,7 @@ class Training:
             runs.set_aside(run_dir)
         world.barrier()
         settings = runs.check_same_run(run_dir, runs.identity(config, images))
-        model = build(
-            config.backbone, config.n_clusters, config.width, seed=config.seed, head=config.head
-        )
+        model = runs.network(config)
         self.model = parallel.share_batch_norm(model.to(world.device), world)
         self.body = torch.optim.Adam(
             self.model.body_parameters(), config.lr, weight_decay=config.weight_decay

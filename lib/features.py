@@ -134,16 +134,15 @@ def extract(
 class PCAWhiten(TransformerMixin, BaseEstimator):
     """PCA to `n_components`, each scaled to unit variance, then each row to unit length.
 
-    The axes come from the covariance matrix, or from the Gram matrix if there are fewer rows than
-    columns, both accumulated in float64 over chunks of rows: products in float32 would drown
-    small variances in rounding. Attributes equal those of ``sklearn.decomposition.PCA(whiten=
-    True)``; the sign of each axis makes its largest loading positive.
+    The covariance matrix is accumulated in float64: products in float32 would drown small variances
+    in rounding. Attributes equal those of ``sklearn.decomposition.PCA(whiten=True)``; the sign of
+    each axis makes its largest loading positive.
 
     Parameters
     ----------
     n_components : int
-        Components to keep. If the data hold fewer, those are kept and a warning gives both numbers:
-        scaling a direction of no variance would blow up noise.
+        Components to keep. If the data hold fewer, those are kept, with a warning: scaling a
+        direction of no variance would blow up noise.
     l2 : bool
         Scale every row of the result to length 1, as DeepCluster does before K-means.
 
@@ -169,15 +168,14 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            ``n_components`` below 1, not two axes, fewer than 2 rows, NaN or infinite values, or
-            all rows equal.
+            `n_components` below 1, another number of axes, fewer than 2 rows, NaN or infinite
+            values, or all rows equal.
         """
         x = _rows(features)
         n, d = x.shape
-        if self.n_components < 1:
-            raise ValueError(f"n_components must be at least 1, got {self.n_components}")
-        if n < 2:
-            raise ValueError(f"PCA needs at least 2 rows, got {n}")
+        if self.n_components < 1 or n < 2:
+            found = f"n_components={self.n_components}, {n} rows"
+            raise ValueError(f"PCA needs at least 1 component and 2 rows, got {found}")
         bad = _first_bad_row(x)
         if bad is not None:
             raise ValueError(f"features hold NaN or infinite values, first in row {bad}")
@@ -194,16 +192,13 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
         variance, vectors = _top_eigenpairs(matrix, min(self.n_components, n, d))
         # A direction is real if its variance exceeds rounding: 16 units in the last place of the
         # largest feature (a few layers of float32), or machine epsilon of the matrix.
-        precision = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        resolution = 16 * torch.finfo(precision).eps * (power + mean**2).max().sqrt()
+        precision = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32)
+        resolution = 16 * precision.eps * (power + mean**2).max().sqrt()
         epsilon = torch.finfo(torch.float64).eps
         floor = max(float(resolution) ** 2, float(variance[0]) * len(matrix) * epsilon)
         kept = int((variance > floor).sum())
         if kept == 0:
-            raise ValueError(
-                f"all {n} rows of the features are equal: there is no variance to whiten "
-                "(has the network collapsed?)"
-            )
+            raise ValueError(f"all {n} rows of the features are equal: has the network collapsed?")
         if kept < min(self.n_components, n, d):
             warnings.warn(
                 f"PCA keeps {kept} components instead of {self.n_components}: "

@@ -1,4 +1,4 @@
-"""Pixels as networks take them, and images turned: exactly by the square's symmetries, or freely."""
+"""Pixels as networks take them, and images turned: exactly by symmetries, or freely."""
 
 from __future__ import annotations
 
@@ -72,27 +72,13 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
 
 
 def moved(images: np.ndarray, mirrored: bool, quarter_turns: int) -> np.ndarray:
-    """Exact copies under a symmetry of the square: mirror left to right, then quarter turns.
-
-    Parameters
-    ----------
-    images : ndarray, shape (N, S, S)
-    mirrored : bool
-    quarter_turns : int
-        Counter-clockwise.
-
-    Returns
-    -------
-    ndarray, shape (N, S, S)
-    """
+    """Images (N, S, S) mirrored left to right, then turned counter-clockwise, exactly."""
     flipped = images[:, :, ::-1] if mirrored else images
     return np.ascontiguousarray(np.rot90(flipped, quarter_turns, (1, 2)))
 
 
 def turned(images: np.ndarray, degrees: float) -> np.ndarray:
-    """All images turned counter-clockwise by the same angle, (N, S, S) uint8; quarter turns are
-    exact, other turns have black corners.
-    """
+    """Images (N, S, S) uint8, all turned counter-clockwise by one angle; quarter turns exactly."""
     if degrees % 90 == 0:
         return moved(images, False, round(degrees / 90))
     x = normalise(torch.from_numpy(np.array(images)))

@@ -23,7 +23,7 @@ CHOICES = {
     "pseudo_labels": ("clusters", "index", "shuffled"),
     "head": HEADS,
     "bn_statistics": ("fresh", "running"),
-    "clusterer": tuple(kmeans.CLUSTERERS),
+    "clusterer": kmeans.CLUSTERERS,
     "device": ("auto", "cpu", "cuda"),
 }
 LEAST = {"n_clusters": 2, "pca_dim": 1, "epochs": 0, "batch_size": 2, "seed": 0}
@@ -36,8 +36,8 @@ class TrainConfig:
 
     Parameters
     ----------
-    backbone : str
-        A key of ``lib.models.BACKBONES``.
+    backbone, width
+        See ``lib.models.build``.
     n_clusters : int
         K.
     pca_dim : int
@@ -48,21 +48,18 @@ class TrainConfig:
         Of all processes together.
     lr, weight_decay : float
         Of Adam; ReduceLROnPlateau lowers `lr` if the loss stalls.
-    width : tuple of int, optional
-        See ``lib.models.build``; the paper's if not given.
     rotation_degrees : float
         Each image is turned by an angle drawn from plus and minus this, 0 to 180.
     pseudo_labels : {"clusters", "index", "shuffled"}
         What is trained on: the epoch's own clusters, or a control that knows nothing of the
-        images: the image's number modulo K, or the first epoch's clusters shuffled once. The
-        recorded assignments are the clusters in every case.
+        images: the image's number modulo K, or the first epoch's clusters shuffled once.
     head : {"standardised", "linear"}
-        Whether features are standardised before the linear top layer. ``"linear"`` is the page's
-        way: features with a mean far above their spread then train the new layer badly.
+        ``"standardised"`` gives the top layer features of zero mean and unit variance, and five
+        times the body's learning rate. ``"linear"`` is the page's way.
     bn_statistics : {"fresh", "running"}
-        Whether batch-norm statistics are estimated anew before features are extracted.
+        ``"fresh"`` estimates batch-norm statistics anew before features are extracted.
         ``"running"`` is the page's way: the statistics lag behind the weights.
-    clusterer : {"kmeans", "minibatch", "hierarchical", "graph"}
+    clusterer : str
         See ``lib.kmeans.make_clusterer``.
     seed : int
         Of weights, order, angles, dropout and clustering.
@@ -173,10 +170,8 @@ def identity(config: TrainConfig, images: np.ndarray) -> dict[str, Any]:
 
 
 def check_same_run(run_dir: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """RunMismatchError if config.json in `run_dir` describes another run than `ours`.
-
-    More epochs or another device are the same run; so is other code, with a warning. Returns what
-    config.json is to hold: `ours`, with the code that the run began with.
+    """What config.json is to hold: `ours`, with the code that the run began with (a warning says if
+    it is another). RunMismatchError if it describes another run, more epochs excepted.
     """
     path = run_dir / "config.json"
     theirs = load_json(path) if path.exists() else ours
@@ -259,12 +254,15 @@ def load_run(run_dir: Path | str) -> Run:
     )
 
 
+def network(config: TrainConfig) -> Backbone:
+    """The network of a run before training."""
+    settings = config.backbone, config.n_clusters, config.width, config.seed, config.head
+    return build(*settings)
+
+
 def load_model(run: Run, device: str | torch.device = "cpu") -> Backbone:
     """The network of a finished run, in evaluation mode."""
-    config = run.config
-    model = build(
-        config.backbone, config.n_clusters, config.width, seed=config.seed, head=config.head
-    )
+    model = network(run.config)
     model.load_state_dict(load_checkpoint(run.path / "checkpoint.pt")["model"])
     return model.to(device).eval()
 

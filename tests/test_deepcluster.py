@@ -436,8 +436,6 @@ def test_another_version_of_the_code_is_said(tmp_path):
 
 @pytest.mark.parametrize("clusterer", ["minibatch", "hierarchical", "graph"])
 def test_other_clusterers_can_take_the_place_of_kmeans(tmp_path, clusterer):
-    if clusterer == "graph":
-        pytest.importorskip("igraph")
     found = run(tmp_path, changed(clusterer=clusterer))
     assert set(np.unique(found.final_assignments)) <= set(range(4))
     with pytest.raises(RunMismatchError, match="clusterer"):
