@@ -1,0 +1,479 @@
+"""The command line: ``python -m lib run | study | train | reuse | test``.
+
+``./run_all.sh [options]`` finds a Python that has the packages, then does ``run`` with the same
+options; ``--study``, ``--reuse RUN`` and ``--test`` are the other commands. The top imports the
+standard library alone: run_all.sh checks the options before it installs anything."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lib.notebooks import ROOT, Notebooks, RunError, UsageError, find_notebooks, read_preset
+
+COMMANDS = ("run", "study", "train", "reuse", "test")
+DRAWN = ("phantom", "digits", "digits-turned")  # sources that need no file and no network
+SOURCES = (*DRAWN, "chestmnist", "kaggle", "kaggle-sample")
+CLUSTERERS = ("kmeans", "minibatch", "hierarchical", "graph")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+READING = ("csv", "image_column", "label_column", "fit", "drop_outliers", "max_broken")
+LACKS_PACKAGES = 3  # exit status
+MORE = """\
+sources of X-rays, for --data:
+  phantom          drawn X-rays with known findings (the default)
+  digits           1,797 handwritten digits, whose classes are known; digits-turned: each turned
+  chestmnist       NIH's 112,120 X-rays at 64x64, 0.4 GB from Zenodo; or chestmnist:FILE.npz
+  kaggle           the same at full size, with patients and views, 45 GB; needs a free account
+  kaggle-sample    5,606 of them, 2 GB
+  nih:PATH         a folder of NIH's own files: images_001.tar.gz and so on, Data_Entry_2017*.csv
+  PATH             a folder of your own X-rays
+
+other commands, each with --help:
+  ./run_all.sh --study [options]      train every arm and control, then compare them
+  ./run_all.sh --reuse RUN [options]  assign X-rays to the clusters of a finished run
+  ./run_all.sh --test [ARG ...]       run checks, tests and notebooks; ARGs go to pytest
+
+environment variables: PYTHON (which Python to use, or to make .venv with), CXR_DATA_DIR (folder of
+data and runs), CXR_FIGURES_DIR (folder of figures)"""
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=raw, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def caller() -> Path:
+    """The folder from which the command was given, which run_all.sh leaves."""
+    return Path(os.environ.get("CXR_CALLED_FROM") or Path.cwd())
+
+
+def seed_list(text: str) -> list[int]:
+    """``"0,1,2"`` -> [0, 1, 2]."""
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text) or len({*text.split(",")}) <= text.count(","):
+        raise ArgumentTypeError(f"{text!r} is no list of different whole numbers, such as 0,1,2")
+    return [int(seed) for seed in text.split(",")]
+
+
+def source_of(given: str) -> str:
+    """`given` with its path made absolute."""
+    if given in SOURCES:
+        return given
+    kind, colon, place = given.partition(":")
+    if not colon or kind not in ("nih", "chestmnist"):
+        kind, place = ("chestmnist" if given.lower().endswith(".npz") else ""), given
+    path = os.path.abspath(caller() / Path(place).expanduser())
+    wanted = "file" if kind == "chestmnist" else "folder"
+    if not place or not (os.path.isfile if wanted == "file" else os.path.isdir)(path):
+        reason = f"no {wanted}" if place and os.path.exists(path) else "not there"
+        valid = f"{', '.join(SOURCES)}, chestmnist:FILE.npz, nih:PATH, or a folder of X-rays"
+        raise ArgumentTypeError(f"{given!r} is {reason}; valid: {valid}")
+    return f"{kind}:{path}" if kind else path
+
+
+def path_in(source: str) -> str:
+    """The path in a source, empty if it has none."""
+    return "" if source in SOURCES else re.sub("^(nih|chestmnist):", "", source)
+
+
+def dataset_name(source: str, preset: str = "quick") -> str:
+    """Name of a source's folders under data/ and figures/: ``phantom``, ``nih-sample-smoke``, ...
+
+    The quick preset adds nothing. Any other is a suffix, which keeps its results apart.
+    """
+    name = source
+    if source not in SOURCES:
+        path = Path(path_in(source))
+        name = path.stem if source.startswith("chestmnist:") else path.name
+        name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:48] or "images"
+        # folders of data/ that mean something else; drawn images are not the user's
+        taken = name in {"raw", "runs", "published", "manifests", *SOURCES}
+        name = f"my-{name}" if taken or name.startswith(DRAWN) else name
+    return name if preset == "quick" else f"{name}-{preset}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    folder, common = Parser(add_help=False), Parser(add_help=False)
+    add = folder.add_argument  # how to read a folder of X-rays: run, study and reuse
+    add("--csv", metavar="FILE", help="table of your folder, if it has several")
+    add("--image-column", metavar="NAME", help="its column of file names or paths")
+    add("--label-column", metavar="NAME", help="its column of labels, separated by | ; or ,")
+    add("--fit", choices=("pad", "crop", "stretch"), help="for images that are not square: pad")
+    add("--drop-outliers", action="store_const", const=True, help="no dark, bright, empty images")
+    broken = "go on if no more than this share of the files is broken: 0.01"
+    add("--max-broken", type=float, metavar="SHARE", help=broken)
+    add = common.add_argument  # what to compute: run and study
+    presets = sorted(path.stem for path in (ROOT / "notebooks" / "params").glob("*.yaml"))
+    add("--preset", choices=presets, default="quick", help="how much to compute: quick")
+    add("--data", type=source_of, default="phantom", metavar="SOURCE", help="X-rays: phantom")
+    add("--seeds", type=seed_list, metavar="0,1", help="seeds to train with")
+    add("--clusterer", choices=CLUSTERERS, help="instead of K-means")
+    add("--device", choices=DEVICES, help="where to train")
+    add("--restart", action="store_true", help="compute anew; other runs are moved aside")
+
+    parser = Parser(prog="python -m lib")
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = "Run all notebooks, unless all is done; figures and tables go to figures/DATASET."
+    run = commands.add_parser("run", parents=[common, folder], description=about, epilog=MORE)
+    run.add_argument("--nproc", type=int, metavar="N", help="processes that train each run")
+    start = {"dest": "start", "metavar": "NN", "help": "run from this notebook on"}
+    start |= {"choices": [path.name[:2] for path in find_notebooks()]}
+    run.add_argument("--from", type=lambda text: text.zfill(2), **start)
+
+    about = "Train every arm and control, then compare them (notebooks 04 to 06)."
+    add = commands.add_parser("study", parents=[common, folder], description=about).add_argument
+    add("--arms", default="all", help="all, arms, controls, published, or names, with commas")
+    add("--jobs", type=int, metavar="N", default=1, help="runs at a time: 1")
+    add("--dataset", help="name under data/ and figures/, if not that of --data and --preset")
+    add("--status", action="store_true", help="only show what is missing")
+    add("--no-claims", action="store_true", help="train only")
+
+    add = commands.add_parser("train", description="Train one run, also in torchrun.").add_argument
+    add("--images", required=True, metavar="FILE", help="images.npy that 01_preprocess wrote")
+    add("--run-dir", required=True, metavar="DIR", help="folder of the run")
+    add("--config", required=True, metavar="JSON", help="file with the settings of TrainConfig")
+    add("--threads", type=int, metavar="N", help="threads to compute with")
+    add("--restart", action="store_true", help="move a run that is there aside")
+
+    about = "Use a finished run again, without training."
+    reuse = commands.add_parser("reuse", parents=[folder], description=about)
+    reuse.add_argument("run", metavar="RUN", help="its folder, DATASET/ARM/seed0, or an export")
+    reuse.add_argument("--device", choices=DEVICES[1:], default="cpu", help="where to embed: cpu")
+    add = reuse.add_mutually_exclusive_group(required=True).add_argument
+    add("--data", type=source_of, metavar="PATH", help="assign this folder of X-rays to clusters")
+    add("--export", metavar="DIR", help="write weights, settings and assignments here")
+    commands.add_parser("test", description="Run ruff, pytest and all notebooks.")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """What a command line asks for, checked: a command of `COMMANDS` and its options, or what
+    ./run_all.sh is given. SystemExit with one line on stderr if something is wrong.
+    """
+    argv = list(argv)
+    if argv[:1] in (["test"], ["--test"]):
+        return Namespace(command="test", arguments=argv[1:])
+    if not argv or argv[0] not in COMMANDS:
+        if "--reuse" in argv:
+            i = argv.index("--reuse")
+            argv = ["reuse", *argv[i + 1 : i + 2], *argv[:i], *argv[i + 2 :]]
+        else:
+            study = "--study" in argv
+            argv = ["study" if study else "run", *(word for word in argv if word != "--study")]
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    for name in ("nproc", "jobs", "threads"):
+        if getattr(options, name, None) not in (None, *range(1, 10_000)):
+            parser.error(f"--{name} {getattr(options, name)} is not from 1 to 9999")
+    if getattr(options, "data", None) is None:
+        return options
+    own = os.path.isabs(options.data)
+    if options.command == "reuse" and not own:
+        parser.error(f"reuse reads a folder of X-rays, not --data {options.data}")
+    for name in READING[:3]:
+        if getattr(options, name) is not None and not own:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} describes a folder of X-rays: name it with --data PATH")
+    if options.csv is not None:
+        places = [base / Path(options.csv).expanduser() for base in (caller(), Path(options.data))]
+        files = [os.path.abspath(place) for place in places if place.is_file()]
+        if not files:
+            parser.error(f"--csv {options.csv!r} is no file here, nor in {options.data}")
+        options.csv = files[0]
+    if options.command != "reuse":
+        name = dataset_name(options.data, options.preset)
+        options.dataset = getattr(options, "dataset", None) or name
+    return options
+
+
+def command_line(options: Namespace) -> str:
+    """The command as results show it: a folder goes by its name, since its path is private."""
+    path = path_in(options.data)
+    source = f"{options.data.removesuffix(path)}PATH/{Path(path).name}" if path else options.data
+    table = options.csv and Path(options.csv).name
+    words = ["./run_all.sh"] + ["--study"] * (options.command == "study")
+    for name, value in (vars(options) | {"data": source, "csv": table}).items():
+        if value in (None, False) or name in ("command", "dataset", "restart", "start", "jobs"):
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        quoted = text if name == "data" else shlex.quote(text)
+        words += [f"--{name.replace('_', '-')}", *[quoted] * (value is not True)]
+    return " ".join(words)
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def get_ready(options: Namespace) -> Notebooks:
+    """The notebooks of run and study with their parameters.
+
+    What would fail or take long in a notebook is done here: a device that is not there is named,
+    and a terminal shows how far a download is."""
+    from lib import paths
+
+    given = vars(options) | {"source": options.data, "not_square": options.fit}
+    given |= {"command": command_line(options)}
+    given = {name: value for name, value in given.items() if value is not None}
+    parameters = read_preset(options.preset) | given
+    inputs = [Path(place) for place in (path_in(options.data), options.csv) if place]
+    notebooks = Notebooks(options.dataset, options.data, parameters, inputs)
+    try:
+        if options.device not in (None, "auto", "cpu"):
+            from lib.parallel import resolve_device
+
+            resolve_device(options.device)
+        if options.data not in DRAWN and not os.path.isabs(options.data):
+            from lib.data.sources import fetch
+
+            raw, what = paths.raw_dir(options.dataset), ("n_phantoms", "data_seed")
+            fetch(options.data, raw, *(parameters[name] for name in what), options.csv)
+    except (ValueError, RuntimeError) as error:
+        raise RunError(str(error)) from error
+    return notebooks
+
+
+def run(options: Namespace) -> None:
+    """Run the notebooks, unless all is done, and say where the figures are."""
+    notebooks = get_ready(options)
+    print(f"{options.dataset}, preset {options.preset}; logs: {notebooks.copies}", flush=True)
+    if not (options.restart or options.start) and notebooks.are_done():
+        print("already done")
+    else:
+        start = options.start or "00"
+        for earlier in find_notebooks()[: int(start)]:
+            notebooks.check_done(earlier)
+        notebooks.run(find_notebooks(start))
+        notebooks.remember()
+    figures = notebooks.folders[2]
+    for table in figures.glob("table1_linear_probe.md"):
+        print(f"\n{table.read_text(encoding='utf-8').strip()}")
+    print(f"\nFigures and tables: {figures}")
+
+
+def study(options: Namespace) -> None:
+    """Train the runs that are missing, `jobs` at a time, then run notebooks 04 to 06."""
+    import joblib
+
+    from lib import paths
+    from lib.parallel import run_processes
+    from lib.study import arms
+
+    try:
+        chosen, dataset = arms.choose_arms(options.arms), paths.check_name(options.dataset)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    notebooks = get_ready(options)
+    preset, seeds = notebooks.parameters, options.seeds or [0, 1, 2, 3, 4]
+    if not options.status:
+        notebooks.run(find_notebooks("00", "01"))
+    commands, logs, failed = {}, {}, []
+    threads = str(max(1, joblib.cpu_count() // options.jobs))
+    for seed in seeds:  # all arms of a seed first, so that a part can be compared
+        for arm in chosen:
+            config, name = arms.train_config(arm, preset, seed), f"{arm} seed {seed}"
+            if options.status or (
+                arms.state(dataset, arm, config) == "done" and not options.restart
+            ):
+                continue
+            logs[name] = arms.log_path(dataset, arm, seed)
+            settings = logs[name].with_suffix(".json")
+            paths.save_json(settings, dataclasses.asdict(config))
+            command = [sys.executable, "-m", "lib", "train", "--config", str(settings)]
+            command += ["--images", str(paths.dataset_dir(dataset) / "images.npy")]
+            command += ["--run-dir", str(paths.run_dir(dataset, arm, seed)), "--threads", threads]
+            commands[name] = command + ["--restart"] * options.restart
+
+    def on_end(name: str, status: int, seconds: float) -> None:
+        failed.extend([name] if status else [])
+        how = f"failed, see {logs[name]}" if status else "done"
+        print(f"{name} {how} in {seconds:.0f} s", flush=True)
+
+    print(f"{dataset}: {len(commands)} runs to train, {options.jobs} at a time", flush=True)
+    run_processes(commands, options.jobs, logs.get, on_end)
+    print(arms.status_markdown(arms.status(dataset, preset, chosen, seeds)), flush=True)
+    if not options.status and not options.no_claims:
+        notebooks.run(find_notebooks("04", "06"))
+        print(f"Figures and tables: {notebooks.folders[2]}")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(commands)} runs failed: {', '.join(failed)}")
+
+
+def train(options: Namespace) -> None:
+    """Train one run in this process, which may be one of several that torchrun started."""
+    if options.threads:  # before NumPy and PyTorch read it
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    import numpy as np
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from lib import paths
+    from lib.deepcluster import TrainConfig, fit
+
+    try:
+        config = TrainConfig(**paths.load_json(options.config))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{options.config}: {error}") from error
+    images = np.load(options.images, mmap_mode="r", allow_pickle=False)
+    # record shows torchrun the traceback of the process that failed first
+    record(fit)(images, config, options.run_dir, restart=options.restart)
+
+
+def reuse(options: Namespace) -> None:
+    """Assign a folder of X-rays to the clusters of a finished run, or export the run."""
+    from lib import paths
+    from lib.explore import reuse as finished
+
+    runs = paths.data_root() / "runs"
+    places = [caller() / Path(options.run).expanduser(), runs / options.run]
+    folder = next(filter(Path.is_dir, places), None)
+    if folder is None:
+        there = sorted(p.parent.relative_to(runs) for p in runs.glob("*/*/seed*/clustering.npz"))
+        known = ", ".join(path.as_posix() for path in there[:12]) or "none is there"
+        raise UsageError(f"{options.run!r} is no run; finished runs: {known}")
+    try:
+        if options.export is not None:
+            out = caller() / Path(options.export).expanduser()
+            print(*finished.export(folder, out), sep="\n")
+            return
+        model = finished.load(folder, options.device)
+        out = paths.runs_dir(dataset_name(options.data)) / "reuse" / model.name.replace("/", "-")
+        reading = {name: getattr(options, name) for name in READING}
+        reading = {name: value for name, value in reading.items() if value is not None}
+        command = f"./run_all.sh --data PATH/{Path(options.data).name} --reuse {model.name}"
+        print(finished.assign_folder(options.data, model, out, command, **reading)[2])
+        print(f"Written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
+    except (ValueError, RuntimeError) as error:
+        raise RunError(str(error)) from error
+
+
+def test(options: Namespace) -> None:
+    """Run ruff, pytest and, unless ARGs choose some tests, all notebooks in a fresh folder."""
+    from xml.etree import ElementTree
+
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    with tempfile.TemporaryDirectory(prefix="cxr-test-", ignore_cleanup_errors=True) as folder:
+        report, notebooks = Path(folder, "report.xml"), (ROOT / "notebooks").glob("*.ipynb")
+        pytest = ["pytest", "-rs", f"--junitxml={report}"]
+        nbval = ["-p", "no:cacheprovider", "-W", "default", "--nbval-lax", "--nbval-current-env"]
+        fresh = {"CXR_DATA_DIR": f"{folder}/data", "CXR_FIGURES_DIR": f"{folder}/figures"}
+        steps = [
+            (["ruff", "check", "."], {}),
+            (["ruff", "format", "--check", "."], {}),
+            ([*pytest, "-m", "", "tests", *options.arguments], {"MPLBACKEND": "Agg"}),
+            ([*pytest, *nbval, *sorted(map(str, notebooks))], fresh),
+        ]
+        for command, extra in steps[: 3 if options.arguments else 4]:
+            report.unlink(missing_ok=True)
+            command = [sys.executable, "-m", *command]
+            status = subprocess.call(command, cwd=ROOT, env=os.environ | extra)
+            suite = {"tests": "1"}
+            if report.exists():
+                suite = next(ElementTree.parse(report).iter("testsuite")).attrib
+            skipped, bad = int(suite.get("skipped", 0)), int(suite.get("failures", 0))
+            bad = max(bad + int(suite.get("errors", 0)), int(bool(status)))
+            counts["passed"] += max(int(suite["tests"]) - skipped - bad, 0)
+            counts["failed"] += bad
+            counts["skipped"] += skipped
+    print(", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
+    if counts["failed"]:
+        sys.exit(1)
+
+
+# --- from start to end ----------------------------------------------------------------------------
+
+
+def missing_packages(test: bool = False) -> list[str]:
+    """The requirements of pyproject.toml that this Python lacks; with `test`, the tests' too."""
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["dependencies"] + test * project["optional-dependencies"]["test"]
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return wanted
+
+    def is_met(requirement: Requirement) -> bool:
+        try:
+            return requirement.specifier.contains(version(requirement.name), prereleases=True)
+        except PackageNotFoundError:
+            return False
+
+    return [line for line in wanted if not is_met(Requirement(line))]
+
+
+def prepare_environment() -> None:
+    """Set what notebooks, runs and tests inherit."""
+    import joblib
+
+    for name in ("CXR_DATA_DIR", "CXR_FIGURES_DIR"):
+        if os.environ.get(name):  # notebooks run in another folder
+            os.environ[name] = os.path.abspath(caller() / Path(os.environ[name]).expanduser())
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(path), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ.setdefault("PYTHONUTF8", "1")  # for logs, on Windows
+    os.environ.pop("MPLBACKEND", None)  # a kernel draws inline
+    if joblib.cpu_count() < (os.cpu_count() or 1):  # OpenMP does not see a container's limit
+        os.environ.setdefault("OMP_NUM_THREADS", str(joblib.cpu_count()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 if something failed, 2 for a bad option.
+
+    After ``--check``, with which run_all.sh asks, a command is only looked at."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # for consoles that lack a character
+    only_check = argv[:1] == ["--check"]
+    options = parse(argv[only_check:])
+    missing = missing_packages(options.command == "test")
+    if missing:
+        lacks = f"{sys.executable} lacks {', '.join(missing)}"
+        print(lacks if only_check else f"error: {lacks}; use ./run_all.sh", file=sys.stderr)
+        return LACKS_PACKAGES
+    if only_check:
+        return 0
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        if options.command != "train":
+            prepare_environment()
+        globals()[options.command](options)
+        return 0
+    except BrokenPipeError:  # as in `./run_all.sh | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UsageError, RunError, OSError) as error:
+        hint = "; choose other folders with CXR_DATA_DIR and CXR_FIGURES_DIR"
+        hint *= isinstance(error, PermissionError) and "CXR_" not in str(error)
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
