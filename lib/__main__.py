@@ -15,12 +15,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lib.notebooks import ROOT, Notebooks, RunError, UsageError, find_notebooks, read_preset
+from lib import notebooks as nb
+from lib.notebooks import ROOT, Notebooks, RunError, UsageError
 
 COMMANDS = ("run", "study", "train", "reuse", "test")
 DRAWN = ("phantom", "digits", "digits-turned")  # sources that need no file and no network
@@ -28,7 +30,6 @@ SOURCES = (*DRAWN, "chestmnist", "kaggle", "kaggle-sample")
 CLUSTERERS = ("kmeans", "minibatch", "hierarchical", "graph")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 READING = ("csv", "image_column", "label_column", "fit", "drop_outliers", "max_broken")
-LACKS_PACKAGES = 3  # exit status
 MORE = """\
 sources of X-rays, for --data:
   phantom          drawn X-rays with known findings (the default)
@@ -44,11 +45,7 @@ other commands, each with --help:
   ./run_all.sh --reuse RUN [options]  assign X-rays to the clusters of a finished run
   ./run_all.sh --test [ARG ...]       run checks, tests and notebooks; ARGs go to pytest
 
-environment variables: PYTHON (which Python to use, or to make .venv with), CXR_DATA_DIR (folder of
-data and runs), CXR_FIGURES_DIR (folder of figures)"""
-
-
-# --- options --------------------------------------------------------------------------------------
+environment variables: PYTHON (to use, or to make .venv with), CXR_DATA_DIR, CXR_FIGURES_DIR"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,8 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--label-column", metavar="NAME", help="its column of labels, separated by | ; or ,")
     add("--fit", choices=("pad", "crop", "stretch"), help="for images that are not square: pad")
     add("--drop-outliers", action="store_const", const=True, help="no dark, bright, empty images")
-    broken = "go on if no more than this share of the files is broken: 0.01"
-    add("--max-broken", type=float, metavar="SHARE", help=broken)
+    add("--max-broken", type=float, metavar="SHARE", help="go on if so many are broken: 0.01")
     add = common.add_argument  # what to compute: run and study
     presets = sorted(path.stem for path in (ROOT / "notebooks" / "params").glob("*.yaml"))
     add("--preset", choices=presets, default="quick", help="how much to compute: quick")
@@ -137,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[common, folder], description=about, epilog=MORE)
     run.add_argument("--nproc", type=int, metavar="N", help="processes that train each run")
     start = {"dest": "start", "metavar": "NN", "help": "run from this notebook on"}
-    start |= {"choices": [path.name[:2] for path in find_notebooks()]}
+    start |= {"choices": [path.name[:2] for path in nb.find_notebooks()]}
     run.add_argument("--from", type=lambda text: text.zfill(2), **start)
 
     about = "Train every arm and control, then compare them (notebooks 04 to 06)."
@@ -152,7 +148,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--images", required=True, metavar="FILE", help="images.npy that 01_preprocess wrote")
     add("--run-dir", required=True, metavar="DIR", help="folder of the run")
     add("--config", required=True, metavar="JSON", help="file with the settings of TrainConfig")
-    add("--threads", type=int, metavar="N", help="threads to compute with")
     add("--restart", action="store_true", help="move a run that is there aside")
 
     about = "Use a finished run again, without training."
@@ -182,7 +177,7 @@ def parse(argv: Sequence[str]) -> Namespace:
             argv = ["study" if study else "run", *(word for word in argv if word != "--study")]
     parser = build_parser()
     options = parser.parse_args(argv)
-    for name in ("nproc", "jobs", "threads"):
+    for name in ("nproc", "jobs"):
         if getattr(options, name, None) not in (None, *range(1, 10_000)):
             parser.error(f"--{name} {getattr(options, name)} is not from 1 to 9999")
     if getattr(options, "data", None) is None:
@@ -192,8 +187,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         parser.error(f"reuse reads a folder of X-rays, not --data {options.data}")
     for name in READING[:3]:
         if getattr(options, name) is not None and not own:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} describes a folder of X-rays: name it with --data PATH")
+            parser.error(f"--{name.replace('_', '-')} is for a folder of X-rays: give --data PATH")
     if options.csv is not None:
         places = [base / Path(options.csv).expanduser() for base in (caller(), Path(options.data))]
         files = [os.path.abspath(place) for place in places if place.is_file()]
@@ -221,22 +215,20 @@ def command_line(options: Namespace) -> str:
     return " ".join(words)
 
 
-# --- commands -------------------------------------------------------------------------------------
-
-
-def get_ready(options: Namespace) -> Notebooks:
-    """The notebooks of run and study with their parameters.
-
-    What would fail or take long in a notebook is done here: a device that is not there is named,
-    and a terminal shows how far a download is."""
-    from lib import paths
-
+def notebooks_of(options: Namespace) -> Notebooks:
+    """The notebooks with the preset's parameters, or what the command line gives in their place."""
     given = vars(options) | {"source": options.data, "not_square": options.fit}
     given |= {"command": command_line(options)}
     given = {name: value for name, value in given.items() if value is not None}
-    parameters = read_preset(options.preset) | given
     inputs = [Path(place) for place in (path_in(options.data), options.csv) if place]
-    notebooks = Notebooks(options.dataset, options.data, parameters, inputs)
+    parameters = nb.read_preset(options.preset) | given
+    return Notebooks(options.dataset, options.data, parameters, inputs)
+
+
+def get_ready(options: Namespace, parameters: Mapping[str, Any]) -> None:
+    """Look for the device, and download here: a terminal shows how far that is."""
+    from lib import paths
+
     try:
         if options.device not in (None, "auto", "cpu"):
             from lib.parallel import resolve_device
@@ -249,20 +241,19 @@ def get_ready(options: Namespace) -> Notebooks:
             fetch(options.data, raw, *(parameters[name] for name in what), options.csv)
     except (ValueError, RuntimeError) as error:
         raise RunError(str(error)) from error
-    return notebooks
 
 
 def run(options: Namespace) -> None:
     """Run the notebooks, unless all is done, and say where the figures are."""
-    notebooks = get_ready(options)
+    notebooks, start = notebooks_of(options), options.start or "00"
     print(f"{options.dataset}, preset {options.preset}; logs: {notebooks.copies}", flush=True)
     if not (options.restart or options.start) and notebooks.are_done():
         print("already done")
     else:
-        start = options.start or "00"
-        for earlier in find_notebooks()[: int(start)]:
+        for earlier in nb.find_notebooks()[: int(start)]:
             notebooks.check_done(earlier)
-        notebooks.run(find_notebooks(start))
+        get_ready(options, notebooks.parameters)
+        notebooks.run(nb.find_notebooks(start))
         notebooks.remember()
     figures = notebooks.folders[2]
     for table in figures.glob("table1_linear_probe.md"):
@@ -272,56 +263,51 @@ def run(options: Namespace) -> None:
 
 def study(options: Namespace) -> None:
     """Train the runs that are missing, `jobs` at a time, then run notebooks 04 to 06."""
-    import joblib
-
     from lib import paths
     from lib.parallel import run_processes
     from lib.study import arms
 
+    notebooks, seeds = notebooks_of(options), options.seeds or [0, 1, 2, 3, 4]
+    dataset, preset, failed = options.dataset, notebooks.parameters, []
     try:
-        chosen, dataset = arms.choose_arms(options.arms), paths.check_name(options.dataset)
+        chosen = arms.choose_arms(options.arms)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    notebooks = get_ready(options)
-    preset, seeds = notebooks.parameters, options.seeds or [0, 1, 2, 3, 4]
-    if not options.status:
-        notebooks.run(find_notebooks("00", "01"))
-    commands, logs, failed = {}, {}, []
-    threads = str(max(1, joblib.cpu_count() // options.jobs))
-    for seed in seeds:  # all arms of a seed first, so that a part can be compared
-        for arm in chosen:
-            config, name = arms.train_config(arm, preset, seed), f"{arm} seed {seed}"
-            if options.status or (
-                arms.state(dataset, arm, config) == "done" and not options.restart
-            ):
-                continue
-            logs[name] = arms.log_path(dataset, arm, seed)
-            settings = logs[name].with_suffix(".json")
-            paths.save_json(settings, dataclasses.asdict(config))
-            command = [sys.executable, "-m", "lib", "train", "--config", str(settings)]
-            command += ["--images", str(paths.dataset_dir(dataset) / "images.npy")]
-            command += ["--run-dir", str(paths.run_dir(dataset, arm, seed)), "--threads", threads]
-            commands[name] = command + ["--restart"] * options.restart
+    if options.status:
+        print(arms.status(dataset, preset, chosen, seeds).to_string())
+        return
+    get_ready(options, preset)
+    notebooks.run(nb.find_notebooks("00", "01"))
+    runs = arms.missing_runs(dataset, preset, chosen, seeds)
+    if options.restart:
+        runs = [(arm, seed) for seed in seeds for arm in chosen]
+    commands, logs = {}, {}
+    for arm, seed in runs:
+        log = logs[f"{arm} seed {seed}"] = arms.log_path(dataset, arm, seed)
+        config = dataclasses.asdict(arms.train_config(arm, preset, seed))
+        paths.save_json(log.with_suffix(".json"), config)
+        folder = paths.run_dir(dataset, arm, seed)
+        words = ["--config", log.with_suffix(".json"), "--run-dir", folder]
+        words += ["--images", paths.dataset_dir(dataset) / "images.npy"]
+        words = [sys.executable, "-m", "lib", "train", *map(str, words)]
+        commands[f"{arm} seed {seed}"] = words + ["--restart"] * options.restart
 
-    def on_end(name: str, status: int, seconds: float) -> None:
-        failed.extend([name] if status else [])
-        how = f"failed, see {logs[name]}" if status else "done"
-        print(f"{name} {how} in {seconds:.0f} s", flush=True)
+    def on_end(name: str, error: Exception | None) -> None:
+        failed.extend([name] if error else [])
+        print(f"{name}: {f'failed, see {logs[name]}' if error else 'done'}", flush=True)
 
-    print(f"{dataset}: {len(commands)} runs to train, {options.jobs} at a time", flush=True)
+    print(f"{dataset}: {len(runs)} runs to train, {options.jobs} at a time", flush=True)
     run_processes(commands, options.jobs, logs.get, on_end)
-    print(arms.status_markdown(arms.status(dataset, preset, chosen, seeds)), flush=True)
-    if not options.status and not options.no_claims:
-        notebooks.run(find_notebooks("04", "06"))
+    print(arms.status(dataset, preset, chosen, seeds).to_string(), flush=True)
+    if not options.no_claims:
+        notebooks.run(nb.find_notebooks("04", "06"))
         print(f"Figures and tables: {notebooks.folders[2]}")
     if failed:
-        raise RunError(f"{len(failed)} of {len(commands)} runs failed: {', '.join(failed)}")
+        raise RunError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
 
 
 def train(options: Namespace) -> None:
     """Train one run in this process, which may be one of several that torchrun started."""
-    if options.threads:  # before NumPy and PyTorch read it
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)
     import numpy as np
     from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -330,11 +316,13 @@ def train(options: Namespace) -> None:
 
     try:
         config = TrainConfig(**paths.load_json(options.config))
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{options.config}: {error}") from error
-    images = np.load(options.images, mmap_mode="r", allow_pickle=False)
-    # record shows torchrun the traceback of the process that failed first
-    record(fit)(images, config, options.run_dir, restart=options.restart)
+        images = np.load(options.images, mmap_mode="r", allow_pickle=False)
+        # record shows torchrun the traceback of the process that failed first
+        record(fit)(images, config, options.run_dir, restart=options.restart)
+    except Exception as error:
+        traceback.print_exc()
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RunError(f"{what} ({options.config})") from error
 
 
 def reuse(options: Namespace) -> None:
@@ -346,8 +334,8 @@ def reuse(options: Namespace) -> None:
     places = [caller() / Path(options.run).expanduser(), runs / options.run]
     folder = next(filter(Path.is_dir, places), None)
     if folder is None:
-        there = sorted(p.parent.relative_to(runs) for p in runs.glob("*/*/seed*/clustering.npz"))
-        known = ", ".join(path.as_posix() for path in there[:12]) or "none is there"
+        there = [p.parent.relative_to(runs) for p in runs.glob("*/*/seed*/clustering.npz")]
+        known = ", ".join(sorted(path.as_posix() for path in there)[:12]) or "none is there"
         raise UsageError(f"{options.run!r} is no run; finished runs: {known}")
     try:
         if options.export is not None:
@@ -388,17 +376,14 @@ def test(options: Namespace) -> None:
             suite = {"tests": "1"}
             if report.exists():
                 suite = next(ElementTree.parse(report).iter("testsuite")).attrib
-            skipped, bad = int(suite.get("skipped", 0)), int(suite.get("failures", 0))
-            bad = max(bad + int(suite.get("errors", 0)), int(bool(status)))
-            counts["passed"] += max(int(suite["tests"]) - skipped - bad, 0)
-            counts["failed"] += bad
-            counts["skipped"] += skipped
+            names = ("tests", "skipped", "failures", "errors")
+            total, skipped, failures, errors = (int(suite.get(name, 0)) for name in names)
+            bad = max(failures + errors, int(status != 0))
+            found = {"passed": max(total - skipped - bad, 0), "failed": bad, "skipped": skipped}
+            counts = {name: counts[name] + found[name] for name in counts}
     print(", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
     if counts["failed"]:
         sys.exit(1)
-
-
-# --- from start to end ----------------------------------------------------------------------------
 
 
 def missing_packages(test: bool = False) -> list[str]:
@@ -413,35 +398,20 @@ def missing_packages(test: bool = False) -> list[str]:
     except ImportError:
         return wanted
 
-    def is_met(requirement: Requirement) -> bool:
+    missing = []
+    for line in wanted:
         try:
-            return requirement.specifier.contains(version(requirement.name), prereleases=True)
+            found = version(Requirement(line).name)
         except PackageNotFoundError:
-            return False
-
-    return [line for line in wanted if not is_met(Requirement(line))]
-
-
-def prepare_environment() -> None:
-    """Set what notebooks, runs and tests inherit."""
-    import joblib
-
-    for name in ("CXR_DATA_DIR", "CXR_FIGURES_DIR"):
-        if os.environ.get(name):  # notebooks run in another folder
-            os.environ[name] = os.path.abspath(caller() / Path(os.environ[name]).expanduser())
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(path), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    os.environ.setdefault("PYTHONHASHSEED", "0")
-    os.environ.setdefault("PYTHONUTF8", "1")  # for logs, on Windows
-    os.environ.pop("MPLBACKEND", None)  # a kernel draws inline
-    if joblib.cpu_count() < (os.cpu_count() or 1):  # OpenMP does not see a container's limit
-        os.environ.setdefault("OMP_NUM_THREADS", str(joblib.cpu_count()))
+            found = "0"
+        missing += [] if Requirement(line).specifier.contains(found, prereleases=True) else [line]
+    return missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 if something failed, 2 for a bad option.
 
-    After ``--check``, with which run_all.sh asks, a command is only looked at."""
+    After ``--check`` a command is only looked at, for run_all.sh: 3 if packages are missing."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # for consoles that lack a character
@@ -451,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         lacks = f"{sys.executable} lacks {', '.join(missing)}"
         print(lacks if only_check else f"error: {lacks}; use ./run_all.sh", file=sys.stderr)
-        return LACKS_PACKAGES
+        return 3
     if only_check:
         return 0
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
@@ -459,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         if options.command != "train":
-            prepare_environment()
+            nb.prepare_environment(caller())
         globals()[options.command](options)
         return 0
     except BrokenPipeError:  # as in `./run_all.sh | head`

@@ -76,8 +76,6 @@ class Notebooks:
         folders = (paths.dataset_dir, paths.runs_dir, paths.figures_dir)
         self.folders = [folder(dataset) for folder in folders]
         self.copies = self.folders[1] / "notebooks"
-        for folder in (*self.folders, self.copies):
-            folder.mkdir(parents=True, exist_ok=True)
         file = self.copies / "done.json"
         self.done = paths.load_json(file) if file.exists() else {}
         other = self.done.get("source", source)
@@ -134,6 +132,8 @@ class Notebooks:
 
     def run(self, notebooks: Sequence[Path]) -> None:
         """Run notebooks and print a line for each; RunError if one fails."""
+        for folder in (*self.folders, self.copies):
+            folder.mkdir(parents=True, exist_ok=True)
         kernels = [start_kernel()]
         try:
             for count, notebook in enumerate(notebooks, 1):
@@ -147,6 +147,22 @@ class Notebooks:
         finally:
             for kernel in kernels:
                 kernel.shutdown_kernel(now=True)
+
+
+def prepare_environment(folder: Path) -> None:
+    """Set what notebooks, runs and tests inherit; paths given to us are relative to `folder`."""
+    import joblib
+
+    for name in ("CXR_DATA_DIR", "CXR_FIGURES_DIR"):
+        if os.environ.get(name):  # notebooks run in another folder
+            os.environ[name] = os.path.abspath(folder / Path(os.environ[name]).expanduser())
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(path), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ.setdefault("PYTHONUTF8", "1")  # for logs, on Windows
+    os.environ.pop("MPLBACKEND", None)  # a kernel draws inline
+    if joblib.cpu_count() < (os.cpu_count() or 1):  # OpenMP does not see a container's limit
+        os.environ.setdefault("OMP_NUM_THREADS", str(joblib.cpu_count()))
 
 
 def start_kernel() -> Any:
