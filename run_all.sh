@@ -3,12 +3,13 @@
 # ./run_all.sh [options] is `python -m lib run [options]`.
 set -euo pipefail
 export CXR_CALLED_FROM=$PWD
+exec 3>&1
 die() { printf 'error: %s\n' "$1" >&2; exit 1; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 venv_python() { if [ -d .venv/Scripts ]; then echo .venv/Scripts/python.exe; else echo .venv/bin/python; fi; }
 has_all() { # whether Python $1 has the packages; does not return if it shows help or an option is wrong
     new_enough "$1" || return 1
-    case " ${*:2} " in *" --help "* | *" -h "*) exec "$1" -m lib "${@:2}" ;; esac
+    case " ${*:2} " in *" --help "* | *" -h "*) exec "$1" -m lib "${@:2}" >&3 ;; esac
     local status=0
     "$1" -m lib --check "${@:2}" || status=$?
     case $status in 0) ;; 3) return 1 ;; *) exit $status ;; esac

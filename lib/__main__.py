@@ -386,28 +386,6 @@ def test(options: Namespace) -> None:
         sys.exit(1)
 
 
-def missing_packages(test: bool = False) -> list[str]:
-    """The requirements of pyproject.toml that this Python lacks; with `test`, the tests' too."""
-    import tomllib
-    from importlib.metadata import PackageNotFoundError, version
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + test * project["optional-dependencies"]["test"]
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        return wanted
-
-    missing = []
-    for line in wanted:
-        try:
-            found = version(Requirement(line).name)
-        except PackageNotFoundError:
-            found = "0"
-        missing += [] if Requirement(line).specifier.contains(found, prereleases=True) else [line]
-    return missing
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 if something failed, 2 for a bad option.
 
@@ -417,10 +395,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream.reconfigure(errors="replace")  # for consoles that lack a character
     only_check = argv[:1] == ["--check"]
     options = parse(argv[only_check:])
-    missing = missing_packages(options.command == "test")
+    missing = nb.missing_packages(options.command == "test")
     if missing:
-        lacks = f"{sys.executable} lacks {', '.join(missing)}"
-        print(lacks if only_check else f"error: {lacks}; use ./run_all.sh", file=sys.stderr)
+        lacks = f"{sys.executable} lacks {', '.join(missing)}: use ./run_all.sh"
+        print(lacks, file=sys.stdout if only_check else sys.stderr)
         return 3
     if only_check:
         return 0

@@ -1,4 +1,4 @@
-"""Running the notebooks: their parameters and presets, kernels, and whether all is done.
+"""Running the notebooks: packages, presets and parameters, kernels, and whether all is done.
 
 The top imports the standard library alone, as `lib.__main__` does."""
 
@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import json
 import os
+import re
 import subprocess
+import sys
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from difflib import get_close_matches
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +129,8 @@ class Notebooks:
     def check_done(self, notebook: Path) -> None:
         """UsageError unless a notebook was run to its end with these parameters."""
         copy = self.copies / notebook.name
-        metadata = json.loads(copy.read_text(encoding="utf-8"))["metadata"] if copy.exists() else {}
-        stored = metadata.get("papermill", {"exception": True})
+        notes = json.loads(copy.read_text(encoding="utf-8"))["metadata"] if copy.exists() else {}
+        stored = notes.get("papermill", {"exception": True})
         own = {name: value for name, value in self.own(notebook).items() if name != "restart"}
         if stored["exception"] or stored["parameters"] | own != stored["parameters"]:
             raise UsageError(f"{notebook.stem} is not done with these parameters: leave --from out")
@@ -147,6 +152,43 @@ class Notebooks:
         finally:
             for kernel in kernels:
                 kernel.shutdown_kernel(now=True)
+
+
+def requirements(test: bool = False) -> list[str]:
+    """The packages that pyproject.toml names; with `test`, those of the tests, too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["dependencies"] + test * project["optional-dependencies"]["test"]
+
+
+def missing_packages(test: bool = False) -> list[str]:
+    """The `requirements` that this Python does not meet."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return requirements(test)
+
+    def is_met(requirement: Requirement) -> bool:
+        try:
+            there = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            return False
+        return requirement.specifier.contains(there, prereleases=True)
+
+    return [line for line in requirements(test) if not is_met(Requirement(line))]
+
+
+def install_missing() -> None:
+    """On Colab, install what the notebooks import and is absent; all else keeps its version."""
+    if "google.colab" not in sys.modules:
+        return
+    there = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
+    runners = {"ipykernel", "jupyter-client", "jupyterlab", "nbclient", "papermill"}
+    wanted = {re.match(r"[\w-]+", line)[0] for line in requirements()} - runners
+    if wanted - set(there):
+        held = [f"{name}=={there[name]}" for name in ("numpy", "torch", "torchvision")]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, *sorted(wanted - set(there)), *held], check=True)
+        importlib.invalidate_caches()
 
 
 def prepare_environment(folder: Path) -> None:
