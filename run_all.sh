@@ -6,8 +6,10 @@ export CXR_CALLED_FROM=$PWD
 exec 3>&1
 die() { printf 'error: %s\n' "$1" >&2; exit 1; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
-venv_python() { if [ -d .venv/Scripts ]; then echo .venv/Scripts/python.exe; else echo .venv/bin/python; fi; }
-has_all() { # whether Python $1 has the packages; does not return if it shows help or an option is wrong
+venv_python() {
+    if [ -d .venv/Scripts ]; then echo .venv/Scripts/python.exe; else echo .venv/bin/python; fi
+}
+has_all() { # whether Python $1 has the packages; ends here for --help and for a wrong option
     new_enough "$1" || return 1
     case " ${*:2} " in *" --help "* | *" -h "*) exec "$1" -m lib "${@:2}" >&3 ;; esac
     local status=0
@@ -27,7 +29,8 @@ named=${PYTHON:-${VIRTUAL_ENV:+python}}
 named=${named:-${CONDA_PREFIX:+python}}
 if [ -n "$named" ] && has_all "$named" "$@"; then exec "$named" -m lib "$@"; fi
 lock=$(cksum <requirements.lock)
-if [ ! -e .venv/.incomplete ] && [ "$(cat .venv/.made-from 2>/dev/null || echo "$lock")" = "$lock" ]; then
+made_from=$(cat .venv/.made-from 2>/dev/null || echo "$lock")
+if [ ! -e .venv/.incomplete ] && [ "$made_from" = "$lock" ]; then
     if has_all "$(venv_python)" "$@"; then exec "$(venv_python)" -m lib "$@"; fi
 fi
 
@@ -35,7 +38,7 @@ fi
 for base in "${PYTHON:-python3}" python3.11 python3.12 python3.13 python3.14 python none; do
     if new_enough "$base"; then break; fi
 done
-[ "$base" != none ] || die "Python 3.11 or newer is needed: install one, or name one with PYTHON=..."
+[ "$base" != none ] || die "Python 3.11 or newer is needed: install one, or set PYTHON to one"
 has_all "$base" "$@" >/dev/null || true # a mistyped option should cost no install
 "$base" -c 'import ensurepip, venv' || die "$base lacks venv; on Debian: apt install python3-venv"
 if kill -0 "$(cat .venv/.incomplete 2>/dev/null)" 2>/dev/null; then
@@ -47,6 +50,7 @@ echo "making .venv from requirements.lock; this is done once and takes some minu
 mkdir -p .venv && echo $$ >.venv/.incomplete && rm -f .venv/.made-from
 new_enough "$(venv_python)" || "$base" -m venv .venv
 install() { "$(venv_python)" -m pip install --quiet --disable-pip-version-check "$@"; }
-install -r requirements.lock && install --no-deps -e . || die "the install broke off; the same command tries again"
+install -r requirements.lock && install --no-deps -e . ||
+    die "the install broke off; the same command tries again"
 rm .venv/.incomplete && echo "$lock" >.venv/.made-from
 exec "$(venv_python)" -m lib "$@"

@@ -17,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import lib.__main__ as command
 from lib import notebooks, paths
-from lib.notebooks import RunError, UsageError, read_parameters, read_preset
+from lib.notebooks import RunError, UsageError, read_preset
 from lib.paths import ROOT
 
 posix = pytest.mark.skipif(os.name == "nt", reason="run_all.sh needs bash, and signals are POSIX's")
@@ -88,12 +88,6 @@ def run_again(executed, *arguments):
 
 
 # --- options
-
-
-def test_defaults(project):
-    options = command.parse([])
-    assert (options.command, options.preset, options.data) == ("run", "quick", "phantom")
-    assert (options.dataset, options.seeds, options.start) == ("phantom", None, None)
 
 
 def test_all_options_of_a_run(project, tmp_path):
@@ -186,15 +180,6 @@ def test_dataset_name(source, preset, name):
     assert command.dataset_name(source, preset) == paths.check_name(name)
 
 
-def test_sources_by_word_and_by_path(project, tmp_path):
-    (tmp_path / "own.npz").touch()
-    (tmp_path / "kaggle").mkdir()
-    assert command.source_of("kaggle") == "kaggle"
-    assert command.source_of("./kaggle") == str(tmp_path / "kaggle")
-    assert command.source_of("nih:kaggle") == f"nih:{tmp_path / 'kaggle'}"
-    assert command.source_of("own.npz") == f"chestmnist:{tmp_path / 'own.npz'}"
-
-
 def test_words_are_those_of_lib():
     from lib.data.sources import WORDS
     from lib.kmeans import CLUSTERERS
@@ -211,11 +196,6 @@ def test_options_need_no_package():
 
 
 # --- parameters
-
-
-def test_reads_parameters_of_a_notebook(project):
-    found = read_parameters(project / "notebooks" / "00_get.ipynb")
-    assert found == {"dataset": "phantom-smoke", "source": "phantom", "restart": False, "n": 1}
 
 
 @pytest.mark.parametrize(
