@@ -366,7 +366,7 @@ def test(options: Namespace) -> None:
         steps = [
             (["ruff", "check", "."], {}),
             (["ruff", "format", "--check", "."], {}),
-            ([*pytest, "-m", "", "tests", *options.arguments], {"MPLBACKEND": "Agg"}),
+            ([*pytest, "-m", "", *options.arguments], {"MPLBACKEND": "Agg"}),
             ([*pytest, *nbval, *sorted(map(str, notebooks))], fresh),
         ]
         for command, extra in steps[: 3 if options.arguments else 4]:

@@ -1,7 +1,7 @@
 """How much memory each notebook takes at its peak, as it is saved (the smoke run), against what
 Binder gives.
 
-    python tests/bench/notebook_memory.py [--bar 1.0] [--like-run-all] [NOTEBOOK ...]
+    python tests/bench/notebook_memory.py [--bar 1.0] [NOTEBOOK ...]
 
 Each notebook runs in a kernel of its own, in order, in a temporary folder, and is told the limit as
 JupyterHub tells it (``MEM_LIMIT``). Every 50 ms the memory of the kernel and of all processes that
