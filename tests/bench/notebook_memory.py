@@ -82,7 +82,7 @@ class Watch:
 
 
 def measure(path: Path) -> tuple[Watch, float]:
-    """Run a notebook and watch its kernel; nbclient.exceptions.CellExecutionError if a cell fails."""
+    """Run a notebook and watch its kernel."""
     client = NotebookClient(
         nbformat.read(path, as_version=4),
         timeout=None,
