@@ -82,26 +82,10 @@ CLAIMS: tuple[Claim, ...] = (
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a run.
-
-    Attributes
-    ----------
-    key : str
-        As in ``values`` of results.json.
-    claim : str
-        Key of its claim.
-    title : str
-    higher_is_better : bool
-        Whether a higher number speaks for the claim.
-    smallest : float
-        Smallest difference that would matter, in the unit of the measure.
-    resolution : float
-        Step in which it is counted (0: continuous).
-    primary : bool
-        Decides the verdict; one per claim.
-    scores : str
-        Which answers of the probes, image by image, it is a mean of (for the bootstrap over
-        patients).
+    """One number of a run: its `key` in results.json, the `claim` it is about, whether a higher
+    number speaks for the claim, the `smallest` difference that would matter in its own unit, the
+    step in which it is counted (`resolution`, 0: continuous), whether it decides (`primary`, one
+    per claim), and which answers of the probes it is a mean of (`scores`, for the bootstrap).
     """
 
     key: str
@@ -207,28 +191,35 @@ def collapsed(results: Results, arm: str) -> list[str]:
     return [s for s in largest if largest[s] > LARGEST_CLUSTER or perplexity.get(s, least) < least]
 
 
-def overview(results: Results) -> dict[str, Any]:
-    """What figures draw: the results with each measure's mean and 95 % interval over seeds.
+def mean_curves(results: Results, name: str, part: str) -> dict[str, list[float]]:
+    """A curve in the details of runs, such as ``kept`` of ``angles``: its mean over seeds, by arm;
+    NaN where no seed has a value.
+    """
+    found = {}
+    for arm, entry in results["arms"].items():
+        tables = [run["details"].get(name) for run in entry["seeds"].values()]
+        seeds = np.array([table[part] for table in tables if table], dtype=float)
+        if len(seeds):
+            found[arm] = np.ma.masked_invalid(seeds).mean(axis=0).filled(math.nan).tolist()
+    return found
 
-    Returns
-    -------
-    dict
-        ``dataset_label``; ``claims``, ``measures`` (as dicts); ``comparisons``; ``arms``: arm ->
-        title, kind, ``seeds``, ``collapsed`` (seeds), ``measures``: key -> mean, low, high, n,
-        by_seed.
+
+def overview(results: Results) -> dict[str, Any]:
+    """What figures draw: ``dataset_label``, ``claims`` and ``measures`` (as dicts),
+    ``comparisons``, and ``arms``: arm -> title, kind, ``seeds``, ``collapsed`` (seeds),
+    ``measures``: key -> mean, low, high (95 % over seeds), n, by_seed.
     """
     arms = {}
     for arm, entry in results["arms"].items():
-        keys = dict.fromkeys(key for seed in entry["seeds"].values() for key in seed["values"])
         measures = {}
-        for key in keys:
+        for key in dict.fromkeys(key for run in entry["seeds"].values() for key in run["values"]):
             if by_seed := values_of(results, arm, key):
-                mean, low, high = seed_interval(list(by_seed.values()))
-                measures[key] = {"mean": mean, "low": low, "high": high, "n": len(by_seed)}
-                measures[key]["by_seed"] = by_seed
-        arms[arm] = {name: entry[name] for name in ("title", "kind")}
-        arms[arm] |= {"seeds": list(entry["seeds"]), "collapsed": collapsed(results, arm)}
-        arms[arm]["measures"] = measures
+                numbers = zip(
+                    ("mean", "low", "high"), seed_interval(list(by_seed.values())), strict=True
+                )
+                measures[key] = {**dict(numbers), "n": len(by_seed), "by_seed": by_seed}
+        about = {"title": entry["title"], "kind": entry["kind"], "seeds": list(entry["seeds"])}
+        arms[arm] = {**about, "collapsed": collapsed(results, arm), "measures": measures}
     return {
         "dataset_label": results["dataset"]["label"],
         "claims": [asdict(claim) for claim in CLAIMS],
@@ -246,31 +237,28 @@ def paired(
 ) -> dict[str, float]:
     """Mean of paired differences, one per seed, with interval, test and effect size.
 
-    Student's t on the differences. With three to five seeds no test without an assumption on their
-    distribution can reach a corrected level: the exact sign-flip test has p of at least 2 / 2^n,
-    0.0625 for five. So t is used. It assumes that the differences between two arms under the same
-    seed are roughly normal; without a difference they are symmetric about 0, where t errs little
-    and on the safe side for long tails. The sign-flip p stands beside it.
+    Student's t: with three to five seeds no test without an assumption on the distribution can
+    reach a corrected level (the exact sign-flip test has p of at least 2 / 2^n, 0.0625 for five).
+    It assumes that the differences under the same seed are roughly normal; without a difference
+    between the arms they are symmetric about 0, where t errs on the safe side for long tails.
 
     Parameters
     ----------
     differences : (n,) float
     extra_se : float
-        Standard error from another source that all seeds share, such as which patients were tested.
-        It is added in quadrature; degrees of freedom by Welch and Satterthwaite, with this part
-        taken as known. Seeds share the test set, so some of it may count twice: the interval is too
-        wide rather than too narrow.
+        Standard error from a source that all seeds share, such as which patients were tested. It is
+        added in quadrature; degrees of freedom by Welch and Satterthwaite, with this part taken as
+        known. The interval is too wide rather than too narrow.
     resolution : float
-        Step of the measure. The standard deviation of the differences is taken to be at least that
-        of rounding both arms, resolution / sqrt(6): three equal whole numbers are no proof of no
-        spread.
+        Step of the measure. The standard deviation is taken to be at least that of rounding both
+        arms, resolution / sqrt(6): three equal whole numbers are no proof of no spread.
 
     Returns
     -------
     dict
         ``n``, ``mean``, ``low``, ``high`` (95 %), ``p`` (two-sided), ``sign_flip_p`` (exact),
-        ``hedges_g``: mean over standard deviation of the differences, times 1 - 3 / (4 n - 5)
-        (Hedges 1981). NaN if n is too small.
+        ``hedges_g``: mean over standard deviation, times 1 - 3 / (4 n - 5) (Hedges 1981). NaN if n
+        is too small.
 
     Raises
     ------
@@ -374,11 +362,9 @@ def patient_se(
 ) -> float:
     """Standard error that the choice of test patients gives to a mean difference of probes.
 
-    Patients of the test set are drawn with replacement. In each sample the difference of the two
-    arms is computed for every seed and averaged; all seeds and both arms see the same draw, which
-    makes it a paired comparison. `treatment` and `reference` are the answers of each seed. 0 if
-    there is one patient only, or answers are missing; ValueError if two runs were tested on
-    different images.
+    Patients of the test set are drawn with replacement; all seeds of both arms see the same draw.
+    `treatment` and `reference` are the answers of each seed. 0 if there is one patient only, or
+    answers are missing; ValueError if two runs were tested on different images.
     """
     everyone = [*treatment, *reference]
     if not measure.scores or not all(measure.scores in answers for answers in everyone):
@@ -411,7 +397,7 @@ def compare(
     Parameters
     ----------
     results : mapping
-        Contents of results.json; of it ``arms`` and ``settings`` are read.
+        Contents of results.json.
     treatment, reference : str
         Arms; a positive difference speaks for the claim about `treatment`.
     purpose : str
@@ -422,13 +408,12 @@ def compare(
     Returns
     -------
     dict
-        ``treatment, reference, purpose, seeds, detectable_g``; ``measures``: one entry per measure
-        with ``measure, claim, primary, seeds`` and, if there are seeds, what `paired` returns with
-        ``treatment, reference`` (means), ``patient_se``, ``p_holm``; ``verdicts``: one entry per
-        claim with ``claim, measure, n, verdict``.
+        ``treatment, reference, purpose, seeds, detectable_g``; ``measures``: per measure ``measure,
+        claim, primary, seeds`` and, if there are seeds, what `paired` returns, ``treatment,
+        reference`` (means), ``patient_se``, ``p_holm``; ``verdicts``: per claim ``claim, measure,
+        n, verdict``.
     """
-    arms = treatment, reference
-    entries: dict[str, dict[str, Any]] = {}
+    arms, entries = (treatment, reference), {}
     for key, measure in MEASURE.items():
         ours, theirs = (values_of(results, arm, key) for arm in arms)
         seeds = [seed for seed in ours if seed in theirs]
@@ -443,34 +428,28 @@ def compare(
             entry |= {"patient_se": extra, "p_holm": math.nan}
         entries[key] = entry
     decisive = [next(m for m in MEASURES if m.primary and m.claim == c.key) for c in CLAIMS]
-    adjusted = holm([entries[m.key].get("p", math.nan) for m in decisive])
-    verdicts = []
+    adjusted, verdicts = holm([entries[m.key].get("p", math.nan) for m in decisive]), []
     for measure, p in zip(decisive, adjusted, strict=True):
         entry, how = entries[measure.key], "undecided"
         if entry["seeds"]:
             entry["p_holm"] = p
             numbers = (entry[name] for name in ("n", "mean", "low", "high"))
             how = verdict(*numbers, p, measure.smallest)
-        verdicts.append({"claim": measure.claim, "measure": measure.key, "verdict": how})
-        verdicts[-1]["n"] = len(entry["seeds"])
-    seeds = [
-        s for s in results["arms"][treatment]["seeds"] if s in results["arms"][reference]["seeds"]
-    ]
-    return {
-        "treatment": treatment,
-        "reference": reference,
-        "purpose": purpose,
-        "seeds": seeds,
+        about = {"claim": measure.claim, "measure": measure.key, "n": len(entry["seeds"])}
+        verdicts.append(about | {"verdict": how})
+    ours, theirs = (results["arms"][arm]["seeds"] for arm in arms)
+    seeds = [seed for seed in ours if seed in theirs]
+    about = {"treatment": treatment, "reference": reference, "purpose": purpose, "seeds": seeds}
+    measures = list(entries.values())
+    return about | {
         "detectable_g": detectable(len(seeds)),
         "verdicts": verdicts,
-        "measures": list(entries.values()),
+        "measures": measures,
     }
 
 
 def compare_all(
-    results: Results,
-    answers: Mapping[str, Mapping[str, Answers]] | None = None,
-    n_boot: int = 300,
+    results: Results, answers: Mapping[str, Mapping[str, Answers]] | None = None, n_boot: int = 300
 ) -> list[dict[str, Any]]:
     """`compare` for each of `COMPARISONS` whose arms are both there."""
     return [
@@ -478,16 +457,3 @@ def compare_all(
         for *pair, purpose in COMPARISONS
         if all(arm in results["arms"] for arm in pair)
     ]
-
-
-def mean_curves(results: Results, name: str, part: str) -> dict[str, list[float]]:
-    """A curve in the details of runs, such as ``kept`` of ``angles``: its mean over seeds, by arm;
-    NaN where no seed has a value.
-    """
-    found = {}
-    for arm, entry in results["arms"].items():
-        seeds = [seed["details"].get(name) for seed in entry["seeds"].values()]
-        curves = np.array([seed[part] for seed in seeds if seed], dtype=float)
-        if len(curves):
-            found[arm] = np.ma.masked_invalid(curves).mean(axis=0).filled(math.nan).tolist()
-    return found

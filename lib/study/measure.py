@@ -20,58 +20,60 @@ from typing import Any
 
 import joblib
 import numpy as np
+import pandas as pd
 from joblib.externals.loky import get_reusable_executor
 from threadpoolctl import threadpool_limits
 
 from lib import data, paths
 from lib.data.phantom import make_phantoms
 from lib.parallel import freed_memory_kept, memory_limit
-from lib.runs import Run, TrainConfig, load_run
+from lib.runs import TrainConfig, load_run
 from lib.study import parts
 from lib.study.arms import ARMS, GROUPS, PRESET, cost, finished
+from lib.study.claims import mean_curves
 from lib.study.parts import EFFORT, Effort, Found, Material, Subject
 from lib.study.report import dataset_label
 
 FORMAT = 4  # raise it if a number would come out differently: all is then measured again
-NAME, ANSWERS, RESULTS = "measures.json", "scores.npz", "results.json"
+NAME, ANSWERS = "measures.json", "scores.npz"
 PROCESS_BYTES = 900e6  # per process that measures: 0.6 GB measured, and room
+
 
 # --- one run --------------------------------------------------------------------------------------
 
 
-def of_run(run: Run, material: Material) -> dict[str, Any]:
+def of_run(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict[str, Any]:
     """Measure a finished run, or read what was measured before.
+
+    Parameters
+    ----------
+    arm : str
+        Of the run; or ``"pixels"``, ``"random"``: baselines with PCA size, K and seed of `config`.
+    folder : Path
+        Of the run; where the numbers are kept.
+    config : TrainConfig
+    material : Material
 
     Returns
     -------
     dict
         ``values`` (per measure a number, or a text that says why there is none), ``details``
-        (curves and tables), ``of`` (what was measured). Written to measures.json in the folder of
-        the run, with the answers of the probes in scores.npz.
+        (curves and tables), ``of`` (what was measured). Written to measures.json, with the answers
+        of the probes in scores.npz.
     """
-    of = _identity(material, (run.path / "config.json").read_bytes(), run.features)
-    if (found := _stored(run.path, of)) is not None:
-        return found
-    return _store(
-        run.path,
-        of,
-        _measure(parts.Network(run), material, (*parts.PARTS, parts.training, parts.known)),
-    )
-
-
-def of_baseline(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict[str, Any]:
-    """The same for ``"pixels"`` or ``"random"``, with PCA size, K and seed of `config`."""
-    settings = [arm, config.n_clusters, config.pca_dim, config.seed, config.epochs]
-    of = _identity(material, repr(settings).encode(), material.images)
+    of = _identity(arm, folder, config, material)
     if (found := _stored(folder, of)) is not None:
         return found
     if arm == "pixels":
-        return _store(
-            folder, of, _measure(parts.Pixels(material.images, config), material, parts.PARTS)
-        )
-    random = parts.Random(material.images, config)
-    found = _measure(random, material, (*parts.BLIND, parts.agreement_by_chance))
-    return _store(folder, of, {k: v for k, v in found.items() if not k.startswith(parts.OF_PIXELS)})
+        found = _measure(parts.Pixels(material.images, config), material, parts.PARTS)
+    elif arm == "random":
+        wanted = (*parts.BLIND, parts.agreement_by_chance)
+        found = _measure(parts.Random(material.images, config), material, wanted)
+        found = {k: v for k, v in found.items() if not k.startswith(parts.OF_PIXELS)}
+    else:
+        wanted = (*parts.PARTS, parts.training, parts.known)
+        found = _measure(parts.Network(load_run(folder)), material, wanted)
+    return _store(folder, of, found)
 
 
 @freed_memory_kept()
@@ -84,17 +86,18 @@ def _measure(subject: Subject, material: Material, wanted: tuple[Callable, ...])
     return found
 
 
-def _identity(material: Material, *parts: bytes | np.ndarray) -> dict[str, Any]:
-    """What was measured, and how: if it is the same, so are the numbers."""
-    digests = [
-        hashlib.sha256(part if isinstance(part, bytes) else np.ascontiguousarray(part)).hexdigest()
-        for part in (*parts, material.metadata.to_csv(index=False).encode())
-    ]
-    return {
-        "format": FORMAT,
-        "effort": json.loads(json.dumps(asdict(material.effort))),
-        "sha256": digests,
-    }
+def _identity(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict[str, Any]:
+    """What is measured, and how: if it is the same, so are the numbers."""
+    if ARMS[arm].kind == "baseline":
+        settings = [arm, config.n_clusters, config.pca_dim, config.seed, config.epochs]
+        about = repr(settings).encode(), np.ascontiguousarray(material.images)
+    else:
+        features = np.load(folder / "features.npy", mmap_mode="r")
+        about = (folder / "config.json").read_bytes(), np.ascontiguousarray(features)
+    known = material.metadata.to_csv(index=False).encode()
+    effort = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(material.effort).items()}
+    digests = [hashlib.sha256(part).hexdigest() for part in (*about, known)]
+    return {"format": FORMAT, "effort": effort, "sha256": digests}
 
 
 def _stored(folder: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -107,8 +110,8 @@ def _stored(folder: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _store(folder: Path, of: Mapping[str, Any], found: Found) -> dict[str, Any]:
     answers = {name: some for name, some in found.items() if isinstance(some, np.ndarray)}
-    details = {name: some for name, some in found.items() if isinstance(some, dict | list)}
-    values = {name: v for name, v in found.items() if name not in answers | details}
+    details = {name: some for name, some in found.items() if isinstance(some, dict)}
+    values = {name: some for name, some in found.items() if name not in answers | details}
     with paths.atomic_write(folder / ANSWERS) as handle:
         np.savez(handle, **answers)
     # last: it vouches for the answers
@@ -135,12 +138,6 @@ def turned_phantoms(dataset: str, pictures: np.ndarray) -> np.ndarray | None:
     return make_phantoms(len(pictures), source["seed"], "any")[0][order]
 
 
-def _task(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict[str, Any]:
-    if ARMS[arm].kind == "baseline":
-        return of_baseline(arm, folder, config, material)
-    return of_run(load_run(folder), material)
-
-
 def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, Any]:
     """Numbers of all finished runs of a data set and of the baselines; what was measured before is
     read.
@@ -157,9 +154,9 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
     dict
         ``format``; ``dataset`` (name, label, kind, n, patients, n_test, labels, attribution);
         ``settings``; ``code`` (versions that trained the runs); ``arms``: arm -> title, kind,
-        backbone, rotation, pseudo_labels, parameters, feature_dim, flops, and ``seeds``: seed (as
-        text) -> ``values``, ``details`` as `of_run` returns them; ``missing`` (one line per run
-        left out and per arm without a run).
+        backbone, rotation, pseudo_labels, parameters, feature_dim, flops and ``seeds``: seed (as
+        text) -> ``values``, ``details`` of `of_run`; ``missing`` (one line per run that is left out
+        and per arm without a run).
 
     Raises
     ------
@@ -169,38 +166,34 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
     pictures, metadata = data.load(paths.dataset_dir(dataset))
     material = Material(pictures, metadata, effort=effort)
     runs, missing = finished(dataset)
+    configs = {(a, s): load_run(f).config for a, some in runs.items() for s, f in some.items()}
     first = next(arm for arm in ("p4m", "alexnet", *runs) if arm in runs)
-    configs = {seed: load_run(folder).config for seed, folder in runs[first].items()}
-    reference = next(iter(configs.values()))
-    tasks = {
-        (arm, seed): (folder, None) for arm, some in runs.items() for seed, folder in some.items()
-    }
+    tasks = [(arm, runs[arm][seed], config) for (arm, seed), config in configs.items()]
     for arm in ("pixels", "random"):
-        tasks |= {(arm, s): (paths.run_dir(dataset, arm, s), c) for s, c in configs.items()}
-    if any(not (folder / NAME).exists() for folder, _ in tasks.values()):
+        tasks += [(arm, paths.run_dir(dataset, arm, s), configs[first, s]) for s in runs[first]]
+    if any(_stored(task[1], _identity(*task, material)) is None for task in tasks):
         material = replace(material, turned=turned_phantoms(dataset, pictures))
-    limit = memory_limit() or math.inf
-    jobs = int(max(1, min(jobs, len(tasks), limit // PROCESS_BYTES - 1)))
-    waiting = (joblib.delayed(_task)(arm, *task, material) for (arm, _), task in tasks.items())
-    found = dict(zip(tasks, joblib.Parallel(n_jobs=jobs)(waiting), strict=True))
+    affordable = (memory_limit() or math.inf) // PROCESS_BYTES - 1
+    jobs = int(max(1, min(jobs, len(tasks), affordable)))
+    found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(of_run)(*task, material) for task in tasks)
     if jobs > 1:  # idle processes would keep their memory for five minutes
         get_reusable_executor().shutdown(wait=True)
-    entries: dict[str, Any] = {}
-    for (arm, seed), numbers in found.items():
-        if arm not in entries:
-            config = load_run(runs[arm][seed]).config if arm in runs else None
-            entries[arm] = _entry(arm, config) | {"seeds": {}}
-        entries[arm]["seeds"][str(seed)] = {name: numbers[name] for name in ("values", "details")}
-    missing += [f"{a}: no finished run ({ARMS[a].title})" for a in GROUPS["all"] if a not in runs]
-    stored = [paths.load_json(f / "config.json") for some in runs.values() for f in some.values()]
-    settings = {name: getattr(reference, name) for name in PRESET} | {"effort": asdict(effort)}
+    arms: dict[str, dict[str, Any]] = {}
+    for (arm, folder, config), numbers in zip(tasks, found, strict=True):
+        if arm not in arms:
+            arms[arm] = _about(arm, config) | {"seeds": {}}
+        seed = {name: numbers[name] for name in ("values", "details")}
+        arms[arm]["seeds"][folder.name.removeprefix("seed")] = seed
+    reference = configs[first, next(iter(runs[first]))]
+    codes = {paths.load_json(tasks[k][1] / "config.json").get("code") for k in range(len(configs))}
+    absent = [f"{a}: no finished run ({ARMS[a].title})" for a in GROUPS["all"] if a not in runs]
     return {
         "format": FORMAT,
         "dataset": _dataset(dataset, material),
-        "settings": settings,
-        "code": sorted({str(config.get("code")) for config in stored}),
-        "arms": entries,
-        "missing": missing,
+        "settings": {n: getattr(reference, n) for n in PRESET} | {"effort": asdict(effort)},
+        "code": sorted(map(str, codes)),
+        "arms": arms,
+        "missing": missing + absent,
     }
 
 
@@ -219,33 +212,19 @@ def _dataset(dataset: str, material: Material) -> dict[str, Any]:
     }
 
 
-def _entry(arm: str, config: TrainConfig | None) -> dict[str, Any]:
+def _about(arm: str, config: TrainConfig) -> dict[str, Any]:
     """What an arm is, for the table of arms."""
-    entry = {"title": ARMS[arm].title, "kind": ARMS[arm].kind, "backbone": "", "rotation": False}
-    if config is None:
-        return entry | {"pseudo_labels": "none", "parameters": 0, "feature_dim": 4096, "flops": 0}
-    entry["pseudo_labels"] = config.pseudo_labels if config.epochs else "nothing"
-    entry["rotation"] = config.rotation_degrees > 0 and config.epochs > 0
+    about = {"title": ARMS[arm].title, "kind": ARMS[arm].kind}
+    if not ARMS[arm].backbone:
+        about |= {"backbone": "", "rotation": False, "pseudo_labels": "none"}
+        return about | {"parameters": 0, "feature_dim": 4096, "flops": 0}
+    about["rotation"] = config.rotation_degrees > 0 and config.epochs > 0
+    about["pseudo_labels"] = config.pseudo_labels if config.epochs else "nothing"
     spent = cost(config.backbone, config.n_clusters, config.width)
-    return entry | {"backbone": config.backbone, "width": config.width} | spent
+    return about | {"backbone": config.backbone, "width": config.width} | spent
 
 
 # --- the file of results --------------------------------------------------------------------------
-
-
-def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Answers of the probes by arm and seed: ``test`` (n,), rows of the images tested, ``clusters``
-    (n,), right or not; ``labelled_test`` (m,), ``combinations`` (m,), right or not, ``findings``
-    (m, F), log-odds, ``truth`` (m, F) bool; ``test_patients`` and ``labelled_test_patients``.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for arm, entry in results["arms"].items():
-        for seed in entry["seeds"]:
-            with np.load(
-                paths.run_dir(results["dataset"]["name"], arm, int(seed)) / ANSWERS
-            ) as file:
-                found.setdefault(arm, {})[seed] = dict(file)
-    return found
 
 
 def save(path: Path | str, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,4 +235,59 @@ def save(path: Path | str, results: Mapping[str, Any]) -> dict[str, Any]:
     text = json.dumps(found, indent=1, ensure_ascii=False)
     with paths.atomic_write(path, "w") as handle:
         handle.write(re.sub(r"\[[^][{}]*\]", lambda m: " ".join(m[0].split()), text) + "\n")
+    return found
+
+
+def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """Answers of the probes by arm and seed: ``test`` (n,), rows of the images tested, ``clusters``
+    (n,), right or not; ``labelled_test`` (m,), ``combinations`` (m,), right or not, ``findings``
+    (m, F), log-odds, ``truth`` (m, F) bool; ``test_patients`` and ``labelled_test_patients``.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for arm, entry in results["arms"].items():
+        for seed in entry["seeds"]:
+            folder = paths.run_dir(results["dataset"]["name"], arm, int(seed))
+            with np.load(folder / ANSWERS) as file:
+                found.setdefault(arm, {})[seed] = dict(file)
+    return found
+
+
+def curves(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Metrics by epoch of each trained arm, the seeds below each other: ``seed, epoch, nmi_prev,
+    ami_prev, loss``, ...
+    """
+    found = {}
+    for arm, entry in results["arms"].items():
+        tables = {seed: run["details"].get("curves") for seed, run in entry["seeds"].items()}
+        frames = [
+            pd.DataFrame(t).assign(seed=int(s)) for s, t in tables.items() if t and t["epoch"]
+        ]
+        if frames:
+            found[arm] = pd.concat(frames, ignore_index=True)
+    return found
+
+
+def known(results: Mapping[str, Any]) -> dict[str, dict[str, pd.DataFrame]]:
+    """Factor (see `lib.study.parts.factors`) -> trained arm -> ``seed, epoch, ami``; ``epoch`` is
+    how long the network behind the clusters was trained, 0 for the untrained one.
+    """
+    found: dict[str, dict[str, pd.DataFrame]] = {}
+    for arm in curves(results):
+        for seed, run in results["arms"][arm]["seeds"].items():
+            for factor, amis in run["details"]["known"].items():
+                table = pd.DataFrame({"seed": int(seed), "epoch": range(len(amis)), "ami": amis})
+                earlier = found.setdefault(factor, {}).get(arm)
+                found[factor][arm] = pd.concat([earlier, table], ignore_index=True)
+    return found
+
+
+def roc_curves(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """ROC curves of the probes of labels, means over seeds: arm -> ``macro, micro``, true positive
+    rates at `lib.study.parts.RATES`; last ``guess``, which looks at no image.
+    """
+    found = {}
+    for name in ("roc", "roc_guess"):
+        averages = {part: mean_curves(results, name, part) for part in ("macro", "micro")}
+        for arm in averages["macro"]:
+            found[arm if name == "roc" else "guess"] = {p: c[arm] for p, c in averages.items()}
     return found

@@ -35,13 +35,12 @@ FEW = "fewer than 2 classes"
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is looked at: fixed numbers of images, so that large data sets cost little more.
+    """How much is looked at: fixed numbers, so that large data sets cost little more.
 
-    Images that are turned (`n_turned`); images of the probes for mirrored, upside-down and turned
-    ones (`n_moved`); images of a t-SNE map and its silhouette (`n_map`), one map per perplexity and
-    seed, since a single t-SNE proves nothing; neighbours looked at in a map; matches retrieved
-    (`k`); bootstrap samples of the test patients (`n_boot`). The silhouette of the clustered space
-    is of at most 5,000 images (`lib.metrics.cluster_structure`).
+    `n_turned` images are turned; `n_moved` images are in the probes of moved images; `n_map` images
+    are in each t-SNE map and its silhouette, one map per perplexity and seed. (The silhouette of
+    the clustered space is of at most 5,000 images, see `lib.metrics.cluster_structure`.) `k`
+    matches are retrieved, `n_boot` samples of the test patients drawn.
     """
 
     n_turned: int = 96
@@ -59,10 +58,7 @@ EFFORT = Effort()
 
 @dataclass(frozen=True)
 class Material:
-    """Images (N, 64, 64) uint8 and what is known of them.
-
-    `turned` are the same phantoms drawn turned and mirrored, see `turned_phantoms`.
-    """
+    """Images (N, 64, 64) uint8 and what is known of them; `turned`: see `turned_phantoms`."""
 
     images: np.ndarray
     metadata: pd.DataFrame
@@ -85,7 +81,7 @@ class Material:
 
     @cached_property
     def patients(self) -> np.ndarray:
-        """Number of each image's patient, (N,); each image its own if the split is not by patient."""
+        """Patient of each image, (N,) int; each image its own if the split is not by patient."""
         split = self.metadata["split"].to_numpy()
         patients = np.unique(data.patient_groups(self.metadata), return_inverse=True)[1]
         shared = np.intersect1d(patients[split == "train"], patients[split == "test"])
@@ -93,10 +89,8 @@ class Material:
 
     def rows(self, stated: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Rows for training and for testing; with `stated` only those with labels."""
-        split, chosen = self.metadata["split"].to_numpy(), ~stated | (self.codes >= 0)
-        return np.flatnonzero((split == "train") & chosen), np.flatnonzero(
-            (split == "test") & chosen
-        )
+        split, of = self.metadata["split"].to_numpy(), (self.codes >= 0) | (not stated)
+        return np.flatnonzero((split == "train") & of), np.flatnonzero((split == "test") & of)
 
     def sample(self, size: int, seed: int = 0) -> np.ndarray:
         """At most `size` random rows, ascending."""
@@ -136,9 +130,8 @@ class Pixels:
     def __init__(self, pictures: np.ndarray, config: TrainConfig) -> None:
         self.seed, self.n_clusters = config.seed, config.n_clusters
         self.features = self.extract(pictures)
-        self.assignments, self.whiten, self.found = cluster(
-            self.features, config, config.epochs + 1
-        )
+        found = cluster(self.features, config, config.epochs + 1)
+        self.assignments, self.whiten, self.clusterer = found
         self.embedding = self.embed(self.features)
 
     def extract(self, pictures: np.ndarray) -> np.ndarray:
@@ -148,7 +141,7 @@ class Pixels:
         return np.asarray(self.whiten.transform(features))
 
     def assign(self, features: np.ndarray) -> np.ndarray:
-        return kmeans.nearest(self.embed(features), self.found.cluster_centers_)
+        return kmeans.nearest(self.embed(features), self.clusterer.cluster_centers_)
 
     def describe(self, pictures: np.ndarray) -> np.ndarray:
         return retrieval.centred(self.extract(pictures))
@@ -167,8 +160,8 @@ class Random(Pixels):
 
 
 # --- the parts ------------------------------------------------------------------------------------
-# Each takes a subject and the material and returns what it found by name: a number, or a text that
-# says why there is none; a table or curve (dict or list); answers image by image (array).
+# Each returns what it found by name: a number, or a text that says why there is none; a table or
+# curve (dict); answers image by image (array).
 
 Found = dict[str, Any]
 Subject = Network | Pixels
@@ -180,58 +173,55 @@ def occupancy(subject: Subject, material: Material) -> Found:
 
 
 def _unfit(labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> str:
-    """Why no probe of `labels` can be fitted and tested; empty if it can."""
-    for name, rows in (("training", train), ("test", test)):
-        if not len(rows):
-            return f"no {name} images with labels"
+    """Why no probe of `labels` (-1: not stated) can be fitted and tested; empty if it can."""
+    if (labels < 0).all():
+        return "no labels"
+    if not len(train) or not len(test):
+        return f"no {'test' if len(train) else 'training'} images with labels"
     return FEW if len(np.unique(labels[train])) < 2 else ""
 
 
 def _probe(
-    subject: Subject, material: Material, name: str, labels: np.ndarray, *rows: Any
-) -> Found:
+    subject: Subject, material: Material, name: str, labels: np.ndarray, *rows: np.ndarray
+) -> tuple[Found, Found]:
+    """Numbers of a probe of `labels`, and the whole answer of `lib.metrics.probe`, if any."""
     if reason := _unfit(labels, *rows):
-        return {f"probe_{name}": reason}
+        return {f"probe_{name}": reason}, {}
     options = {"groups": material.patients, "seed": subject.seed, "n_boot": material.effort.n_boot}
     answer = metrics.probe(subject.features, labels, *rows, **options)
-    kept = ("low", "high", "majority", "chance", "n_classes")
-    found = {f"probe_{name}_{key}": answer[key] for key in kept}
-    return found | {f"probe_{name}": answer["accuracy"], f"probe_{name}_answer": answer}
+    found = {f"probe_{name}": answer["accuracy"], name: answer["correct"]}
+    for key in ("low", "high", "majority", "chance", "n_classes"):
+        found[f"probe_{name}_{key}"] = answer[key]
+    return found, answer
 
 
 def cluster_probe(subject: Subject, material: Material) -> Found:
     """How linear the clusters are in the features: the page's probe."""
     rows = material.rows(stated=False)
-    found = _probe(subject, material, "clusters", subject.assignments, *rows)
-    answer = found.pop("probe_clusters_answer", None)
-    if answer is None:
-        return found
-    patients = material.patients[rows[1]]
-    return found | {"test": rows[1], "test_patients": patients, "clusters": answer["correct"]}
+    found, _ = _probe(subject, material, "clusters", subject.assignments, *rows)
+    return found | {"test": rows[1], "test_patients": material.patients[rows[1]]}
 
 
 def combination_probe(subject: Subject, material: Material) -> Found:
     """Each distinct set of labels as a class: the probe of the published script."""
     train, test = material.rows()
-    found = _probe(subject, material, "combinations", material.codes, train, test)
-    if (answer := found.pop("probe_combinations_answer", None)) is None:
-        return found
-    shares = np.bincount(np.searchsorted(answer["classes"], material.codes[train])) / len(train)
-    one_of = (material.codes[test][:, None] == answer["classes"]).ravel()
-    guesses = {"": answer["probabilities"], "_prevalence": np.tile(shares, (len(test), 1))}
-    for ending, guess in guesses.items():
-        area = scores.weighted_auroc(guess.ravel(), one_of, np.ones((1, one_of.size)))
-        found[f"micro_combinations{ending}"] = float(area[0])
-    found |= {"labelled_test": test, "labelled_test_patients": material.patients[test]}
-    return found | {"combinations": answer["correct"]}
+    found, answer = _probe(subject, material, "combinations", material.codes, train, test)
+    if answer:
+        shares = np.unique(material.codes[train], return_counts=True)[1] / len(train)
+        one_of = (material.codes[test][:, None] == answer["classes"]).ravel()
+        guesses = {"": answer["probabilities"], "_prevalence": np.tile(shares, (len(test), 1))}
+        for ending, guess in guesses.items():
+            area = scores.weighted_auroc(guess.ravel(), one_of, np.ones((1, one_of.size)))
+            found[f"micro_combinations{ending}"] = float(area[0])
+    return found | {"labelled_test": test, "labelled_test_patients": material.patients[test]}
 
 
 def label_probe(subject: Subject, material: Material) -> Found:
     """One linear classifier per label, as the field does."""
-    (train, test), targets = material.rows(), material.targets
+    (train, test), targets, seed = material.rows(), material.targets, subject.seed
     log_odds = np.full((len(test), len(material.labels)), np.nan)
     if len(train) and len(test):
-        options = {"groups": material.patients, "seed": subject.seed}
+        options = {"groups": material.patients, "seed": seed}
         log_odds = scores.finding_scores(subject.features, targets, train, test, **options)
     if np.isnan(log_odds).all():
         reason = _unfit(material.codes, train, test) or FEW
@@ -239,36 +229,27 @@ def label_probe(subject: Subject, material: Material) -> Found:
     asked, probabilities = targets[test], expit(log_odds)
     guess = np.where(np.isnan(log_odds), np.nan, scores.prevalence_guess(targets, train, test))
     ours, blind = (scores.multilabel_scores(some, asked) for some in (probabilities, guess))
+    draws = metrics.bootstrap_weights(material.patients[test], material.effort.n_boot, seed)
     low, high = metrics.percentile_interval(
         scores.multilabel_scores(log_odds, asked, weights, micro=False)["auroc_macro"]
-        for weights in metrics.bootstrap_weights(
-            material.patients[test], material.effort.n_boot, subject.seed
-        )
+        for weights in draws
     )
-    found = {"auroc_macro_low": low, "auroc_macro_high": high, "findings": log_odds}
+    found: Found = {"auroc_macro_low": low, "auroc_macro_high": high}
     found["auroc_macro_n_classes"] = int((~np.isnan(log_odds).any(axis=0)).sum())
     for name in ("auroc_macro", "auroc_micro", "ap_macro", "ap_micro"):
         found |= {name: float(ours[name][0]), f"{name}_prevalence": float(blind[name][0])}
-    return found | {
-        "by_label": {name: ours[name][0] for name in ("auroc", "ap")},
-        "roc": scores.roc_curves(probabilities, asked, RATES),
-        "roc_guess": scores.roc_curves(guess, asked, RATES),
-        "truth": asked,
-        "labelled_test": test,
-        "labelled_test_patients": material.patients[test],
-    }
+    found["by_label"] = {name: ours[name][0] for name in ("auroc", "ap")}
+    found["roc"] = scores.roc_curves(probabilities, asked, RATES)
+    found["roc_guess"] = scores.roc_curves(guess, asked, RATES)
+    return found | {"findings": log_odds, "truth": asked}
 
 
 def structure(subject: Subject, material: Material) -> Found:
     """Clusters in the space they were made in, and in several t-SNE maps of it."""
     effort, index = material.effort, material.sample(material.effort.n_map)
-    found = dict(metrics.cluster_structure(subject.embedding, subject.assignments, seed=0))
     points, labels = subject.embedding[index], subject.assignments[index]
-    neighbours, several = (
-        min(effort.n_neighbors, (len(index) - 1) // 2 - 1),
-        len(np.unique(labels)) > 1,
-    )
-    maps = []
+    several, maps = len(np.unique(labels)) > 1, []
+    neighbours = min(effort.n_neighbors, (len(index) - 1) // 2 - 1)
     for perplexity in sorted({min(p, (len(index) - 1) // 3) for p in effort.perplexities}):
         for seed in effort.map_seeds:
             # exact is the faster method for a few hundred points
@@ -277,6 +258,7 @@ def structure(subject: Subject, material: Material) -> Found:
             trust = scores.trustworthiness(points, flat, neighbours)
             shared = scores.finding_neighbourhood(flat, material.targets[index], neighbours)
             maps.append([trust, shared, silhouette_score(flat, labels) if several else math.nan])
+    found = dict(metrics.cluster_structure(subject.embedding, subject.assignments, seed=0))
     names = ("map_trust", "map_findings", "map_silhouette")
     found |= dict(zip(names, np.mean(maps, axis=0).tolist(), strict=True))
     return {key: "one cluster" if math.isnan(v) and not several else v for key, v in found.items()}
@@ -286,7 +268,8 @@ def invariance(subject: Subject, material: Material) -> Found:
     """Who keeps the cluster, and how far features move, under the symmetries of the square and
     under turns by 15 degrees.
     """
-    chosen = np.array(material.images[material.sample(material.effort.n_turned)])
+    index = material.sample(material.effort.n_turned)
+    chosen = np.array(material.images[index])
     copies = [images.moved(chosen, *symmetry) for symmetry in images.SYMMETRIES]  # first: itself
     copies += [images.turned(chosen, angle) for angle in ANGLES]
     features = subject.extract(np.concatenate(copies))
@@ -297,19 +280,16 @@ def invariance(subject: Subject, material: Material) -> Found:
         "ami": np.array([metrics.ami(there[0], moved) for moved in there]),
         "distance": scores.relative_distance(embedded[0], embedded),
     }
-    lattice = slice(0, len(images.SYMMETRIES))
-    found = {
-        "symmetries": {key: curve[lattice] for key, curve in curves.items()},
-        "angles": {key: curve[lattice.stop :] for key, curve in curves.items()},
-        "kept_drawn": "not phantoms",
-    }
-    for key in curves:
-        found[f"{key}_lattice"] = float(np.mean(found["symmetries"][key][1:]))
-        found[f"{key}_free"] = float(np.mean(found["angles"][key][FREE]))
-    if material.turned is not None:
-        drawn = np.array(material.turned[material.sample(material.effort.n_turned)])
-        found["kept_drawn"] = float((subject.assign(subject.extract(drawn)) == there[0]).mean())
-    return found
+    n = len(images.SYMMETRIES)
+    found: Found = {"symmetries": {key: curve[:n] for key, curve in curves.items()}}
+    found |= {"angles": {key: curve[n:] for key, curve in curves.items()}}
+    for key, curve in curves.items():
+        found[f"{key}_lattice"] = float(curve[1:n].mean())
+        found[f"{key}_free"] = float(curve[n:][FREE].mean())
+    if material.turned is None:
+        return found | {"kept_drawn": "not phantoms"}
+    drawn = subject.assign(subject.extract(np.array(material.turned[index])))
+    return found | {"kept_drawn": float((drawn == there[0]).mean())}
 
 
 def laterality(subject: Subject, material: Material) -> Found:
@@ -319,14 +299,13 @@ def laterality(subject: Subject, material: Material) -> Found:
     index = material.sample(material.effort.n_moved, seed=1)
     chosen, test = np.array(material.images[index]), np.isin(index, material.rows(stated=False)[1])
     if test.all() or not test.any():
-        return {
-            f"tells_{name}": f"no {'training' if test.all() else 'test'} images" for name in MOVES
-        }
-    here, found = subject.extract(chosen), {}
-    both, moved = np.tile(test, 2), np.repeat([0, 1], len(index))
+        reason = f"no {'training' if test.all() else 'test'} images"
+        return {f"tells_{name}": reason for name in MOVES}
+    here, both, found = subject.extract(chosen), np.tile(test, 2), {}
     options = {"groups": np.tile(material.patients[index], 2), "seed": subject.seed, "n_boot": 0}
     for name, move in MOVES.items():
         features = np.concatenate([here, subject.extract(images.moved(chosen, *move))])
+        moved = np.repeat([0, 1], len(index))
         found[f"tells_{name}"] = metrics.probe(features, moved, ~both, both, **options)["accuracy"]
     return found
 
@@ -347,29 +326,25 @@ def effusion_side(subject: Subject, material: Material) -> Found:
     if min((~test).sum(), test.sum()) < 2 * LEAST_SIDED:
         return {"tells_effusion_side": f"fewer than {LEAST_SIDED} effusions"}
     mirrored = subject.extract(images.moved(np.array(material.images[index]), True, 0))
+    features = np.concatenate([subject.features[index], mirrored])
     left = (metadata["side"] == "L").to_numpy()[index]
-    answer = scores.findings_auroc(
-        np.concatenate([subject.features[index], mirrored]),
-        np.concatenate([left, ~left])[:, None],
-        ~test,
-        test,
-        groups=np.tile(material.patients[index], 2),
-        seed=subject.seed,
-        n_boot=0,
-    )
-    return {"tells_effusion_side": answer["mean"]}
+    options = {"groups": np.tile(material.patients[index], 2), "seed": subject.seed, "n_boot": 0}
+    left = np.concatenate([left, ~left])[:, None]
+    return {
+        "tells_effusion_side": scores.findings_auroc(features, left, ~test, test, **options)["mean"]
+    }
 
 
 def meaning(subject: Subject, material: Material) -> Found:
     """Agreement of clusters with labels and with what should not matter."""
-    labels, known = subject.assignments, material.codes >= 0
+    labels, stated = subject.assignments, material.codes >= 0
     together = clusters.patient_together(labels, material.patients)
     found = {"patient_together": together["share"], "patient_together_chance": together["expected"]}
     for name, value in clusters.drivers(labels, material.images, material.metadata).items():
         found[f"follows_{name}"] = FEW if math.isnan(value) else value
-    if not known.any():
+    if not stated.any():
         return found | {"nmi_findings": "no labels"}
-    pair = labels[known], material.codes[known]
+    pair = labels[stated], material.codes[stated]
     chance = metrics.chance_nmi(*pair, seed=subject.seed)
     return found | {"nmi_findings": metrics.nmi(*pair), "nmi_findings_chance": chance}
 
@@ -377,18 +352,22 @@ def meaning(subject: Subject, material: Material) -> Found:
 def found_again(subject: Subject, material: Material) -> Found:
     """Precision at k by label, and how often the same patient is found again."""
     rows = np.flatnonzero(material.codes >= 0)
-    if not len(rows) or not material.labels:
+    if not len(rows) or not material.targets.any():
         return {"retrieval_lift": FEW if len(rows) else "no labels"}
     vectors = subject.describe(material.images)[rows]
     some = material.targets[rows], material.patients[rows]
     answer = retrieval.precision_at_k(vectors, *some, material.effort.k)
     lift = answer["precision"] - answer["chance"]
-    return {
-        "retrieval_lift": float(np.nanmean(lift)) if np.isfinite(lift).any() else FEW,
-        "retrieval_same_patient": answer["same_patient"],
-        "retrieval_same_patient_chance": answer["same_patient_chance"],
-        "retrieval": {name: answer[name] for name in ("precision", "chance")},
-    }
+    found: Found = {"retrieval": {name: answer[name] for name in ("precision", "chance")}}
+    found["retrieval_lift"] = float(scores.mean_known(lift[None], axis=1)[0])
+    for key in ("same_patient", "same_patient_chance"):
+        found[f"retrieval_{key}"] = answer[key]
+    return found
+
+
+CURVES = ("epoch", "nmi_prev", "ami_prev", "loss", "largest_cluster", "clusters_used", "perplexity")
+OF_CURVES = ("converged_nmi", "converged_ami", "nmi_sd", "ami_sd", "nmi_final", "ami_final")
+OF_CURVES += ("loss_final", "loss_increases", "loss_increase_size", "nmi_chance")
 
 
 def training(subject: Network, material: Material) -> Found:
@@ -433,8 +412,7 @@ def known(subject: Network, material: Material) -> Found:
     """Do clusters find what is there? AMI with each of `factors` in each epoch and, last, at the
     end. The clusters of epoch 1 are those of the untrained network.
     """
-    rows = [*subject.run.assignments, subject.assignments]
-    there = factors(material)
+    rows, there = [*subject.run.assignments, subject.assignments], factors(material)
     curves = {name: [metrics.ami(row, of) for row in rows] for name, of in there.items()}
     if "classes" not in there:
         return {"known": curves} | dict.fromkeys(
@@ -450,9 +428,6 @@ def agreement_by_chance(subject: Random, material: Material) -> Found:
     return {"nmi_final": metrics.nmi(*pair), "ami_final": metrics.ami(*pair)}
 
 
-CURVES = ("epoch", "nmi_prev", "ami_prev", "loss", "largest_cluster", "clusters_used", "perplexity")
-OF_CURVES = ("converged_nmi", "converged_ami", "nmi_sd", "ami_sd", "nmi_final", "ami_final")
-OF_CURVES += ("loss_final", "loss_increases", "loss_increase_size", "nmi_chance")
 BLIND = (occupancy, cluster_probe, structure, invariance, meaning)  # of clusters alone
 PARTS = (*BLIND, combination_probe, label_probe, laterality, effusion_side, found_again)
 OF_PIXELS = ("map_trust", "map_findings", "distance_")  # what random clusters have no part in

@@ -32,6 +32,7 @@ COLLAPSED = (
     f"perplexity of the cluster sizes is below {LEAST_PERPLEXITY:g} K. No interval is given over a "
     "mixture of collapsed and whole runs."
 )
+SIDES = ("treatment", "reference")
 MAIN = ("alexnet", "p4m", "alexnet-untrained", "p4m-untrained")
 # heading, and the measures that are the columns; what a number must be read beside is next to it
 # fmt: off
@@ -151,6 +152,16 @@ def measure_table(
     return _note(table(["arm", *columns.values(), "seeds"], rows))
 
 
+def frame(results: Results) -> pd.DataFrame:
+    """All numbers: one row per arm and seed, one column per measure."""
+    k, rows = results["settings"]["n_clusters"], []
+    for arm, entry in results["arms"].items():
+        for seed, run in entry["seeds"].items():
+            numbers = {key: v for key, v in run["values"].items() if not isinstance(v, str)}
+            rows.append({"arm": arm, "seed": int(seed), "n_clusters": k, **numbers})
+    return pd.DataFrame(rows)
+
+
 def occupancy_table(results: Results, arms: Sequence[str] | None = None) -> str:
     """Are the images spread over the clusters? One row per arm, one value per seed."""
     rows = []
@@ -191,59 +202,49 @@ def linear_probe_table(results: Results, published: Mapping[str, Any]) -> pd.Dat
         ``seeds_low, seeds_high`` (95 %, Student's t; NaN for one seed, and for a mixture of
         collapsed and whole runs), ``patients_low, patients_high`` (95 % bootstrap over test
         patients, mean over seeds), ``ci_low, ci_high`` (the wider of both), ``baseline``
-        (majority; 0.5 for AUROC), ``chance, n_classes, collapsed, published,
-        published_baseline``. Without rows if no probe is defined.
+        (majority; 0.5 for AUROC), ``chance, n_classes, collapsed`` (number of seeds),
+        ``published, published_baseline``. No row for what is not defined.
     """
     rows, known = [], published["linear_probe"]
     for target, (key, _) in targets(results).items():
         for arm in (*MAIN, "pixels"):
-            values = list(values_of(results, arm, key).values())
-            if not values:
+            if not (values := values_of(results, arm, key)):
                 continue
-            endings = ("low", "high", "majority", "chance", "n_classes")
-            low, high, majority, chance, classes = (
-                np.mean(list(values_of(results, arm, f"{key}_{e}").values()) or [math.nan])
-                for e in endings
-            )
-            fallen = len(collapsed(results, arm))
-            mean, *seeds = seed_interval(values)
+            mean, *seeds = seed_interval(list(values.values()))
+            fallen, row = len(collapsed(results, arm)), {"target": target, "arm": arm}
             seeds = [math.nan] * 2 if 0 < fallen < len(values) else np.clip(seeds, 0, 1).tolist()
-            row = {"target": target, "arm": arm, "n_seeds": len(values), "accuracy": mean}
-            row |= {"seeds_low": seeds[0], "seeds_high": seeds[1], "patients_low": low}
-            row |= {"patients_high": high, "ci_low": np.nanmin([seeds[0], low, mean])}
-            row |= {"ci_high": np.nanmax([seeds[1], high, mean]), "n_classes": classes}
-            row |= {"baseline": 0.5 if target == "findings" else majority, "collapsed": fallen}
-            row["chance"] = 0.5 if target == "findings" else chance
-            shown = arm in known and target != "findings"
+            row |= {"n_seeds": len(values), "accuracy": mean, "collapsed": fallen}
+            row |= {"seeds_low": seeds[0], "seeds_high": seeds[1]}
+            names = ("patients_low", "patients_high", "baseline", "chance", "n_classes")
+            for name, ending in zip(
+                names, ("low", "high", "majority", "chance", "n_classes"), strict=True
+            ):
+                beside = list(values_of(results, arm, f"{key}_{ending}").values())
+                row[name] = np.mean(beside) if beside else 0.5 if target == "findings" else math.nan
+            row["ci_low"] = np.nanmin([seeds[0], row["patients_low"], mean])
+            row["ci_high"] = np.nanmax([seeds[1], row["patients_high"], mean])
+            shown, majority = arm in known and target != "findings", "majority_baseline_recomputed"
             row["published"] = known[arm] if shown else math.nan
-            shown &= target == "label_combinations"
-            row["published_baseline"] = known["majority_baseline_recomputed"] if shown else math.nan
-            rows.append(row)
+            shown = shown and target == "label_combinations"
+            rows.append(row | {"published_baseline": known[majority] if shown else math.nan})
     return pd.DataFrame(rows)
 
 
 def linear_probe_markdown(results: Results, frame: pd.DataFrame) -> str:
     """Table 1 (`linear_probe_table`) as Markdown, one block per target."""
     header = ["features", "value", "95 % over seeds", "95 % over patients", "majority", "classes"]
-    header += ["seeds", "published"]
     label = results["dataset"]["label"]
     blocks = [f"**Table 1. Linear probes on frozen features.** Dataset: {label}."]
     for target, (key, name) in targets(results).items():
-        rows = [
-            [
-                ARMS[r.arm].title,
-                number(r.accuracy) + " †" * bool(r.collapsed),
-                span(r.seeds_low, r.seeds_high),
-                span(r.patients_low, r.patients_high),
-                number(r.baseline),
-                f"{r.n_classes:.0f}",
-                str(r.n_seeds),
-                number(r.published),
-            ]
-            for r in (frame[frame["target"] == target].itertuples() if len(frame) else ())
-        ]
+        rows = []
+        for r in frame[frame["target"] == target].itertuples() if len(frame) else ():
+            intervals = span(r.seeds_low, r.seeds_high), span(r.patients_low, r.patients_high)
+            value = number(r.accuracy) + " †" * bool(r.collapsed)
+            about = number(r.baseline), f"{r.n_classes:.0f}", str(r.n_seeds), number(r.published)
+            rows.append([ARMS[r.arm].title, value, *intervals, *about])
         why = next(filter(None, (reason(results, arm, key) for arm in MAIN)), "no run")
-        text = table(header, rows, figures=True) if rows else f"not defined: {why}."
+        text = table([*header, "seeds", "published"], rows, figures=True)
+        text = text if rows else f"not defined: {why}."
         blocks.append(f"*{name[0].upper()}{name[1:]}*\n\n{text}")
     blocks.append(
         "Logistic regression; patients are split 80/20. Value: accuracy, mean over seeds; for the "
@@ -261,7 +262,7 @@ def linear_probe_markdown(results: Results, frame: pd.DataFrame) -> str:
 
 def verdict_text(results: Results, comparison: Mapping[str, Any], decided: Mapping) -> str:
     """``"undecided at n = 3"``, ``"supported"``, ``"not defined: fewer than 2 classes"``."""
-    sides = [comparison[side] for side in ("treatment", "reference")]
+    sides = [comparison[side] for side in SIDES]
     if not decided["n"]:
         why = [reason(results, arm, decided["measure"]) for arm in sides]
         return f"not defined: {next(filter(None, why), 'no number')}"
@@ -284,19 +285,15 @@ def verdict_table(results: Results) -> str:
     comparison, rows = results["comparisons"][0], []
     for claim, decided, entry in _decided(comparison):
         measure, p = MEASURE[decided["measure"]], entry.get("p_holm")
-        rows.append(
-            [
-                claim.title,
-                f"{measure.title}; smallest that matters: {measure.smallest:g}",
-                *(number(entry.get(key)) for key in ("treatment", "reference", "mean")),
-                span(entry.get("low"), entry.get("high")),
-                "< 0.001" if p is not None and p < 0.001 else number(p),
-                number(entry.get("hedges_g"), 1),
-                f"**{verdict_text(results, comparison, decided)}**",
-            ]
-        )
-    titles = [ARMS[comparison[side]].title for side in ("treatment", "reference")]
-    header = ["claim of the page", "measure, chosen beforehand", *titles]
+        about = f"{measure.title}; smallest that matters: {measure.smallest:g}"
+        numbers = [number(entry.get(key)) for key in (*SIDES, "mean")]
+        numbers += [span(entry.get("low"), entry.get("high"))]
+        numbers += ["< 0.001" if p is not None and p < 0.001 else number(p)]
+        numbers += [number(entry.get("hedges_g"), 1)]
+        verdict = f"**{verdict_text(results, comparison, decided)}**"
+        rows.append([f"{claim.title}: {claim.page}", about, *numbers, verdict])
+    header = ["claim of the page", "measure, chosen beforehand"]
+    header += [ARMS[comparison[side]].title for side in SIDES]
     header += ["difference, positive speaks for the claim", "95 %", "p, corrected", "g", "verdict"]
     return _note(table(header, rows))
 
@@ -307,40 +304,37 @@ def verdict_matrix(results: Results) -> str:
     for comparison in results["comparisons"]:
         cells = []
         for _, decided, entry in _decided(comparison):
-            numbers = f"{number(entry.get('mean'))} ({span(entry.get('low'), entry.get('high'))})"
+            numbers = f": {number(entry.get('mean'))} ({span(entry.get('low'), entry.get('high'))})"
             verdict = verdict_text(results, comparison, decided)
-            cells.append(f"{verdict}: {numbers}" if entry["seeds"] else verdict)
-        titles = [ARMS[comparison[side]].title for side in ("treatment", "reference")]
-        power = comparison["detectable_g"]
-        about = [f"{' against '.join(titles)}: {comparison['purpose']}", len(comparison["seeds"])]
-        rows.append([*about, number(power, 1), *cells])
+            cells.append(verdict + numbers * bool(entry["seeds"]))
+        about = " against ".join(ARMS[comparison[side]].title for side in SIDES)
+        about = [f"{about}: {comparison['purpose']}", str(len(comparison["seeds"]))]
+        rows.append([*about, number(comparison["detectable_g"], 1), *cells])
     header = ["comparison", "seeds", "g found with 80 % power", *(c.title for c in CLAIMS)]
     return _note(table(header, rows)) if rows else "No two arms can be compared yet."
 
 
 def sentences(results: Results) -> list[str]:
     """What the page's comparison says on this data, one sentence per claim, from the numbers."""
-    found, where = [], f"on {results['dataset']['label']}"
+    found, endings = (
+        [],
+        {
+            "supported": "the claim holds here",
+            "reversed": "here it is the other way round",
+            "not supported": "there is no advantage here of a size that would matter",
+            "undecided": "this number of seeds cannot tell",
+        },
+    )
     for comparison in results["comparisons"][:1]:
-        names = [ARMS[comparison[side]].title for side in ("treatment", "reference")]
         for claim, decided, entry in _decided(comparison):
-            if not entry["seeds"]:
-                why = verdict_text(results, comparison, decided)
-                found.append(f"{claim.title} {where}: {why}.")
-                continue
-            numbers = [f"{number(entry[k])}" for k in ("treatment", "reference")]
-            said = " against ".join(f"{n} ({a})" for n, a in zip(numbers, names, strict=True))
-            ending = {
-                "supported": "the claim holds here",
-                "reversed": "here it is the other way round",
-                "not supported": "there is no advantage here of a size that would matter",
-                "undecided": "this number of seeds cannot tell",
-            }[decided["verdict"]]
-            said += f", n = {entry['n']} seed{'s' * (entry['n'] != 1)}; {ending}"
-            for side, name in zip(("treatment", "reference"), names, strict=True):
-                if fallen := set(collapsed(results, comparison[side])) & set(entry["seeds"]):
-                    said += f"; {len(fallen)} of these {entry['n']} runs of {name} collapsed"
-            found.append(f"{claim.title} {where}: {said}.")
+            said, arms = [], [comparison[side] for side in SIDES]
+            for side, arm in zip(SIDES, arms, strict=True):
+                fallen = len(set(collapsed(results, arm)) & set(entry["seeds"]))
+                note = f", {fallen} of {len(entry['seeds'])} collapsed" * bool(fallen)
+                said.append(f"{number(entry.get(side))} ({ARMS[arm].title}{note})")
+            text = f"{' against '.join(said)}, n = {decided['n']}; {endings[decided['verdict']]}"
+            text = text if decided["n"] else verdict_text(results, comparison, decided)
+            found.append(f"{claim.title} on {results['dataset']['label']}: {text}.")
     return found
 
 
@@ -349,8 +343,8 @@ def glance(results: Results) -> str:
     rows = []
     for name, key, kind, beside in (
         ("NMI of the last two epochs", "nmi_final", "chance", "nmi_chance"),
-        ("loss of the last epoch, in units of ln K", "loss_final", "chance", ""),
         ("largest cluster, share of the images", "largest_cluster", "untrained", ""),
+        ("loss of the last epoch, in units of ln K (1: a guess)", "loss_final", "", ""),
         ("probe: cluster assignments", "probe_clusters", "majority", "probe_clusters_majority"),
         (
             "probe: label combinations",
@@ -364,29 +358,16 @@ def glance(results: Results) -> str:
     ):
         pairs = [(a, beside) for a in MAIN[:2]] if beside else [(a, key) for a in MAIN[2:]]
         base = " / ".join(cell(results, *pair, interval=False) for pair in pairs)
-        base = "1.000" if key == "loss_final" else base
-        rows.append([name, *(cell(results, arm, key) for arm in MAIN[:2]), f"{kind}: {base}"])
+        cells = [cell(results, arm, key) for arm in MAIN[:2]]
+        rows.append([name, *cells, f"{kind}: {base}" if kind else ""])
     titles = [ARMS[arm].title for arm in MAIN[:2]]
     header = [results["dataset"]["label"], *titles, "baseline (AlexNet / P4M)"]
     return _note(table(header, rows, figures=True))
 
 
 def claims_glance(studies: Sequence[Results]) -> str:
-    """README's claims at a glance: one row per claim, one column per study."""
-    rows = []
-    for place, claim in enumerate(CLAIMS):
-        cells = []
-        for results in studies:
-            comparison = results["comparisons"][0]
-            _, decided, entry = _decided(comparison)[place]
-            numbers = f"{number(entry.get('treatment'))} / {number(entry.get('reference'))}; "
-            numbers += f"{number(entry.get('mean'))} ({span(entry.get('low'), entry.get('high'))})"
-            cells.append(f"**{verdict_text(results, comparison, decided)}**: {numbers}")
-        measure = MEASURE[decided["measure"]]
-        about = f"{measure.title}; smallest that matters: {measure.smallest:g}"
-        rows.append([f"{claim.title}: {claim.page}", about, *cells])
-    heads = [f"{r['dataset']['label']}, {len(r['comparisons'][0]['seeds'])} seeds" for r in studies]
-    return _note(table(["the page's finding", "measure, chosen beforehand", *heads], rows))
+    """README's claims at a glance: the table of verdicts of each study."""
+    return "\n\n".join(f"{r['dataset']['label']}:\n\n{verdict_table(r)}" for r in studies)
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -394,11 +375,10 @@ def claims_glance(studies: Sequence[Results]) -> str:
 
 def _head(results: Results, command: str) -> str:
     about, settings = results["dataset"], results["settings"]
-    known = f"{about['patients']:,} patients" if about["patients"] else "patients unknown"
-    return (
-        f"{about['label']}; {known}; {about['n_test']:,} test images; K = {settings['n_clusters']}; "
-        f"{settings['epochs']} epochs. Made by `{command}`.\n\n{about['attribution']}"
-    )
+    patients = f"{about['patients']:,} patients" if about["patients"] else "patients unknown"
+    facts = [about["label"], patients, f"{about['n_test']:,} test images"]
+    facts += [f"K = {settings['n_clusters']}", f"{settings['epochs']} epochs"]
+    return f"{'; '.join(facts)}. Made by `{command}`.\n\n{about['attribution']}"
 
 
 def summary(
@@ -426,19 +406,11 @@ def summary(
 
 def claims_page(results: Results, command: str) -> str:
     """``claims.md``: verdicts first, then occupancy, arms and every measure."""
-    arms = [
-        [
-            a["title"],
-            a["backbone"],
-            "yes" if a["rotation"] else "no",
-            a["pseudo_labels"],
-            f"{a['parameters']:,}",
-            f"{a['flops'] / 1e6:,.1f}",
-            f"{a['feature_dim']:,}",
-            ", ".join(a["seeds"]),
-        ]
-        for a in results["arms"].values()
-    ]
+    arms = []
+    for a in results["arms"].values():
+        about = [a["title"], a["backbone"], "yes" if a["rotation"] else "no", a["pseudo_labels"]]
+        about += [f"{a['parameters']:,}", f"{a['flops'] / 1e6:,.1f}", f"{a['feature_dim']:,}"]
+        arms.append([*about, ", ".join(a["seeds"])])
     header = ["arm", "backbone", "rotation", "trained on", "parameters", "MFLOPs per image"]
     blocks = [
         f"# Which of the paper's claims hold: {results['dataset']['label']}",
@@ -490,35 +462,18 @@ def save_captions(
     command: str,
     attribution: str,
 ) -> None:
-    """Put the captions of a notebook's figures into ``summary.md``, in a section of their own that
-    replaces an earlier one.
-
-    Parameters
-    ----------
-    path : Path
-        ``summary.md``; if it is not there, it begins with a title and `attribution`.
-    notebook : str
-        Name of the notebook, such as ``"06_claims"``.
-    figures : mapping of file name to caption
-    label : str
-        Dataset and number of images, see `dataset_label`.
-    seeds : sequence
-        Seeds of the runs that are drawn.
-    command : str
-        The command that makes the figures.
+    """Put the captions of a notebook's figures (file name -> caption) into ``summary.md``, in a
+    section that replaces an earlier one of `notebook`, such as ``"06_claims"``. A file that is not
+    there begins with a title and `attribution`.
     """
-    path = Path(path)
-    text = (
-        path.read_text(encoding="utf-8")
-        if path.exists()
-        else f"# Figures: {label}\n\n{attribution}\n"
-    )
-    blocks = [f"## Figures of {notebook}"]
+    path, blocks = Path(path), [f"## Figures of {notebook}"]
+    text = f"# Figures: {label}\n\n{attribution}\n"
+    text = path.read_text(encoding="utf-8") if path.exists() else text
     blocks += [f"Seeds {', '.join(map(str, seeds))}. Made by `{command}`."]
     blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in figures.items()]
-    body = "\n\n".join(blocks)
-    section = f"<!-- figures of {notebook} -->\n{body}\n<!-- /figures of {notebook} -->\n"
-    sections = {found[1]: found[0] for found in SECTION.finditer(text)} | {notebook: section}
+    begin, end = (f"<!-- {slash}figures of {notebook} -->\n" for slash in ("", "/"))
+    sections = {found[1]: found[0] for found in SECTION.finditer(text)}
+    sections[notebook] = begin + "\n\n".join(blocks) + "\n" + end
     ordered = [sections[name] for name in sorted(sections)]
     with atomic_write(path, "w") as handle:
         handle.write("\n".join([SECTION.sub("", text).rstrip("\n") + "\n", *ordered]))
