@@ -160,20 +160,8 @@ def train_config(
 ) -> TrainConfig:
     """Settings of an arm: those of the preset, with what `ARMS` changes.
 
-    Parameters
-    ----------
-    arm : str
-        A key of `ARMS`.
-    preset : mapping
-        Contents of a file in ``notebooks/params/``.
-    seed : int
-    device : str, optional
-        Instead of the preset's.
-
-    Raises
-    ------
-    ValueError
-        Unknown arm, or a value that ``TrainConfig`` refuses.
+    `preset` are the contents of a file in ``notebooks/params/``; `device` is taken instead of its
+    own. ValueError for an unknown arm, or a value that ``TrainConfig`` refuses.
     """
     if arm not in ARMS or not ARMS[arm].backbone:
         raise _unknown(arm)
@@ -193,25 +181,15 @@ def train_config(
 
 
 def cost(backbone: str, n_clusters: int, width: Sequence[int] | None = None) -> dict[str, int]:
-    """What a network costs, counted by running it once.
-
-    Parameters
-    ----------
-    backbone, n_clusters, width
-        As for ``lib.models.build``.
+    """What a network costs, counted by running it once; arguments as for ``lib.models.build``.
 
     Returns
     -------
     dict
         ``parameters`` of the body, without the top layer; ``feature_dim`` D; ``flops`` of the
         features of one image, forward, two per multiplication and addition (PyTorch's
-        ``FlopCounterMode``). Group convolutions count as dense ones, so the number does not
-        depend on the device.
-
-    Raises
-    ------
-    ValueError
-        As ``lib.models.build``.
+        ``FlopCounterMode``). Group convolutions count as dense ones, so the number does not depend
+        on the device.
     """
     model = build(backbone, n_clusters, width).eval()
     for module in model.modules():
@@ -292,23 +270,20 @@ def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
     runs : dict of arm to dict of seed to Path
         In the order of `ARMS`.
     left_out : list of str
-        One line for each run that is unfinished or not matched, with the reason.
+        One line per run that is unfinished or not matched, with the reason.
 
     Raises
     ------
     FileNotFoundError
         No finished run.
     """
-    root = paths.runs_dir(dataset)
+    root, left_out = paths.runs_dir(dataset), []
     stored: dict[tuple[str, int], dict[str, Any]] = {}
-    left_out = []
     for arm in ARMS:
-        for seed in sorted(
-            int(f.name[4:]) for f in (root / arm).glob("seed*") if f.name[4:].isdecimal()
-        ):
+        folders = [f for f in (root / arm).glob("seed*") if (f / "config.json").exists()]
+        numbers = sorted(int(f.name[4:]) for f in folders if f.name[4:].isdecimal())
+        for seed in numbers:
             folder = root / arm / f"seed{seed}"
-            if not (folder / "config.json").exists():
-                continue
             try:
                 config = paths.load_json(folder / "config.json")
                 complete = is_complete(folder, SimpleNamespace(epochs=config["epochs"]))
@@ -319,25 +294,23 @@ def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
             else:
                 left_out.append(f"{arm} seed {seed}: not finished")
     if not stored:
-        raise FileNotFoundError(
-            f"{paths.show(root)} holds no finished run: run 02_train_alexnet and 03_train_p4m first"
-        )
+        where = paths.show(root)
+        raise FileNotFoundError(f"{where} holds no finished run: run 02_train_alexnet first")
     first = min(stored, key=lambda run: ("p4m", "alexnet", *ARMS).index(run[0]))
     widths = {
-        ARMS[arm].backbone == "alexnet": c["width"] for (arm, _), c in reversed(stored.items())
+        ARMS[arm].backbone == "alexnet": c["width"] for (arm, _), c in [*stored.items()][::-1]
     }
     runs: dict[str, dict[int, Path]] = {}
     for (arm, seed), config in stored.items():
-        changed = {name for name, _ in ARMS[arm].changes}
-        differ = [n for n in MATCHED if n not in changed and config.get(n) != stored[first].get(n)]
-        if not ARMS[arm].untrained and config["epochs"] != stored[first]["epochs"]:
+        fixed, names = stored[first], set(MATCHED) - {name for name, _ in ARMS[arm].changes}
+        differ = [n for n in MATCHED if n in names and config.get(n) != fixed.get(n)]
+        if not ARMS[arm].untrained and config["epochs"] != fixed["epochs"]:
             differ.append("epochs")
         if config["width"] != widths[ARMS[arm].backbone == "alexnet"]:
             differ.append("width")
         if differ and ARMS[arm].kind != "published":
-            left_out.append(
-                f"{arm} seed {seed}: other {', '.join(differ)} than {first[0]} seed {first[1]}"
-            )
+            than = f"{first[0]} seed {first[1]}"
+            left_out.append(f"{arm} seed {seed}: other {', '.join(differ)} than {than}")
         else:
             runs.setdefault(arm, {})[seed] = root / arm / f"seed{seed}"
     return runs, left_out

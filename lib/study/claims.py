@@ -40,44 +40,31 @@ class Claim:
     caution: str
 
 
+# fmt: off
 CLAIMS: tuple[Claim, ...] = (
-    Claim(
-        "convergence",
-        "Faster convergence",
-        "the P4M network stabilises clustering early in training",
-        "NMI(t, t-1) shows that a network agrees with itself, not that its clusters mean anything: "
-        "a network that learns nothing can be settled from the start. Read it beside the controls.",
-    ),
-    Claim(
-        "stability",
-        "Improved stability",
-        "NMI and loss fluctuate less than with AlexNet",
-        "A curve is steady if nothing is learnt any more, and a slow rise counts as unsteady.",
-    ),
-    Claim(
-        "structure",
-        "More structured representations",
-        "clusters are more clearly separated in t-SNE maps",
-        "Silhouette and Davies-Bouldin reward round clusters, whatever they consist of, and look "
-        "better in a space of fewer dimensions. A t-SNE map depends on perplexity and start.",
-    ),
-    Claim(
-        "transfer",
-        "Better transferability",
-        "the linear probe scores higher (0.567 against 0.564)",
-        "The probe of a network's own clusters says how linear K-means cells are. The probe of "
-        "label combinations means little unless it beats the most frequent class. So the labels "
-        "decide, one by one.",
-    ),
-    Claim(
-        "invariance",
-        "No augmentation required",
-        "robustness to rotation comes from the architecture instead of augmented images",
-        "Under quarter turns and mirrors P4M's features cannot change, by construction, so free "
-        "turns decide. A single cluster would keep every image: read the AMI beside the share. "
-        "Invariance has a price: see what a linear probe can no longer tell.",
-    ),
+    Claim("convergence", "Faster convergence",
+          "the P4M network stabilises clustering early in training",
+          "NMI(t, t-1) shows that a network agrees with itself, not that its clusters mean "
+          "anything: a network that learns nothing can be settled from the start. Read it beside "
+          "the controls."),
+    Claim("stability", "Improved stability", "NMI and loss fluctuate less than with AlexNet",
+          "A curve is steady if nothing is learnt any more, and a slow rise counts as unsteady."),
+    Claim("structure", "More structured representations",
+          "clusters are more clearly separated in t-SNE maps",
+          "Silhouette and Davies-Bouldin reward round clusters, whatever they consist of, and look "
+          "better in a space of fewer dimensions. A t-SNE map depends on perplexity and start."),
+    Claim("transfer", "Better transferability",
+          "the linear probe scores higher (0.567 against 0.564)",
+          "The probe of a network's own clusters says how linear K-means cells are. The probe of "
+          "label combinations means little unless it beats the most frequent class. So the labels "
+          "decide, one by one."),
+    Claim("invariance", "No augmentation required",
+          "robustness to rotation comes from the architecture instead of augmented images",
+          "Under quarter turns and mirrors P4M's features cannot change, by construction, so free "
+          "turns decide. A single cluster would keep every image: read the AMI beside the share. "
+          "Invariance has a price: see what a linear probe can no longer tell."),
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -325,8 +312,8 @@ def rule() -> str:
         "would matter. Two arms are compared seed by seed; a positive difference speaks for the "
         "claim. Student's t on the differences gives a 95 % interval and p (for the probe, a "
         "bootstrap adds the chance of the test patients); p is corrected over the "
-        f"{len(CLAIMS)} claims (Holm). **Supported**: corrected p at most {ALPHA:g}, in favour, and "
-        "the interval reaches the smallest difference that matters. **Reversed**: the same, "
+        f"{len(CLAIMS)} claims (Holm). **Supported**: corrected p at most {ALPHA:g}, in favour, "
+        "and the interval reaches the smallest difference that matters. **Reversed**: the same, "
         "against. **Not supported**: neither, and the whole interval is below the smallest "
         "difference that matters. **Undecided**: everything else, and everything with fewer than "
         f"{LEAST_SEEDS} seeds."

@@ -167,17 +167,13 @@ Found = dict[str, Any]
 Subject = Network | Pixels
 
 
-def occupancy(subject: Subject, material: Material) -> Found:
-    """Are the images spread over the clusters?"""
-    return metrics.occupancy(subject.assignments, subject.n_clusters)
-
-
 def _unfit(labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> str:
     """Why no probe of `labels` (-1: not stated) can be fitted and tested; empty if it can."""
     if (labels < 0).all():
         return "no labels"
     if not len(train) or not len(test):
-        return f"no {'test' if len(train) else 'training'} images with labels"
+        part = "test" if len(train) else "training"
+        return f"no {part} images" + " with labels" * bool((labels < 0).any())
     return FEW if len(np.unique(labels[train])) < 2 else ""
 
 
@@ -245,7 +241,9 @@ def label_probe(subject: Subject, material: Material) -> Found:
 
 
 def structure(subject: Subject, material: Material) -> Found:
-    """Clusters in the space they were made in, and in several t-SNE maps of it."""
+    """Are the images spread over the clusters, and are these apart: in the space they were made in,
+    and in several t-SNE maps of it?
+    """
     effort, index = material.effort, material.sample(material.effort.n_map)
     points, labels = subject.embedding[index], subject.assignments[index]
     several, maps = len(np.unique(labels)) > 1, []
@@ -261,7 +259,8 @@ def structure(subject: Subject, material: Material) -> Found:
     found = dict(metrics.cluster_structure(subject.embedding, subject.assignments, seed=0))
     names = ("map_trust", "map_findings", "map_silhouette")
     found |= dict(zip(names, np.mean(maps, axis=0).tolist(), strict=True))
-    return {key: "one cluster" if math.isnan(v) and not several else v for key, v in found.items()}
+    found = {k: "one cluster" if math.isnan(v) and not several else v for k, v in found.items()}
+    return found | metrics.occupancy(subject.assignments, subject.n_clusters)
 
 
 def invariance(subject: Subject, material: Material) -> Found:
@@ -317,22 +316,21 @@ def effusion_side(subject: Subject, material: Material) -> Found:
     effusions would be of different patients, and a probe could separate them without seeing the
     side.
     """
-    metadata = material.metadata
-    if "side" not in metadata or "Effusion" not in material.labels:
+    side, (train, test) = material.metadata.get("side"), material.rows()
+    if side is None or "Effusion" not in material.labels:
         return {"tells_effusion_side": "no side stated"}
-    has = material.targets[:, material.labels.index("Effusion")] & metadata["side"].isin(["L", "R"])
-    index = np.flatnonzero(has & metadata["split"].isin(["train", "test"]))
-    test = np.tile(np.isin(index, material.rows()[1]), 2)
-    if min((~test).sum(), test.sum()) < 2 * LEAST_SIDED:
+    has = material.targets[:, material.labels.index("Effusion")] & side.isin(["L", "R"]).to_numpy()
+    index = np.concatenate([train[has[train]], test[has[test]]])
+    tested = np.tile(np.isin(index, test), 2)
+    if min((~tested).sum(), tested.sum()) < 2 * LEAST_SIDED:
         return {"tells_effusion_side": f"fewer than {LEAST_SIDED} effusions"}
     mirrored = subject.extract(images.moved(np.array(material.images[index]), True, 0))
     features = np.concatenate([subject.features[index], mirrored])
-    left = (metadata["side"] == "L").to_numpy()[index]
-    options = {"groups": np.tile(material.patients[index], 2), "seed": subject.seed, "n_boot": 0}
+    left = (side == "L").to_numpy()[index]
     left = np.concatenate([left, ~left])[:, None]
-    return {
-        "tells_effusion_side": scores.findings_auroc(features, left, ~test, test, **options)["mean"]
-    }
+    options = {"groups": np.tile(material.patients[index], 2), "seed": subject.seed}
+    answer = scores.findings_auroc(features, left, ~tested, tested, **options)
+    return {"tells_effusion_side": answer["mean"]}
 
 
 def meaning(subject: Subject, material: Material) -> Found:
@@ -428,6 +426,6 @@ def agreement_by_chance(subject: Random, material: Material) -> Found:
     return {"nmi_final": metrics.nmi(*pair), "ami_final": metrics.ami(*pair)}
 
 
-BLIND = (occupancy, cluster_probe, structure, invariance, meaning)  # of clusters alone
+BLIND = (cluster_probe, structure, invariance, meaning)  # of clusters alone
 PARTS = (*BLIND, combination_probe, label_probe, laterality, effusion_side, found_again)
 OF_PIXELS = ("map_trust", "map_findings", "distance_")  # what random clusters have no part in

@@ -32,6 +32,8 @@ COLLAPSED = (
     f"perplexity of the cluster sizes is below {LEAST_PERPLEXITY:g} K. No interval is given over a "
     "mixture of collapsed and whole runs."
 )
+KINDS = {"phantom": "synthetic phantom", "nih": "NIH ChestX-ray14", "chestmnist": "ChestMNIST-64"}
+KINDS |= {"digits": "handwritten digits", "digits-turned": "handwritten digits, turned"}
 SIDES = ("treatment", "reference")
 MAIN = ("alexnet", "p4m", "alexnet-untrained", "p4m-untrained")
 # heading, and the measures that are the columns; what a number must be read beside is next to it
@@ -103,14 +105,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = 
 
 def dataset_label(kind: str, n_images: int) -> str:
     """How figures and tables name a dataset, such as ``"synthetic phantom, 2,000 images"``."""
-    names = {
-        "phantom": "synthetic phantom",
-        "nih": "NIH ChestX-ray14",
-        "chestmnist": "ChestMNIST-64",
-        "digits": "handwritten digits",
-        "digits-turned": "handwritten digits, turned",
-    }
-    return f"{names.get(kind, 'own images')}, {n_images:,} images"
+    return f"{KINDS.get(kind, 'own images')}, {n_images:,} images"
 
 
 def cell(results: Results, arm: str, key: str, interval: bool = True) -> str:
@@ -346,12 +341,7 @@ def glance(results: Results) -> str:
         ("largest cluster, share of the images", "largest_cluster", "untrained", ""),
         ("loss of the last epoch, in units of ln K (1: a guess)", "loss_final", "", ""),
         ("probe: cluster assignments", "probe_clusters", "majority", "probe_clusters_majority"),
-        (
-            "probe: label combinations",
-            "probe_combinations",
-            "majority",
-            "probe_combinations_majority",
-        ),
+        ("probe: combinations", "probe_combinations", "majority", "probe_combinations_majority"),
         ("probe: labels, mean AUROC", "auroc_macro", "untrained", ""),
         ("keeps its cluster: turns and mirrors of the square", "kept_lattice", "untrained", ""),
         ("keeps its cluster: free turns", "kept_free", "untrained", ""),
