@@ -92,7 +92,7 @@ def test_answers_image_by_image_are_of_the_test_images():
     assert (material.metadata["split"].to_numpy()[found["test"]] == "test").all()
     assert found["clusters"].mean() == found["probe_clusters"]
     assert found["combinations"].mean() == found["probe_combinations"]
-    assert found["findings"].shape == found["truth"].shape == (len(found["labelled_test"]), 14)
+    assert found["findings"].shape == found["truth"].shape == (len(found["labelled_test"]), 2)
 
 
 ODD = {

@@ -199,11 +199,12 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
 
 def _dataset(dataset: str, material: Material) -> dict[str, Any]:
     manifest = paths.load_json(paths.dataset_dir(dataset) / "manifest.json")
-    kind, n = manifest["source"]["kind"], len(material.images)
+    source, n = manifest["source"], len(material.images)
+    turned = ", in any orientation" * (source.get("orientation") == "any")
     return {
         "name": dataset,
-        "label": dataset_label(kind, n),
-        "kind": kind,
+        "label": dataset_label(source["kind"], n) + turned,
+        "kind": source["kind"],
         "n": n,
         "patients": data.count_patients(material.metadata),
         "n_test": len(material.rows(stated=False)[1]),
