@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,39 +7,34 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from lib.data import phantom
-from lib.data.phantom import FINDINGS, make_phantoms
+from lib.data import nih, phantom
+from lib.data.nih import FINDINGS
+from lib.data.phantom import make_phantoms
 
-# Images of 112,120 in NIH ChestX-ray14 (Data_Entry_2017).
-NIH = {
-    "Atelectasis": 11_559, "Cardiomegaly": 2_776, "Consolidation": 4_667, "Edema": 2_303, "Effusion": 13_317, "Emphysema": 2_516,
-    "Fibrosis": 1_686, "Hernia": 227, "Infiltration": 19_894, "Mass": 5_782, "Nodule": 6_331, "Pleural_Thickening": 3_385,
-    "Pneumonia": 1_431, "Pneumothorax": 5_302,
-}  # fmt: skip
-ATLAS = phantom._atlas()
-LATERAL = [name for name, finding in phantom._FINDINGS.items() if finding.lateral]
+LATERAL = ("Atelectasis", "Consolidation", "Effusion", "Infiltration", "Mass", "Nodule")
+LATERAL += ("Pleural_Thickening", "Pneumonia", "Pneumothorax")
 
 
 @pytest.fixture(scope="module")
-def cohort():
+def drawn():
     return make_phantoms(1500, seed=3)
 
 
 @pytest.fixture(scope="module")
 def census():
     """Metadata of as many images as NIH has, none drawn."""
-    return phantom._cohort(112_120, seed=0)[0]
+    return phantom.cohort(112_120, seed=0)[0]
 
 
 def has(metadata, name):
-    return metadata["findings"].str.split("|").apply(lambda found: name in found).to_numpy()
+    return ("|" + metadata["findings"] + "|").str.contains(f"|{name}|", regex=False).to_numpy()
 
 
 def anatomies(n=32, side="both"):
     """Parameters of `n` anatomies squarely in the frame, focal findings in mid-lung, no leads or
     tubes.
     """
-    p = {k: v[:n] for k, v in phantom._cohort(n, seed=5)[1].items()}
+    p = {k: v[:n] for k, v in phantom.cohort(n, seed=5)[1].items()}
     p |= {k: np.zeros(n) for k in ("shift_x", "shift_y", "tilt", "twist", "ramp")} | {
         "zoom": np.ones(n),
         "device": np.ones((n, 8)),
@@ -55,7 +48,7 @@ def draw(p, name=None, angle=0.0, mirrored=False, severity=1.0):
     severities = np.zeros((n, len(FINDINGS)))
     if name:
         severities[:, FINDINGS.index(name)] = severity
-    return phantom._scene(p, severities, np.full(n, angle), np.full(n, mirrored), ATLAS)
+    return phantom.scene(p, severities, np.full(n, angle), np.full(n, mirrored))
 
 
 def test_same_seed_same_bytes_and_fewer_images_are_a_prefix():
@@ -70,21 +63,12 @@ def test_same_seed_same_bytes_and_fewer_images_are_a_prefix():
     assert (make_phantoms(1, 8)[0] != make_phantoms(1, 7)[0]).mean() > 0.5
 
 
-def test_shapes_types_and_names(cohort):
-    images, metadata = cohort
+def test_shapes_types_and_names(drawn):
+    images, metadata = drawn
     assert images.shape == (1500, 64, 64)
     assert images.dtype == np.uint8
-    assert list(metadata.columns) == [
-        "image_id",
-        "patient_id",
-        "findings",
-        "view_position",
-        "age",
-        "sex",
-        "side",
-        "angle",
-        "mirrored",
-    ]
+    columns = "image_id patient_id findings view_position age sex side exposure angle mirrored"
+    assert list(metadata.columns) == columns.split()
     assert metadata["image_id"].is_unique
     expected = [f"{p:08d}" for p in metadata["patient_id"]]
     assert metadata["image_id"].str[:8].tolist() == expected
@@ -99,18 +83,13 @@ def test_shapes_types_and_names(cohort):
         assert found == ["No Finding"] or (found == sorted(found) and set(found) <= set(FINDINGS))
     one_sided = np.any([has(metadata, name) for name in LATERAL], axis=0)
     np.testing.assert_array_equal(metadata["side"] != "", one_sided)
-    for column in (
-        "sex",
-        "age",
-    ):  # sex never changes, age never falls and by a year at most from image to image
-        change = metadata.groupby("patient_id")[column].agg(
-            "nunique" if column == "sex" else lambda a: a.diff().fillna(0).between(0, 1).all()
-        )
-        assert (change == 1).all()
+    patients = metadata.groupby("patient_id")
+    assert (patients["sex"].nunique() == 1).all()
+    assert patients["age"].diff().dropna().between(0, 1).all()
 
 
-def test_every_image_uses_the_gray_scale(cohort):
-    images = cohort[0].reshape(1500, -1)
+def test_every_image_uses_the_gray_scale(drawn):
+    images = drawn[0].reshape(1500, -1)
     assert images.std(1).min() > 15
     low, high = np.percentile(images, (1, 99), axis=1)
     assert low.mean() < 20
@@ -119,8 +98,8 @@ def test_every_image_uses_the_gray_scale(cohort):
 
 
 def test_frequencies_are_those_of_nih(census):
-    assert list(NIH) == list(FINDINGS)
-    for name, count in NIH.items():
+    counts = {name: nih.COUNTS[name] for name in FINDINGS}
+    for name, count in counts.items():
         assert has(census, name).sum() == pytest.approx(count, rel=0.15), name
     assert (census["findings"] == "No Finding").mean() == pytest.approx(60_361 / 112_120, abs=0.03)
     assert (census["view_position"] == "AP").mean() == pytest.approx(0.40, abs=0.02)
@@ -132,7 +111,7 @@ def test_frequencies_are_those_of_nih(census):
         census["age"].quantile([0.05, 0.25, 0.5, 0.75, 0.95]), [18, 36, 49, 59, 72], atol=4
     )
     few = census.iloc[:5000]
-    for name, count in NIH.items():
+    for name, count in counts.items():
         assert has(few, name).mean() == pytest.approx(count / 112_120, rel=0.5, abs=0.003), name
 
 
@@ -143,11 +122,6 @@ def test_frequencies_are_those_of_nih(census):
 def test_findings_that_go_together(census, a, b, lift):
     both = (has(census, a) & has(census, b)).mean()
     assert both > lift * has(census, a).mean() * has(census, b).mean()
-
-
-def test_edema_is_a_finding_of_portable_views(census):
-    ap = (census["view_position"] == "AP").to_numpy()
-    assert has(census, "Edema")[ap].mean() > 5 * has(census, "Edema")[~ap].mean()
 
 
 # Where each sign lies on the image's left half (the patient's right), in pixels, and whether it is
@@ -198,57 +172,6 @@ def test_cardiomegaly_widens_the_heart_on_both_sides():
     assert np.abs(change[:14]).max() < 1
 
 
-def test_hernia_is_gas_over_fluid_behind_the_heart():
-    p = anatomies()
-    p["dome"][:] = 0.38
-    change = (draw(p, "Hernia") - draw(p)).mean(0)
-    gas, fluid = change[36:39, 32:36], change[41:44, 32:36]
-    assert gas.mean() < -2
-    assert fluid.mean() > 1
-
-
-def test_pneumothorax_has_a_pleural_line_and_loses_its_vessels():
-    """From the wall inwards: dark air, a bright line, and lung less bright than the line."""
-    p = anatomies(side="R")
-    change = (draw(p, "Pneumothorax") - draw(p))[:, 20:36, 10:30].reshape(-1, 20)
-    air, line = change[:, :8].argmin(1), change[:, :14].argmax(1)
-    rows = np.arange(len(change))
-    assert change[rows, air].mean() < -8
-    assert (air < line).mean() > 0.9
-    inside = change[rows[:, None], line[:, None] + [3, 4, 5]].mean(1)
-    assert (change[rows, line] - inside).mean() > 4
-
-
-def test_severity_grows_the_sign():
-    p = anatomies(12, side="R")
-    without = draw(p)
-    for name in FINDINGS:
-        mild, severe = (np.abs(draw(p, name, severity=a) - without).mean() for a in (0.55, 1.45))
-        assert severe > 1.2 * mild > 0, name
-
-
-def test_images_of_a_patient_share_their_anatomy(cohort):
-    images, metadata = cohort
-    plain = metadata[(metadata["findings"] == "No Finding") & (metadata["view_position"] == "PA")]
-    x = images[plain.index].reshape(len(plain), -1).astype(np.float32)
-    patient, sex = plain["patient_id"].to_numpy(), plain["sex"].to_numpy()
-    distance = np.sqrt(np.maximum((x**2).sum(1)[:, None] + (x**2).sum(1) - 2 * x @ x.T, 0))
-    same = (patient[:, None] == patient) & ~np.eye(len(plain), dtype=bool)
-    other = (patient[:, None] != patient) & (sex[:, None] == sex)
-    assert distance[same].mean() < 0.93 * distance[other].mean()
-
-
-def test_portable_views_have_high_diaphragms_large_hearts_and_hazy_lungs(cohort):
-    images, metadata = cohort
-    ap = (metadata["view_position"] == "AP").to_numpy()
-    change = images[ap].mean(0) - images[~ap].mean(0)
-    assert change[14:30, 16:24].mean() > 5
-    assert change[38:42, 14:22].mean() > 5
-    p = phantom._cohort(2000, 3)[1]
-    assert p["heart"][p["ap"]].mean() > 1.05 * p["heart"][~p["ap"]].mean()
-    assert p["dome"][p["ap"]].mean() < p["dome"][~p["ap"]].mean() - 0.05
-
-
 def test_quarter_turns_and_mirror_are_exact():
     p = anatomies(4)
     upright = draw(p)
@@ -295,9 +218,9 @@ def test_full_turns_are_uniform_and_do_not_blur():
     assert detail(images) == pytest.approx(detail(upright), rel=0.1)
 
 
-def test_findings_are_neither_trivial_nor_hidden(cohort):
+def test_findings_are_neither_trivial_nor_hidden(drawn):
     """Logistic regression on 50 principal components of the pixels, patients kept apart."""
-    images, metadata = cohort
+    images, metadata = drawn
     z = PCA(50, svd_solver="randomized", random_state=0).fit_transform(
         images.reshape(len(images), -1) / 255.0
     )
@@ -317,25 +240,22 @@ def test_findings_are_neither_trivial_nor_hidden(cohort):
     assert 0.6 < np.mean(scores) < 0.9
 
 
-def test_ten_thousand_in_seconds():
-    make_phantoms(32, 0)
-    start = time.process_time()
-    make_phantoms(640, 0)
-    assert (
-        time.process_time() - start
-    ) / 640 * 10_000 < 30  # measured 12 s; the bound allows for slow machines
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"n": 2.5}, {"seed": -1}, {"orientation": "left"}])
+def test_bad_arguments_are_named(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        make_phantoms(**{"n": 1, "seed": 0} | wrong)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 0), "n is 0"),
-        ((2.5, 0), "n is 2.5"),
-        ((-3, 0), "n is -3"),
-        ((1, -1), "seed is -1"),
-        ((1, 0, "sideways"), "'sideways'.*upright, any"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make_phantoms(*arguments)
+def test_the_drawn_exposure_is_seen(drawn):
+    images, metadata = drawn
+    plain = (metadata["findings"] == "No Finding") & (metadata["view_position"] == "PA")
+    brightness = images[plain].mean((1, 2))
+    assert np.corrcoef(brightness, metadata["exposure"][plain])[0, 1] > 0.4
+
+
+def test_images_are_those_of_earlier_versions():
+    """A changed drawing changes every committed number; rounding of another processor does not."""
+    images, _ = make_phantoms(32, 3, "any")
+    means = [130.16, 161.36, 131.42, 147.1, 166.45, 124.32]
+    np.testing.assert_allclose(images.mean((1, 2))[:6], means, atol=0.05)

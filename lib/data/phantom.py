@@ -1,18 +1,19 @@
-"""Synthetic frontal chest radiographs at 64x64 with known findings: the embedded default dataset.
+"""Synthetic frontal chest radiographs at 64x64 with known findings: the default data set.
 
 A phantom is a sum of attenuations (soft tissue, minus lung air, plus bone, heart, vessels, devices)
-evaluated analytically at every pixel and passed through a saturating film curve. Nothing is
-resampled, so a turned phantom is the same scene seen by a turned detector and carries no
-interpolation blur that would betray its angle.
+at every pixel, passed through a saturating film curve. Nothing is resampled: a turned phantom is
+the same scene seen by a turned detector, and no blur betrays its angle.
 
 Shapes and gray levels were fitted to NIH ChestX-ray14 at this size: mean PA and AP image,
 percentiles, radial power spectrum.
 
 Scene coordinates: x to the image's right (the patient's left), y downwards, the frame is [-1, 1] in
-both; 1 is about 19 cm."""
+both; 1 is about 19 cm.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -22,10 +23,17 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter
 from scipy.stats import norm
 
+from lib.data.nih import COUNTS, FINDINGS, IMAGES, NO_FINDING
+
+ATTRIBUTION = (
+    "Synthetic radiographs drawn by lib.data.phantom of this project; they show no patient. Not "
+    "for clinical use."
+)
 ORIENTATIONS = ("upright", "any")
 SIZE = 64
-_CHUNK = 32  # images drawn together: half a MB an array, stays in cache; always drawn whole, so image i never depends on n
-_PATIENTS = 256  # patients drawn together, for the same reason
+# Images and patients are drawn in whole blocks, so that image i never depends on n. A block of 32
+# images takes half a MB per array and stays in the cache.
+_CHUNK, _PATIENTS = 32, 256
 _TREES, _ATLAS = 8, 256
 _INNER = 0.10  # where the lungs begin beside the midline
 
@@ -89,9 +97,7 @@ _TABLE = np.array(list(_PARAMETERS.values()), dtype=np.float64)
 
 
 def _step(distance: np.ndarray, width: float | np.ndarray) -> np.ndarray:
-    """Smooth step from 0 to 1 as `distance` runs from -width/2 to width/2: an antialiased edge,
-    pixels being 1/32 wide.
-    """
+    """Smooth step from 0 to 1 as `distance` runs from -width/2 to width/2; a pixel is 1/32."""
     t = distance * (1 / width)
     t += np.float32(0.5)
     np.clip(t, 0, 1, out=t)
@@ -107,7 +113,7 @@ def _bump(u: np.ndarray) -> np.ndarray:
     return np.exp(-np.square(u))
 
 
-# ------------------------------------------------------------------ findings: `draw(s)` gives the a
+# ------------------------------------------------- findings: what each adds to the scene's density
 
 
 def _effusion(s: SimpleNamespace) -> np.ndarray:
@@ -117,27 +123,18 @@ def _effusion(s: SimpleNamespace) -> np.ndarray:
 
 
 def _pneumothorax(s: SimpleNamespace) -> np.ndarray:
-    """Peripheral pleural air without vessels, bounded by a thin visceral pleural line; the lung
-    inside is denser.
-    """
+    """Air outside a thin pleural line, without vessels; the lung inside is denser."""
     rim = np.minimum(s.lateral, 0.8 * (s.y - s.apex)) - s.a * 0.16 * (1.2 - 0.7 * s.t)
     outside = _step(-rim, 0.03)
-    return (
-        s.on
-        * s.lung
-        * (outside * (-0.22 - s.vessels) + 0.16 * _bump(rim / 0.018) + 0.10 * s.a * (1 - outside))
-    )
+    line = 0.16 * _bump(rim / 0.018)
+    return s.on * s.lung * (outside * (-0.22 - s.vessels) + line + 0.10 * s.a * (1 - outside))
 
 
 def _disc(s: SimpleNamespace, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Round opacity at lung fractions (x, y), projected thickness of a ball."""
-    y = (
-        y + np.where(s.x > 0, 0.12, -0.04) * s.left * s.right
-    )  # not a mirror image when on both sides
-    r2 = (
-        (s.X - _INNER - x * (s.width - _INNER)) ** 2 + (s.y - s.apex - y * (s.floor - s.apex)) ** 2
-    ) / radius**2
-    return s.on * s.lung * np.clip(1.3 - r2, 0, 1)
+    y = y + np.where(s.x > 0, 0.12, -0.04) * s.left * s.right  # on both sides, no mirror image
+    dx, dy = s.X - _INNER - x * (s.width - _INNER), s.y - s.apex - y * (s.floor - s.apex)
+    return s.on * s.lung * np.clip(1.3 - (dx**2 + dy**2) / radius**2, 0, 1)
 
 
 def _nodule(s: SimpleNamespace) -> np.ndarray:
@@ -177,25 +174,16 @@ def _infiltration(s: SimpleNamespace) -> np.ndarray:
 def _atelectasis(s: SimpleNamespace) -> np.ndarray:
     """Plate-like density over a raised diaphragm (the raise is in the geometry), crowded base."""
     plate = s.y - s.floor + 0.17 + 0.25 * (s.X - 0.35) * (s.pick - 0.3)
-    return (
-        s.on
-        * s.lung
-        * s.a
-        * (
-            0.42 * _bump(plate / 0.032) * _step(s.X - 0.18, 0.1)
-            + 0.30 * _bump((s.y - s.floor) / 0.16)
-        )
-    )
+    base = 0.30 * _bump((s.y - s.floor) / 0.16)
+    plate = 0.42 * _bump(plate / 0.032) * _step(s.X - 0.18, 0.1)
+    return s.on * s.lung * s.a * (plate + base)
 
 
 def _edema(s: SimpleNamespace) -> np.ndarray:
-    """Bat-wing haze around both hila, fuller upper vessels, short horizontal Kerley lines at the
-    lateral bases.
-    """
+    """Bat-wing haze around both hila, fuller vessels, Kerley lines at the lateral bases."""
     wing = _bump((s.X - 0.26) / 0.19) * _bump((s.y + 0.02) / 0.30)
-    kerley = (
-        np.sin(s.y * 75) * _bump((s.lateral - 0.06) / 0.06) * _bump((s.y - s.floor + 0.15) / 0.15)
-    )
+    lateral, basal = _bump((s.lateral - 0.06) / 0.06), _bump((s.y - s.floor + 0.15) / 0.15)
+    kerley = np.sin(s.y * 75) * lateral * basal
     return s.a * s.lung * (0.36 * wing * (1 + 0.4 * s.cloud) + 0.10 * kerley + 0.6 * s.vessels)
 
 
@@ -206,14 +194,8 @@ def _emphysema(s: SimpleNamespace) -> np.ndarray:
 
 def _fibrosis(s: SimpleNamespace) -> np.ndarray:
     """Reticular lines, basal and peripheral, both lungs."""
-    return (
-        0.34
-        * s.a
-        * s.lung
-        * (0.6 + 0.8 * s.net)
-        * _step(s.t - 0.60, 0.6)
-        * (0.5 + _bump(s.lateral / 0.18))
-    )
+    basal, peripheral = _step(s.t - 0.60, 0.6), 0.5 + _bump(s.lateral / 0.18)
+    return 0.34 * s.a * s.lung * (0.6 + 0.8 * s.net) * basal * peripheral
 
 
 def _pleural_thickening(s: SimpleNamespace) -> np.ndarray:
@@ -225,54 +207,51 @@ def _pleural_thickening(s: SimpleNamespace) -> np.ndarray:
 def _hernia(s: SimpleNamespace) -> np.ndarray:
     """Round retrocardiac shadow: gas above a straight fluid level."""
     r = np.sqrt((s.x - 0.07) ** 2 + (s.y - s.floor + 0.16) ** 2) / (0.10 + 0.05 * s.a)
-    return _step(1 - r, 0.3) * np.where(s.y > s.floor - 0.15, 0.35, -0.45) + 0.25 * _bump(
-        (r - 1) / 0.15
-    )
+    content = np.where(s.y > s.floor - 0.15, 0.35, -0.45)
+    return _step(1 - r, 0.3) * content + 0.25 * _bump((r - 1) / 0.15)
 
 
 @dataclass(frozen=True)
 class _Finding:
-    """Frequency in NIH ChestX-ray14 (images of 112,120), AP : PA ratio of frequencies, whether it
-    takes a side, and its sign.
-    """
+    """AP : PA ratio of its frequencies, whether it takes a side, its sign, its change of shapes."""
 
-    count: int
     ap_ratio: float
     lateral: bool = False
     draw: Callable[[SimpleNamespace], np.ndarray] | None = None
     geometry: dict[str, float] = field(default_factory=dict)
 
 
-# Counts: Wang et al. 2017 (Data_Entry_2017); ratios: its first 39,999 rows.
+_EMPHYSEMA = {"dome": 0.09, "curve": -0.7, "heart": -0.04, "width": 0.02}
+# In the order of nih.FINDINGS. Ratios: the first 39,999 rows of Data_Entry_2017.
 _FINDINGS = {
-    "Atelectasis": _Finding(11559, 1.7, True, _atelectasis, {"lift": -0.11}),
-    "Cardiomegaly": _Finding(2776, 1.1, False, None, {"heart": 0.13}),
-    "Consolidation": _Finding(4667, 3.1, True, _consolidation),
-    "Edema": _Finding(2303, 8.5, False, _edema, {"heart": 0.015}),
-    "Effusion": _Finding(13317, 1.45, True, _effusion),
-    "Emphysema": _Finding(
-        2516, 1.1, False, _emphysema, {"dome": 0.09, "curve": -0.7, "heart": -0.04, "width": 0.02}
-    ),
-    "Fibrosis": _Finding(1686, 0.3, False, _fibrosis, {"dome": -0.09}),
-    "Hernia": _Finding(227, 0.25, False, _hernia),
-    "Infiltration": _Finding(19894, 2.0, True, _infiltration),
-    "Mass": _Finding(5782, 1.0, True, _mass),
-    "Nodule": _Finding(6331, 0.85, True, _nodule),
-    "Pleural_Thickening": _Finding(3385, 0.5, True, _pleural_thickening),
-    "Pneumonia": _Finding(1431, 1.4, True, _pneumonia),
-    "Pneumothorax": _Finding(5302, 0.9, True, _pneumothorax),
+    "Atelectasis": _Finding(1.7, True, _atelectasis, {"lift": -0.11}),
+    "Cardiomegaly": _Finding(1.1, False, None, {"heart": 0.13}),
+    "Consolidation": _Finding(3.1, True, _consolidation),
+    "Edema": _Finding(8.5, False, _edema, {"heart": 0.015}),
+    "Effusion": _Finding(1.45, True, _effusion),
+    "Emphysema": _Finding(1.1, False, _emphysema, _EMPHYSEMA),
+    "Fibrosis": _Finding(0.3, False, _fibrosis, {"dome": -0.09}),
+    "Hernia": _Finding(0.25, False, _hernia),
+    "Infiltration": _Finding(2.0, True, _infiltration),
+    "Mass": _Finding(1.0, True, _mass),
+    "Nodule": _Finding(0.85, True, _nodule),
+    "Pleural_Thickening": _Finding(0.5, True, _pleural_thickening),
+    "Pneumonia": _Finding(1.4, True, _pneumonia),
+    "Pneumothorax": _Finding(0.9, True, _pneumothorax),
 }
-FINDINGS = tuple(_FINDINGS)
 _AP_SHARE = 0.398
-# Gaussian copula of the findings: a common part (the sick have more of everything) and the pairs
-# NIH shows together.
+# Gaussian copula of the findings: a common part (the sick have more of everything), and the pairs
+# that NIH shows together.
 _COMMON = 0.14
 _PAIRS = {
-    ("Edema", "Pneumonia"): 0.45, ("Emphysema", "Pneumothorax"): 0.45, ("Cardiomegaly", "Effusion"): 0.36,
-    ("Atelectasis", "Effusion"): 0.36, ("Consolidation", "Effusion"): 0.32, ("Atelectasis", "Consolidation"): 0.32,
-    ("Mass", "Nodule"): 0.32, ("Fibrosis", "Pleural_Thickening"): 0.33, ("Consolidation", "Mass"): 0.28,
-    ("Edema", "Infiltration"): 0.30, ("Infiltration", "Pneumonia"): 0.30, ("Cardiomegaly", "Edema"): 0.30,
-    ("Effusion", "Infiltration"): 0.26, ("Effusion", "Pleural_Thickening"): 0.25, ("Edema", "Effusion"): 0.25,
+    ("Edema", "Pneumonia"): 0.45, ("Emphysema", "Pneumothorax"): 0.45,
+    ("Cardiomegaly", "Effusion"): 0.36, ("Atelectasis", "Effusion"): 0.36,
+    ("Consolidation", "Effusion"): 0.32, ("Atelectasis", "Consolidation"): 0.32,
+    ("Mass", "Nodule"): 0.32, ("Fibrosis", "Pleural_Thickening"): 0.33,
+    ("Consolidation", "Mass"): 0.28, ("Edema", "Infiltration"): 0.30,
+    ("Infiltration", "Pneumonia"): 0.30, ("Cardiomegaly", "Edema"): 0.30,
+    ("Effusion", "Infiltration"): 0.26, ("Effusion", "Pleural_Thickening"): 0.25,
+    ("Edema", "Effusion"): 0.25,
 }  # fmt: skip
 _PERSIST = 0.35  # share of a finding's liability that belongs to the patient
 
@@ -291,16 +270,14 @@ def _copula() -> np.ndarray:
 
 
 def _patients(n: int, seed: int) -> dict[str, np.ndarray]:
-    """Patients holding at least `n` images: arrays with one row a patient."""
+    """Patients with at least `n` images in all: arrays with one row per patient."""
     blocks, total = [], 0
     while total < n:
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, len(blocks))))
         # P(c >= k) = k^-1.2 up to 100 images: 57 % have one, 3.6 on average, as in NIH.
         count = np.minimum(rng.random(_PATIENTS) ** (-1 / 1.2), 100).astype(int)
-        quantile, ages = (
-            (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1),
-            (1, 10, 18, 36, 49, 59, 72, 81, 95),
-        )
+        quantile = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
+        ages = (1, 10, 18, 36, 49, 59, 72, 81, 95)  # NIH's
         blocks.append(
             {
                 "count": count,
@@ -318,9 +295,17 @@ def _patients(n: int, seed: int) -> dict[str, np.ndarray]:
     return {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
 
 
-def _cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.ndarray]:
-    """Metadata, scene parameters (each (n,)) and severities (n, 14) of the first images of a seed,
-    in whole chunks of at least `n`.
+def cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.ndarray]:
+    """What the first images of a seed show, before they are drawn.
+
+    Returns
+    -------
+    metadata : DataFrame
+        As of `make_phantoms` with orientation ``"any"``; n is rounded up to whole blocks.
+    parameters : dict
+        Parameters of the scene, each (n,), or (n, k) of places and devices.
+    severity : ndarray, shape (n, 14)
+        Of each of `lib.data.nih.FINDINGS`: 0, or 0.55 to 1.45.
     """
     n = -(-n // _CHUNK) * _CHUNK
     patients = _patients(n, seed)
@@ -347,14 +332,10 @@ def _cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.
     ap = 0.8 * mine["portable"] + 0.6 * images["portable"] < norm.ppf(_AP_SHARE)
     age = np.minimum(mine["age"] + number // 8, 95).astype(int)
     mean, between, within, d_ap, d_female, d_age = _TABLE.T
-    value = (
-        mean
-        + between * np.clip(mine["anatomy"], -2.2, 2.2)
-        + within * np.clip(images["anatomy"], -2.5, 2.5)
-    )
-    value += (
-        np.outer(ap, d_ap) + np.outer(mine["female"], d_female) + np.outer((age - 49) / 10, d_age)
-    )
+    value = mean + between * np.clip(mine["anatomy"], -2.2, 2.2)
+    value = value + within * np.clip(images["anatomy"], -2.5, 2.5)
+    of_age = np.outer((age - 49) / 10, d_age)
+    value += np.outer(ap, d_ap) + np.outer(mine["female"], d_female) + of_age
     parameters = dict(zip(_NAMES, value.T, strict=True))
     parameters |= {
         "tree": mine["tree"],
@@ -364,11 +345,11 @@ def _cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.
         "ap": ap,
     }
 
-    z = (
-        np.sqrt(_PERSIST) * mine["liability"] + np.sqrt(1 - _PERSIST) * images["liability"]
-    ) @ _copula().T
-    count, ratio = np.array([(f.count, f.ap_ratio) for f in _FINDINGS.values()]).T
-    frequency = count / 112_120 / (1 - _AP_SHARE + _AP_SHARE * ratio)
+    own, new = mine["liability"], images["liability"]
+    z = (np.sqrt(_PERSIST) * own + np.sqrt(1 - _PERSIST) * new) @ _copula().T
+    count = np.array([float(COUNTS[name]) for name in FINDINGS])
+    ratio = np.array([finding.ap_ratio for finding in _FINDINGS.values()])
+    frequency = count / IMAGES / (1 - _AP_SHARE + _AP_SHARE * ratio)
     present = z > norm.isf(frequency * np.where(ap[:, None], ratio, 1.0))
     severity = present * (0.55 + 0.9 * images["severity"])
 
@@ -380,11 +361,12 @@ def _cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.
         {
             "image_id": [f"{p:08d}_{k:03d}.png" for p, k in zip(who + 1, number, strict=True)],
             "patient_id": who + 1,
-            "findings": ["|".join(names[row]) or "No Finding" for row in present],
+            "findings": ["|".join(names[row]) or NO_FINDING for row in present],
             "view_position": np.where(ap, "AP", "PA"),
             "age": age,
             "sex": np.where(mine["female"], "F", "M"),
             "side": side,
+            "exposure": parameters["gain"],
             "angle": images["turn"] * 360.0,
             "mirrored": images["mirror"],
         }
@@ -395,10 +377,9 @@ def _cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.
 # ------------------------------------------------------------------ what: the scene
 
 
+@functools.cache
 def _atlas() -> dict[str, np.ndarray]:
-    """Textures looked up by the scene: branching vessel trees, soft clouds and a reticular net, all
-    (k, 256, 256) float32.
-    """
+    """Textures of the scene: vessel trees, soft clouds and a net, each (k, 256, 256) float32."""
     rng = np.random.default_rng(14)
     trees = np.zeros((_TREES, _ATLAS, _ATLAS))
     for tree in trees:  # hilum at (x, y) = (0, 128); all tips of a generation walk together
@@ -412,19 +393,15 @@ def _atlas() -> dict[str, np.ndarray]:
                 x, y = np.clip(at.astype(int), 0, _ATLAS - 1).T
                 np.add.at(tree, (y, x), weight)
             fork = rng.uniform(0.25, 0.55, len(angle))
-            angle, at, weight = (
-                np.r_[angle - fork, angle + fork],
-                np.r_[at, at],
-                np.r_[weight, weight] * 0.66,
-            )
+            angle = np.r_[angle - fork, angle + fork]
+            at, weight = np.r_[at, at], np.r_[weight, weight] * 0.66
         tree[:] = gaussian_filter(tree, 2.6) + 0.5 * gaussian_filter(tree, 5.0)
     trees /= np.percentile(trees, 97)
     noise = rng.standard_normal((2, _ATLAS, _ATLAS))
     cloud = gaussian_filter(noise[:1], (0, 9, 9), mode="wrap")
     net = gaussian_filter(noise[1:], (0, 3.2, 3.2), mode="wrap")
-    net = (
-        np.exp(-np.square(net / net.std() / 0.45)) - 0.4
-    )  # zero crossings of a smooth noise make a net
+    # The zero crossings of a smooth noise are a net.
+    net = np.exp(-np.square(net / net.std() / 0.45)) - 0.4
     return {
         "tree": np.minimum(trees, 1.6).astype(np.float32),
         "cloud": (cloud / cloud.std()).astype(np.float32),
@@ -441,29 +418,27 @@ def _look(
     return texture[which, y, x]
 
 
-def _scene(
+def scene(
     p: dict[str, np.ndarray],
     severity: np.ndarray,
     angle: np.ndarray,
     mirrored: np.ndarray,
-    atlas: dict,
 ) -> np.ndarray:
-    """Gray level (b, 64, 64), float32 before noise, of `b` images with parameters `p`, severities
-    (b, 14) and turns in degrees.
+    """Draw `b` images without noise: gray levels (b, 64, 64), float32.
+
+    `p` and `severity`, (b, 14), are as of `cohort`; `angle`, (b,), is in degrees; `mirrored` (b,).
     """
-    p = dict(p)
+    atlas, p = _atlas(), dict(p)
     p["lift"] = np.zeros(len(severity))
     for k, finding in enumerate(_FINDINGS.values()):
         for name, change in finding.geometry.items():
             p[name] = p[name] + change * severity[:, k]
-    s = SimpleNamespace(
-        **{k: np.asarray(v, np.float32)[:, None, None] for k, v in p.items() if np.ndim(v) == 1}
-    )
+    s = {k: np.asarray(v, np.float32)[:, None, None] for k, v in p.items() if np.ndim(v) == 1}
+    s = SimpleNamespace(**s)
     place, device = (np.asarray(p[k], np.float32).T[:, :, None, None] for k in ("place", "device"))
     tree = p["tree"][:, None, None]
 
-    # Detector -> scene: undo the turn (counter-clockwise on the screen), the mirror, then the
-    # positioning.
+    # Detector -> scene: undo the turn (counter-clockwise on the screen), the mirror, the position.
     grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / (SIZE / 2) - 1
     turn = np.deg2rad(angle).astype(np.float32)[:, None, None]
     fx = np.cos(turn) * grid - np.sin(turn) * grid[:, None]
@@ -480,60 +455,44 @@ def _scene(
     # Soft tissue: torso widening into the shoulder girdle and thickening downwards, neck, arms,
     # head above the frame.
     torso = s.body * (1 - 0.05 * _step(y - 0.3, 1.2)) + 0.30 * _step(-0.22 - y, 0.7)
-    top = (
-        s.shoulder + s.slope * np.square(X) - s.flare * np.clip(1.7 - 0.7 * X / s.neck, 0, 1.2) ** 3
-    )
+    flare = s.flare * np.clip(1.7 - 0.7 * X / s.neck, 0, 1.2) ** 3
+    top = s.shoulder + s.slope * np.square(X) - flare
     skin = _step(y - top, 0.14)
     inside = np.sqrt(np.clip(1 - np.square(x / torso), 0, 1)) * skin
     along = np.clip((y + 0.45) / 1.6, 0, 1)
     arm = np.sqrt(np.clip(1 - np.square((X - s.arm - 0.20 * along) / 0.20), 0, 1)) * skin
-    neck = np.sqrt(
-        np.clip(1 - np.square(x / (s.neck + 0.5 * np.clip(-1.12 - y, 0, 0.5))), 0, 1)
-    ) * (1 - skin)
-    density = s.fat * (
-        (1.12 + 0.58 * _step(y, 1.8)) * inside + 0.75 * arm * (1 - 0.7 * inside) + 0.75 * neck
-    )
+    width = s.neck + 0.5 * np.clip(-1.12 - y, 0, 0.5)
+    neck = np.sqrt(np.clip(1 - np.square(x / width), 0, 1)) * (1 - skin)
+    body = (1.12 + 0.58 * _step(y, 1.8)) * inside
+    density = s.fat * (body + 0.75 * arm * (1 - 0.7 * inside) + 0.75 * neck)
 
     # Lungs: rounded apex, lateral wall, domes with the right one higher, costophrenic angles.
     s.floor = s.dome + s.dome_left * isleft + s.lift * s.on
-    s.dome_edge = s.floor + s.curve * np.square(X - 0.30) * np.where(
-        X > 0.30, np.float32(1.4), np.float32(0.7)
-    )
+    steep = np.where(X > 0.30, np.float32(1.4), np.float32(0.7))
+    s.dome_edge = s.floor + s.curve * np.square(X - 0.30) * steep
     s.t = np.clip((y - s.apex) / (0.62 - s.apex), 0, 1.2)
     round_ = np.sqrt(1 - (1 - np.minimum(s.t, 1)) ** 3)
     s.lateral = 0.25 + (s.width - 0.25) * round_ - X
     medial = X - 0.25 + 0.19 * np.minimum(3.5 * s.t, 1)
-    s.lung = (
-        _step(s.lateral, 1.3 * s.edge)
-        * _step(medial, s.edge)
-        * _step(s.dome_edge - y, s.edge)
-        * (y > s.apex)
-    )
-    s.aired = (
-        s.lung
-        * s.air
-        * (0.52 + 0.40 * _step(s.lateral - 0.12, 0.28))
-        * (1.06 - 0.22 * _step(y - 0.05, 1.0))
-    )
+    s.lung = _step(s.lateral, 1.3 * s.edge) * _step(medial, s.edge)
+    s.lung = s.lung * _step(s.dome_edge - y, s.edge) * (y > s.apex)
+    s.aired = s.lung * s.air * (0.52 + 0.40 * _step(s.lateral - 0.12, 0.28))
+    s.aired = s.aired * (1.06 - 0.22 * _step(y - 0.05, 1.0))
     abdomen = _step(y - s.dome_edge, s.edge) * _step(s.lateral + 0.10, 0.3)
-    density += (
-        0.16 * _bump((s.lateral + 0.02) / 0.035) * _step(y - s.apex - 0.1, 0.3) * inside
-    )  # ribs seen end-on
+    rim = 0.16 * _bump((s.lateral + 0.02) / 0.035)  # ribs seen end-on
+    density += rim * _step(y - s.apex - 0.1, 0.3) * inside
 
-    s.cloud = _look(
-        atlas["cloud"], 0, x * 110 + 256 * (1 + place[2]), y * 110 + 256 * (1 + place[3])
-    )
-    s.net = _look(atlas["net"], 0, x * 110 + 256 * (1 + place[3]), y * 110 + 256 * (1 + place[2]))
+    u, v = 256 * (1 + place[2]), 256 * (1 + place[3])
+    s.cloud = _look(atlas["cloud"], 0, x * 110 + u, y * 110 + v)
+    s.net = _look(atlas["net"], 0, x * 110 + v, y * 110 + u)
 
-    # Mediastinum between two borders: right atrium on one side; aortic knob, then the ventricle
-    # down to the apex on the other.
+    # Mediastinum between two borders: right atrium; aortic knob, then ventricle down to the apex.
     hx = x - s.twist
     swell = _step(y - s.floor + 0.26, 0.62)
     left = s.mediastinum - 0.02 + s.knob * _bump((y + 0.32) / 0.08) + 1.12 * s.heart * swell
     right = s.mediastinum - 0.03 + 0.36 * s.heart * _step(y - s.floor + 0.34, 0.4)
-    s.middle = _step(
-        np.where(x > 0, left, right) - np.abs(hx) + 0.012 * s.cloud, 1.6 * s.edge
-    ) * _step(y - s.apex + 0.15, 0.5)
+    border = np.where(x > 0, left, right) - np.abs(hx) + 0.012 * s.cloud
+    s.middle = _step(border, 1.6 * s.edge) * _step(y - s.apex + 0.15, 0.5)
     density += np.maximum(0.42 * abdomen, s.middle * (0.02 + 0.30 * _step(y - 0.25, 0.9))) * inside
     s.lung, s.aired = s.lung * (1 - 0.7 * s.middle), s.aired * (1 - 0.9 * s.middle)
     density -= s.aired
@@ -544,39 +503,26 @@ def _scene(
     stretch = 190 * (0.85 + 0.3 * place[0])
     flip = np.sign(place[1] - 0.5)
     across, along_lung = (X - 0.11) * stretch, 128 + flip * hilum * stretch
-    s.vessels = s.vessel * _look(
-        atlas["tree"], (tree + 3 * (x > 0)) % _TREES, across, along_lung, wrap=False
-    )
+    which = (tree + 3 * (x > 0)) % _TREES
+    s.vessels = s.vessel * _look(atlas["tree"], which, across, along_lung, wrap=False)
     haze = np.maximum(s.haze, 0) * (0.4 + _step(y, 0.9))
-    density += (
-        s.lung * (haze + s.vessels + 0.025 * s.cloud + 0.01 * s.net) + 0.03 * s.cloud * inside
-    )
+    marks = haze + s.vessels + 0.025 * s.cloud + 0.01 * s.net
+    density += s.lung * marks + 0.03 * s.cloud * inside
     density += s.vessel * _bump((X - 0.16) / 0.08) * _bump(hilum / 0.14) * (1 + 0.4 * s.cloud)
 
-    # Bones: ribs as two families of arcs, posterior falling laterally and anterior falling
-    # medially; clavicles, scapulae, spine.
-    cage = (
-        _step(s.lateral + 0.05, 0.10)
-        * _step(y - s.apex + 0.05, 0.12)
-        * (1 - 0.8 * abdomen)
-        * (1 - 0.7 * s.middle)
-    )
+    # Bones: ribs as two families of arcs, rear ones falling laterally and front ones medially;
+    # clavicles, scapulae, spine.
+    cage = _step(s.lateral + 0.05, 0.10) * _step(y - s.apex + 0.05, 0.12)
+    cage = cage * (1 - 0.8 * abdomen) * (1 - 0.7 * s.middle)
     rear = np.cos((y - 0.55 * np.square(X - 0.12)) * (2 * np.pi / s.spacing) + s.phase)
     front = np.cos((y + 0.75 * X - 0.2 * X * X) * (2 * np.pi / (1.15 * s.spacing)) + 2 * s.phase)
-    density += (
-        s.ribs
-        * cage
-        * (1.3 * _step(rear - 0.3, 1.0) + 0.7 * _step(front - 0.4, 1.0) * _step(X - 0.32, 0.2))
-    )
+    front = 0.7 * _step(front - 0.4, 1.0) * _step(X - 0.32, 0.2)
+    density += s.ribs * cage * (1.3 * _step(rear - 0.3, 1.0) + front)
     collar = y - s.clavicle + 0.24 * (X - 0.1) - 0.05 * np.sin(8 * (X - 0.1))
     density += 0.27 * _bump(collar / 0.034) * _step(X - 0.09, 0.05) * _step(0.74 - X, 0.1) * skin
     blade = (X - 0.72 + 0.20 * (y + 0.3)) / 0.04
-    density += (
-        (0.07 * _bump(blade) + 0.05 * _step(blade, 1.0))
-        * _step(-0.02 - y, 0.25)
-        * _step(y + 0.66, 0.1)
-        * skin
-    )
+    scapula = (0.07 * _bump(blade) + 0.05 * _step(blade, 1.0)) * _step(-0.02 - y, 0.25)
+    density += scapula * _step(y + 0.66, 0.1) * skin
     humerus = np.hypot(X - s.arm + 0.06, y - s.shoulder - s.slope - 0.10)
     shaft = _step(0.06 - np.abs(X - s.arm - 0.20 * along), 0.04) * _step(along - 0.1, 0.1)
     density += (0.15 * _step(0.13 - humerus, 0.08) + 0.15 * shaft) * skin
@@ -585,9 +531,8 @@ def _scene(
 
     # Breasts, stomach gas under the left dome.
     drop = np.square((X - 0.42) / 0.30) + np.square((y - 0.26) / 0.27)
-    density += (
-        np.maximum(s.breast, 0) * _step(1 - drop, 0.35) * np.clip(0.6 + y, 0, 1) * (1 - abdomen)
-    )
+    breast = np.maximum(s.breast, 0) * _step(1 - drop, 0.35)
+    density += breast * np.clip(0.6 + y, 0, 1) * (1 - abdomen)
     gas = np.hypot((x - 0.36) / 1.7, y - s.dome_edge - 1.1 * s.bubble) / np.maximum(s.bubble, 0.02)
     density -= (0.2 + 0.45 * place[3]) * _step(1 - gas + 0.3 * s.cloud, 0.4) * (place[2] > 0.45)
 
@@ -600,9 +545,8 @@ def _scene(
 
     density += _devices(s, fx, fy, device)
     density += s.ramp * (fx + fy)
-    density = (
-        density + np.sqrt(np.square(density) + 0.06 * inside)
-    ) / 2  # softly positive: scatter fills the darkest lung
+    # Softly positive: scatter fills the darkest lung.
+    density = (density + np.sqrt(np.square(density) + 0.06 * inside)) / 2
     gray = s.black + (s.white - s.black) * (1 - np.exp(-s.gain * density)) ** s.gamma
     return _frame(gray, fx, fy, device)
 
@@ -610,43 +554,30 @@ def _scene(
 def _devices(s: SimpleNamespace, fx: np.ndarray, fy: np.ndarray, u: np.ndarray) -> np.ndarray:
     """Leads, electrodes, tube and central line (mostly portable views)."""
     portable = np.where(s.ap > 0, 0.55, 0.06)
-    lead = 0.22 * _bump(
-        (s.x + 0.6 - 1.2 * u[1] - 0.9 * (u[2] - 0.5) * s.y - 0.14 * np.sin(3 * s.y + 6 * u[3]))
-        / 0.017
-    )
+    wave = 0.14 * np.sin(3 * s.y + 6 * u[3])
+    lead = 0.22 * _bump((s.x + 0.6 - 1.2 * u[1] - 0.9 * (u[2] - 0.5) * s.y - wave) / 0.017)
     r = np.hypot(s.x + 0.75 - 1.5 * u[3], s.y + 0.45 - 0.6 * u[2])
     ring = 0.45 * _bump((r - 0.05) / 0.02) - 0.1 * (r < 0.04)
-    line = (
-        0.32
-        * _bump((s.x + 0.10 + 0.25 * np.square(np.clip(-0.3 - s.y, 0, 1))) / 0.018)
-        * _step(0.15 - s.y, 0.05)
-    )
+    line = 0.32 * _bump((s.x + 0.10 + 0.25 * np.square(np.clip(-0.3 - s.y, 0, 1))) / 0.018)
+    line = line * _step(0.15 - s.y, 0.05)
     tube = 0.28 * _bump((s.x - s.twist - 0.012) / 0.02) * _step(-0.30 - s.y, 0.05)
-    return (
-        lead * (u[0] < 0.7 * portable)
-        + ring * (u[4] < 0.7 * portable)
-        + line * (u[5] < 0.6 * portable)
-        + tube * (u[6] < 0.3 * portable)
-    )
+    lead, ring = lead * (u[0] < 0.7 * portable), ring * (u[4] < 0.7 * portable)
+    return lead + ring + line * (u[5] < 0.6 * portable) + tube * (u[6] < 0.3 * portable)
 
 
 def _frame(gray: np.ndarray, fx: np.ndarray, fy: np.ndarray, u: np.ndarray) -> np.ndarray:
     """Side marker, collimation and film edge, fixed to the detector's frame."""
-    near = np.where(u[3] < 0.3, -1, 1).astype(
-        np.float32
-    )  # R on the image's left, or L on its right
+    near = np.where(u[3] < 0.3, -1, 1).astype(np.float32)  # R on the image's left, or L
     mx, my = (fx - near * (0.86 - 0.12 * u[4])) * 1.4, (fy + 0.91 - 0.16 * u[5]) * 1.4
     stem = _step(0.022 - np.abs(mx + 0.03), 0.04) * _step(0.06 - np.abs(my), 0.04)
     foot = _step(0.018 - np.abs(my - 0.05), 0.04) * _step(0.04 - np.abs(mx), 0.04)
     bowl = _step(0.02 - np.abs(np.hypot(mx + 0.005, my + 0.025) - 0.03), 0.04)
-    bowl = np.maximum(
-        bowl, _step(0.018 - np.abs(mx - my + 0.02), 0.04) * _step(0.03 - np.abs(my - 0.035), 0.03)
-    )
+    leg = _step(0.018 - np.abs(mx - my + 0.02), 0.04) * _step(0.03 - np.abs(my - 0.035), 0.03)
+    bowl = np.maximum(bowl, leg)
     mark = np.maximum(stem, np.where(near > 0, foot, bowl)) * (0.35 + 0.6 * u[6]) * (u[7] < 0.8)
     gray = gray + (245 - gray) * mark
     # Collimation: some films have a black margin at the sides or on top, a few a white strip at the
-    # bottom. Without one, the anatomy goes on beyond the frame, so the corners of a turned phantom
-    # are filled.
+    # bottom. Else the anatomy goes on beyond the frame and fills the corners of a turned phantom.
     sides = _step(np.abs(fx) - 1.04 + 0.10 * u[2], 0.04) * (u[2] > 0.6)
     top = _step(-fy - 1.05 + 0.10 * u[4], 0.04) * (u[4] > 0.6)
     strip = _step(fy - 1.0 + 0.10 * u[1], 0.04) * (u[0] > 0.88)
@@ -657,7 +588,7 @@ def _frame(gray: np.ndarray, fx: np.ndarray, fy: np.ndarray, u: np.ndarray) -> n
 def make_phantoms(
     n: int, seed: int, orientation: str = "upright"
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """Make `n` synthetic frontal chest radiographs with known findings.
+    """Draw `n` synthetic frontal chest radiographs with known findings.
 
     Parameters
     ----------
@@ -668,19 +599,19 @@ def make_phantoms(
         Non-negative.
     orientation : {"upright", "any"}
         ``"upright"``: as a radiographer would hang them, tilted by a few degrees at most.
-        ``"any"``: the same phantoms, each also mirrored with probability 1/2 and then turned by a
-        uniform angle.
+        ``"any"``: the same phantoms, each mirrored with probability 1/2, then turned by a uniform
+        angle.
 
     Returns
     -------
     images : ndarray of uint8, shape (n, 64, 64)
         White is dense. The patient's right is on the image's left, as hung.
     metadata : DataFrame, n rows
-        ``image_id``, ``patient_id`` (int), ``findings`` (NIH names in alphabetical order joined by
-        ``|``, or ``No Finding``), ``view_position`` (PA, AP), ``age`` (years), ``sex`` (M, F),
-        ``side`` of the patient on which the one-sided findings lie (R, L, both, or empty where
-        there is none), ``angle`` (degrees counter-clockwise on the screen; 0.0 when upright) and
-        ``mirrored`` (before turning).
+        ``image_id``, ``patient_id`` (int), ``findings`` (NIH's names joined by ``|``, or ``No
+        Finding``), ``view_position`` (PA, AP), ``age`` (years), ``sex`` (M, F), ``side`` of the
+        patient on which the one-sided findings lie (R, L, both, or empty if there is none),
+        ``exposure`` (gain of the film curve, about 0.6 to 1.6; more is brighter), ``angle``
+        (degrees counter-clockwise on the screen; 0.0 if upright) and ``mirrored`` (before turning).
 
     Raises
     ------
@@ -690,7 +621,8 @@ def make_phantoms(
     Notes
     -----
     Frequencies of findings, views, ages, sexes and images per patient follow NIH ChestX-ray14 (Wang
-    et al., CVPR 2017)."""
+    et al., CVPR 2017).
+    """
     if n < 1 or n != int(n):
         raise ValueError(f"n is {n}: ask for a whole number of images, at least 1")
     if seed < 0:
@@ -699,25 +631,17 @@ def make_phantoms(
         raise ValueError(
             f"unknown orientation {orientation!r}: choose from {', '.join(ORIENTATIONS)}"
         )
-    frame, parameters, severity = _cohort(n, seed)
+    frame, parameters, severity = cohort(n, seed)
     if orientation == "upright":
         frame[["angle", "mirrored"]] = 0.0, False
     images = np.empty((len(frame), SIZE, SIZE), np.uint8)
-    atlas = _atlas()
     for start in range(0, len(frame), _CHUNK):
         chunk = slice(start, start + _CHUNK)
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2, start)))
         p = {k: v[chunk] for k, v in parameters.items()}
-        gray = _scene(
-            p,
-            severity[chunk],
-            frame["angle"].to_numpy()[chunk],
-            frame["mirrored"].to_numpy()[chunk],
-            atlas,
-        )
-        gray += (
-            rng.standard_normal(gray.shape, dtype=np.float32)
-            * p["noise"].astype(np.float32)[:, None, None]
-        )
+        angle, mirrored = (frame[name].to_numpy()[chunk] for name in ("angle", "mirrored"))
+        gray = scene(p, severity[chunk], angle, mirrored)
+        noise = rng.standard_normal(gray.shape, dtype=np.float32)
+        gray += noise * p["noise"].astype(np.float32)[:, None, None]
         images[chunk] = np.clip(gray + 0.5, 0, 255)
     return images[:n], frame.iloc[:n].copy()
