@@ -110,7 +110,6 @@ def test_collapse_is_marked_and_no_interval_is_given_over_a_mixture(results):
     assert report.COLLAPSED in text
     for page in (report.verdict_table(results), report.verdict_matrix(results)):
         assert report.COLLAPSED in page
-    assert "1 of 4 collapsed" in " ".join(report.sentences(results))
     for run in results["arms"]["alexnet"]["seeds"].values():
         run["values"]["largest_cluster"] = 0.9
     assert "to" in report.cell(results, "alexnet", "kept_free")  # all collapsed: no mixture
@@ -131,9 +130,7 @@ def test_verdicts_are_the_numbers(results):
     for number in ("treatment", "reference", "mean"):
         assert f"{entry[number]:.3f}" in row
     assert "**supported †**" in row
-    sentence = next(s for s in report.sentences(results) if s.startswith("No augmentation"))
-    assert "the claim holds here" in sentence
-    assert "n = 4" in sentence
+    assert report.MEANING["supported"] in row
 
 
 def test_few_seeds_are_said_to_be_undecided():
@@ -158,7 +155,6 @@ def test_nothing_to_compare():
     found = as_results({"alexnet": {0: {"silhouette": 0.1}}}) | {"comparisons": []}
     for text in (report.verdict_table(found), report.verdict_matrix(found)):
         assert "compared" in text
-    assert report.sentences(found) == []
 
 
 def test_dataset_label():

@@ -177,14 +177,11 @@ def occupancy_table(results: Results, arms: Sequence[str] | None = None) -> str:
 # --- table 1 --------------------------------------------------------------------------------------
 
 
-def targets(results: Results) -> dict[str, tuple[str, str]]:
-    """What the linear probes of table 1 predict: target -> measure and name."""
-    n = len(results["dataset"]["labels"])
-    return {
-        "clusters": ("probe_clusters", "cluster assignments"),
-        "label_combinations": ("probe_combinations", "label combinations"),
-        "findings": ("auroc_macro", f"{n} label{'s' * (n != 1)}, mean AUROC"),
-    }
+TARGETS = {  # what a probe predicts: measure, name
+    "clusters": ("probe_clusters", "cluster assignments"),
+    "label_combinations": ("probe_combinations", "label combinations"),
+    "findings": ("auroc_macro", "labels, mean AUROC"),
+}
 
 
 def linear_probe_table(results: Results, published: Mapping[str, Any]) -> pd.DataFrame:
@@ -193,15 +190,14 @@ def linear_probe_table(results: Results, published: Mapping[str, Any]) -> pd.Dat
     Returns
     -------
     DataFrame
-        ``target, arm, n_seeds, accuracy`` (mean over seeds; for the findings the mean AUROC),
-        ``seeds_low, seeds_high`` (95 %, Student's t; NaN for one seed, and for a mixture of
-        collapsed and whole runs), ``patients_low, patients_high`` (95 % bootstrap over test
-        patients, mean over seeds), ``ci_low, ci_high`` (the wider of both), ``baseline``
-        (majority; 0.5 for AUROC), ``chance, n_classes, collapsed`` (number of seeds),
+        ``target, arm, n_seeds, accuracy`` (or mean AUROC); ``seeds_low, seeds_high`` (95 %,
+        Student's t; NaN over a mixture of collapsed and whole runs); ``patients_low,
+        patients_high`` (95 % bootstrap over test patients); ``ci_low, ci_high`` (the wider of
+        both); ``baseline`` (majority; 0.5 for AUROC), ``chance, n_classes, collapsed`` (seeds),
         ``published, published_baseline``. No row for what is not defined.
     """
     rows, known = [], published["linear_probe"]
-    for target, (key, _) in targets(results).items():
+    for target, (key, _) in TARGETS.items():
         for arm in (*MAIN, "pixels"):
             if not (values := values_of(results, arm, key)):
                 continue
@@ -230,7 +226,7 @@ def linear_probe_markdown(results: Results, frame: pd.DataFrame) -> str:
     header = ["features", "value", "95 % over seeds", "95 % over patients", "majority", "classes"]
     label = results["dataset"]["label"]
     blocks = [f"**Table 1. Linear probes on frozen features.** Dataset: {label}."]
-    for target, (key, name) in targets(results).items():
+    for target, (key, name) in TARGETS.items():
         rows = []
         for r in frame[frame["target"] == target].itertuples() if len(frame) else ():
             intervals = span(r.seeds_low, r.seeds_high), span(r.patients_low, r.patients_high)
@@ -240,6 +236,7 @@ def linear_probe_markdown(results: Results, frame: pd.DataFrame) -> str:
         why = next(filter(None, (reason(results, arm, key) for arm in MAIN)), "no run")
         text = table([*header, "seeds", "published"], rows, figures=True)
         text = text if rows else f"not defined: {why}."
+        name = f"{len(results['dataset']['labels'])} {name}" if target == "findings" else name
         blocks.append(f"*{name[0].upper()}{name[1:]}*\n\n{text}")
     blocks.append(
         "Logistic regression; patients are split 80/20. Value: accuracy, mean over seeds; for the "
@@ -253,6 +250,10 @@ def linear_probe_markdown(results: Results, frame: pd.DataFrame) -> str:
 
 
 # --- verdicts -------------------------------------------------------------------------------------
+
+
+MEANING = {"supported": "the claim holds here", "reversed": "here it is the other way round"}
+MEANING |= {"not supported": "no advantage of a size that matters", "undecided": "cannot tell"}
 
 
 def verdict_text(results: Results, comparison: Mapping[str, Any], decided: Mapping) -> str:
@@ -286,6 +287,7 @@ def verdict_table(results: Results) -> str:
         numbers += ["< 0.001" if p is not None and p < 0.001 else number(p)]
         numbers += [number(entry.get("hedges_g"), 1)]
         verdict = f"**{verdict_text(results, comparison, decided)}**"
+        verdict += f": {MEANING[decided['verdict']]}" * bool(decided["n"])
         rows.append([f"{claim.title}: {claim.page}", about, *numbers, verdict])
     header = ["claim of the page", "measure, chosen beforehand"]
     header += [ARMS[comparison[side]].title for side in SIDES]
@@ -309,43 +311,25 @@ def verdict_matrix(results: Results) -> str:
     return _note(table(header, rows)) if rows else "No two arms can be compared yet."
 
 
-def sentences(results: Results) -> list[str]:
-    """What the page's comparison says on this data, one sentence per claim, from the numbers."""
-    found, endings = (
-        [],
-        {
-            "supported": "the claim holds here",
-            "reversed": "here it is the other way round",
-            "not supported": "there is no advantage here of a size that would matter",
-            "undecided": "this number of seeds cannot tell",
-        },
-    )
-    for comparison in results["comparisons"][:1]:
-        for claim, decided, entry in _decided(comparison):
-            said, arms = [], [comparison[side] for side in SIDES]
-            for side, arm in zip(SIDES, arms, strict=True):
-                fallen = len(set(collapsed(results, arm)) & set(entry["seeds"]))
-                note = f", {fallen} of {len(entry['seeds'])} collapsed" * bool(fallen)
-                said.append(f"{number(entry.get(side))} ({ARMS[arm].title}{note})")
-            text = f"{' against '.join(said)}, n = {decided['n']}; {endings[decided['verdict']]}"
-            text = text if decided["n"] else verdict_text(results, comparison, decided)
-            found.append(f"{claim.title} on {results['dataset']['label']}: {text}.")
-    return found
+# fmt: off
+GLANCE = (  # name, measure, kind of baseline, its measure (empty: the same of untrained networks)
+    ("NMI of the last two epochs", "nmi_final", "chance", "nmi_chance"),
+    ("largest cluster, share of the images", "largest_cluster", "untrained", ""),
+    ("loss of the last epoch, in units of ln K (1: a guess)", "loss_final", "", ""),
+    ("probe: cluster assignments", "probe_clusters", "majority", "probe_clusters_majority"),
+    ("probe: label combinations", "probe_combinations", "majority",
+     "probe_combinations_majority"),
+    ("probe: labels, mean AUROC", "auroc_macro", "untrained", ""),
+    ("keeps its cluster: turns and mirrors of the square", "kept_lattice", "untrained", ""),
+    ("keeps its cluster: free turns", "kept_free", "untrained", ""),
+)
+# fmt: on
 
 
 def glance(results: Results) -> str:
     """README's results at a glance: a few measures of both arms, each beside its baseline."""
     rows = []
-    for name, key, kind, beside in (
-        ("NMI of the last two epochs", "nmi_final", "chance", "nmi_chance"),
-        ("largest cluster, share of the images", "largest_cluster", "untrained", ""),
-        ("loss of the last epoch, in units of ln K (1: a guess)", "loss_final", "", ""),
-        ("probe: cluster assignments", "probe_clusters", "majority", "probe_clusters_majority"),
-        ("probe: combinations", "probe_combinations", "majority", "probe_combinations_majority"),
-        ("probe: labels, mean AUROC", "auroc_macro", "untrained", ""),
-        ("keeps its cluster: turns and mirrors of the square", "kept_lattice", "untrained", ""),
-        ("keeps its cluster: free turns", "kept_free", "untrained", ""),
-    ):
+    for name, key, kind, beside in GLANCE:
         pairs = [(a, beside) for a in MAIN[:2]] if beside else [(a, key) for a in MAIN[2:]]
         base = " / ".join(cell(results, *pair, interval=False) for pair in pairs)
         cells = [cell(results, arm, key) for arm in MAIN[:2]]
@@ -381,11 +365,7 @@ def summary(
     blocks = [f"# Summary: {label}", _head(results, command)]
     blocks += ["## Are the images spread over the clusters?", occupancy_table(results, MAIN)]
     blocks += ["## The five key findings of the page, with this run's numbers"]
-    blocks += [
-        "Each cell is the mean over seeds, from three seeds on with a 95 % interval (Student's t). "
-        "NMI of consecutive epochs says that a network agrees with itself, not with anatomy or "
-        "disease."
-    ]
+    blocks += ["Mean over seeds, from three seeds on with a 95 % interval (Student's t)."]
     for place, claim in enumerate(CLAIMS, 1):
         text = measure_table(results, TABLES[claim.key][1], MAIN)
         blocks.append(f"### {place}. {claim.title}: {claim.page}\n\n{text}")
@@ -409,7 +389,6 @@ def claims_page(results: Results, command: str) -> str:
         "number of seeds, not about the paper's own runs.",
         verdict_table(results),
         rule(),
-        "\n".join(f"- {line}" for line in sentences(results)),
         "## Are the images spread over the clusters?",
         occupancy_table(results),
         "## All comparisons",
