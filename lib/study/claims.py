@@ -143,6 +143,10 @@ COMPARISONS: tuple[tuple[str, str, str], ...] = (
     ("alexnet", "alexnet-untrained", "what training adds to AlexNet"),
     ("p4m", "p4m-index", "P4M on its clusters against labels index mod K"),
     ("p4m", "p4m-shuffled", "P4M on its clusters against labels shuffled once"),
+    ("p4m", "p4m-linear", "standardised against linear head, P4M"),
+    ("alexnet", "alexnet-linear", "standardised against linear head, AlexNet"),
+    ("p4m", "p4m-running", "fresh against running batch statistics, P4M"),
+    ("alexnet", "alexnet-running", "fresh against running batch statistics, AlexNet"),
 )
 
 Results = Mapping[str, Any]  # contents of results.json, see lib.study.measure.gather
