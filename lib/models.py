@@ -226,7 +226,7 @@ def build(
 ) -> Backbone:
     """Make a network with weights drawn from `seed`; the global random state stays as it was.
 
-    ValueError if the backbone is unknown, a width or K is below 1, or the number of widths is wrong.
+    ValueError for an unknown backbone, a wrong number of widths, or a width or K below 1.
 
     Parameters
     ----------
