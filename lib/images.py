@@ -39,23 +39,11 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
     Parameters
     ----------
     x : Tensor, shape (B, C, H, W), range [-1, 1]
+        The result has the same. Interpolation blurs it: waves of 16, 8 and 4 pixels come out with
+        an error of 1 %, 6 % and 21 % (root mean square over angles, relative to the wave).
     degrees : Tensor, shape (B,)
         Counter-clockwise angles. Multiples of 90 degrees on square images equal ``torch.rot90``
         up to rounding.
-
-    Returns
-    -------
-    Tensor, shape (B, C, H, W), range [-1, 1]
-
-    Raises
-    ------
-    ValueError
-        Shapes that do not fit.
-
-    Notes
-    -----
-    Interpolation blurs: waves of 16, 8 and 4 pixels come out with an error of 1 %, 6 % and 21 %
-    (root mean square over angles, relative to the wave).
     """
     if x.ndim != 4 or degrees.shape != x.shape[:1]:
         found = f"{tuple(x.shape)} and {tuple(degrees.shape)}"
@@ -81,6 +69,6 @@ def turned(images: np.ndarray, degrees: float) -> np.ndarray:
     """Images (N, S, S) uint8, all turned counter-clockwise by one angle; quarter turns exactly."""
     if degrees % 90 == 0:
         return moved(images, False, round(degrees / 90))
-    x = normalise(torch.from_numpy(np.array(images)))
-    x = rotate(x, torch.full((len(x),), float(degrees)))
+    angles = torch.full((len(images),), float(degrees))
+    x = rotate(normalise(torch.from_numpy(np.array(images))), angles)
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()[:, 0].numpy()

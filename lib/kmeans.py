@@ -17,22 +17,16 @@ CLUSTERERS = ("kmeans", "minibatch", "hierarchical", "graph")
 
 
 def make_clusterer(name: str, n_clusters: int, seed: int) -> ClusterMixin:
-    """An estimator with ``fit_predict`` and, once fitted, ``cluster_centers_``.
+    """An estimator with ``fit_predict`` and, once fitted, ``cluster_centers_`` (K, D).
 
     Parameters
     ----------
     name : {"kmeans", "minibatch", "hierarchical", "graph"}
         Lloyd's K-means from one greedy k-means++ start (Arthur and Vassilvitskii 2007); mini-batch
         K-means (Sculley 2010); bisecting K-means, which splits the cluster of largest inertia
-        until there are K; `GraphClusters`.
+        until there are K; `GraphClusters`. ValueError for any other name.
     n_clusters : int
         K.
-    seed : int
-
-    Raises
-    ------
-    ValueError
-        Unknown name.
     """
     if name == "kmeans":
         return KMeans(n_clusters, n_init=1, max_iter=100, random_state=seed)
