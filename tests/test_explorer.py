@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from lib import data, paths, runs
+from lib.data import phantom
 from lib.explore import explorer
 from lib.features import extract
 from lib.groups import P4M
@@ -38,7 +39,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def content(study):
-    return explorer.gather(*study, LABEL, data.PHANTOM_ATTRIBUTION)
+    return explorer.gather(*study, LABEL, phantom.ATTRIBUTION)
 
 
 def payload(page):
@@ -121,7 +122,7 @@ def test_the_page_is_one_file_with_notice_and_attribution(content, tmp_path):
     assert not re.search(r"""(?:src|href)=["'](?!data:)|url\((?!var)|@import""", outside)
     assert not re.search(r"<script[^>]+src=", text)
     assert "Not for clinical use." in outside
-    assert payload(text)["attribution"] == data.PHANTOM_ATTRIBUTION
+    assert payload(text)["attribution"] == phantom.ATTRIBUTION
     assert "{{" not in outside
     assert str(tmp_path) not in text
 
@@ -241,7 +242,7 @@ def test_any_number_of_own_labels(study, opened):
 
 def test_the_gallery_shows_the_cluster_from_near_to_far(page, content):
     assert page.inner_text("header").endswith("Not for clinical use.")
-    assert data.PHANTOM_ATTRIBUTION in page.inner_text("footer")
+    assert phantom.ATTRIBUTION in page.inner_text("footer")
     for cluster in sorted(set(content["arms"][0]["epochs"][-1])):
         page.select_option("#cluster", str(cluster))
         inside = members(content, 0, -1, cluster)

@@ -12,7 +12,7 @@ import safetensors
 from PIL import Image
 
 from lib import data, paths, runs
-from lib.data.phantom import make_phantoms
+from lib.data import phantom, preprocess, sources
 from lib.explore import reuse
 from tests import finished
 
@@ -56,7 +56,7 @@ def test_export_holds_the_same_model(arm, images, tmp_path):
     written = reuse.export(folder(arm), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in written}
     one, other = reuse.load(folder(arm)), reuse.load(tmp_path / "out")
-    new = make_phantoms(20, 5)[0]
+    new = phantom.make_phantoms(20, 5)[0]
     np.testing.assert_array_equal(one.embed(new), other.embed(new))
     np.testing.assert_array_equal(one.assign(new), other.assign(new))
     assert one.novelty(new).sentence == other.novelty(new).sentence
@@ -74,7 +74,7 @@ def test_every_exported_file_says_what_it_is(images, tmp_path):
         notes.append({k.decode(): v.decode() for k, v in table.schema.metadata.items()})
     for note in notes:
         assert note["notice"] == "Not for clinical use."
-        assert note["attribution"] == data.PHANTOM_ATTRIBUTION
+        assert note["attribution"] == phantom.ATTRIBUTION
         assert note["dataset"] == "synthetic phantom, 72 images"
     assignments, embeddings = (table.to_pydict() for table in tables)
     ids = data.load(paths.dataset_dir(finished.DATASET))[1]["image_id"].tolist()
@@ -89,8 +89,8 @@ def test_every_exported_file_says_what_it_is(images, tmp_path):
 
 
 def test_export_of_other_images_is_refused(images, tmp_path):
-    data.fetch("phantom", tmp_path / "raw", 72, 1)
-    data.preprocess(tmp_path / "raw", tmp_path / "other")
+    sources.fetch("phantom", tmp_path / "raw", 72, 1)
+    preprocess.preprocess(tmp_path / "raw", tmp_path / "other")
     with pytest.raises(ValueError, match=r"other holds other images than .*seed0 clustered"):
         reuse.export(folder(), tmp_path / "out", tmp_path / "other")
     assert not (tmp_path / "out").exists()
@@ -151,7 +151,7 @@ def test_broken_and_missing_folders_are_named(tmp_path, images):
 def test_a_folder_is_assigned_with_its_own_table(root, images):
     mine, out = root / "My Films", root / "assigned"
     mine.mkdir()
-    films = make_phantoms(12, 3)[0]
+    films = phantom.make_phantoms(12, 3)[0]
     names = [f"film{number:02d}.png" for number in range(12)]
     for name, film in zip(names, films, strict=True):
         picture = Image.fromarray(film)

@@ -22,6 +22,7 @@ from scipy import stats
 from sklearn.preprocessing import normalize
 
 from lib import __version__, data
+from lib.data.preprocess import preprocess
 from lib.features import PCAWhiten, extract
 from lib.kmeans import nearest
 from lib.models import IMAGE_SIZE, Backbone, build
@@ -285,7 +286,7 @@ def assign_folder(
         What summary.md holds.
     """
     out = Path(out_dir)
-    manifest = data.preprocess(source, out / "images", **reading)
+    manifest = preprocess(source, out / "images", **reading)
     images, metadata = data.load(out / "images")
     _, assignments, novelty = model.look(images)
     table = pd.DataFrame({"image_id": metadata["image_id"], "cluster": assignments})
