@@ -41,8 +41,7 @@ def finding_scores(
         if 0 < learnt.mean() < 1 and 0 < asked.mean() < 1:
             # findings are rare and faint: the penalty is stronger than that of lib.metrics.probe
             model = LogisticRegression(C=1 / features.shape[1], solver="newton-cholesky")
-            fit_linear(model, x_train, learnt)
-            scores[:, finding] = model.decision_function(x_test)
+            scores[:, finding] = fit_linear(model, x_train, learnt).decision_function(x_test)
     return scores
 
 
