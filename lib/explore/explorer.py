@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from bokeh.embed import json_item
-from bokeh.models import ColumnDataSource, HoverTool, Model, Range1d
+from bokeh.models import ColumnDataSource, HoverTool, Model
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from PIL import Image
@@ -33,7 +33,7 @@ from lib.features import extract
 from lib.images import SYMMETRIES, moved
 from lib.parallel import resolve_device
 from lib.paths import atomic_write
-from lib.plots.style import ARM_TITLES, GRAY, LIGHT, PALETTE
+from lib.plots import style
 from lib.runs import Run, assign, embed, load_model
 from lib.study import clusters
 
@@ -131,7 +131,7 @@ def _arm(
     stability = clusters.stability(epochs).round(3).astype(object)
     return {
         "name": arm,
-        "title": ARM_TITLES.get(arm, arm),
+        "title": style.arm(arm).title,
         "seed": run.config.seed,
         "perplexity": round(perplexity),
         "x": x.tolist(),
@@ -172,21 +172,15 @@ def sprite(images: np.ndarray) -> tuple[bytes, int]:
 
 def _map() -> Model:
     """The empty map; the page fills its sources."""
-    names = ("x", "y", "color", "marker", "size", "alpha")
-    names += ("id", "findings", "patient", "view", "cluster", "position")
+    rings = ("x", "y", "size", "color")
+    names = (*rings, "marker", "alpha", "id", "findings", "patient", "view", "cluster", "position")
     source = ColumnDataSource({name: [] for name in names}, name="points")
-    marks = ColumnDataSource({"x": [], "y": [], "size": [], "color": []}, name="marks")
-    plot = figure(
-        name="map",
-        sizing_mode="scale_width",
-        aspect_ratio=1,
-        width=600,
-        x_range=Range1d(-1.08, 1.08),
-        y_range=Range1d(-1.08, 1.08),
-        tools="pan,wheel_zoom,box_zoom,tap,reset",
-        active_scroll=None,  # a wheel over the map scrolls the page until its tool is chosen
-        toolbar_location="above",
-    )
+    marks = ColumnDataSource({name: [] for name in rings}, name="marks")
+    area = {"width": 600, "aspect_ratio": 1, "sizing_mode": "scale_width"}
+    area |= {"x_range": (-1.08, 1.08), "y_range": (-1.08, 1.08)}
+    tools = {"tools": "pan,wheel_zoom,box_zoom,tap,reset", "toolbar_location": "above"}
+    tools["active_scroll"] = None  # a wheel over the map scrolls the page until its tool is chosen
+    plot = figure(name="map", outline_line_color=style.LIGHT, **area, **tools)
     look = {"fill_alpha": "alpha", "fill_color": "color", "line_alpha": "alpha"}
     look |= {"line_color": "white", "line_width": 0.4, "marker": {"field": "marker"}}
     dots = plot.scatter("x", "y", size="size", source=source, **look)
@@ -196,7 +190,7 @@ def _map() -> Model:
     hover = HoverTool(renderers=[dots], tooltips=_TOOLTIP, point_policy="snap_to_data", limit=1)
     plot.add_tools(hover)
     plot.axis.visible = plot.grid.visible = False
-    plot.outline_line_color, plot.toolbar.logo = LIGHT, None
+    plot.toolbar.logo = None
     return plot
 
 
@@ -205,7 +199,8 @@ def html(content: Mapping[str, Any]) -> str:
     sheet, columns = sprite(content["pixels"])
     payload = {key: value for key, value in content.items() if key != "pixels"}
     payload |= {"columns": columns, "sprite": base64.b64encode(sheet).decode()}
-    payload |= {"palette": PALETTE, "markers": MARKERS, "light": LIGHT, "gray": GRAY}
+    payload |= {"palette": style.PALETTE, "light": style.LIGHT, "gray": style.GRAY}
+    payload["markers"] = MARKERS
     parts = {
         "TITLE": html_module.escape(f"Explorer: {content['label']}"),
         "BOKEH": Resources(mode="inline", components=["bokeh"]).render_js(),
