@@ -41,7 +41,9 @@ def estimate_statistics(
     the network that is clustered is then not the one that was trained. Here every batch norm
     averages over equal batches in train mode, with dropout off; each process takes its share.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    # not the head's, which no feature passes
+    found = [m for name, m in model.named_modules() if name != "standardise"]
+    norms = [module for module in found if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     device = next(model.parameters()).device
     with _modes_kept(model):

@@ -37,9 +37,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from lib.memory import freed_memory_kept  # noqa: E402
+
 from lib.fast import gkernel  # noqa: E402
 from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, GroupMaxPool, P4MConvP4M, P4MConvZ2  # noqa: E402
-from lib.memory import freed_memory_kept  # noqa: E402
 
 VARIANTS = (
     "plain",
