@@ -37,15 +37,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lib.memory import freed_memory_kept  # noqa: E402
-
 from lib.fast import gkernel  # noqa: E402
-<<<<<<< HEAD
-from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, GroupMaxPool, P4MConvP4M, P4MConvZ2  # noqa: E402
-=======
 from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, P4MConvP4M, P4MConvZ2, group_max_pool  # noqa: E402
-from lib.memory import freed_memory_kept  # noqa: E402
->>>>>>> 93a2139
+from lib.parallel import freed_memory_kept  # noqa: E402
 
 VARIANTS = (
     "plain",

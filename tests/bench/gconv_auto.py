@@ -23,14 +23,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-<<<<<<< HEAD
-from lib.memory import freed_memory_kept  # noqa: E402
-
-=======
 from lib import fast  # noqa: E402
->>>>>>> 93a2139
 from lib.fast import gkernel  # noqa: E402
 from lib.gconv import GroupConv, P4ConvP4, P4ConvZ2, P4MConvP4M, P4MConvZ2  # noqa: E402
+from lib.parallel import freed_memory_kept  # noqa: E402
 
 FIELDS = (
     (2, 4),
