@@ -27,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from lib.paths import atomic_write
+from lib.study.arms import ARMS
 
 COLUMN_INCHES = {1: 3.3, 2: 7.0}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -60,34 +61,15 @@ class Look(NamedTuple):
     marker: str
 
 
-# To be deleted once lib.study.arms.ARMS has colour and marker; `arm` then reads
-# `known.title, known.colour, known.marker` of `known = ARMS[name]`.
-_ARMS = {
-    "alexnet": Look("AlexNet, rotation augmentation", PALETTE[0], "o"),
-    "p4m": Look("P4M, no augmentation", PALETTE[1], "s"),
-    "alexnet-plain": Look("AlexNet, no augmentation", PALETTE[5], "v"),
-    "p4m-rotation": Look("P4M, rotation augmentation", "#8C3D00", "D"),
-    "p4": Look("P4, no augmentation", PALETTE[3], "^"),
-    "cnn_params": Look("plain CNN, P4M's parameters", PALETTE[2], "P"),
-    "cnn_params-rotation": Look("plain CNN, P4M's parameters, rotation", "#00523C", "X"),
-    "cnn_flops": Look("plain CNN, P4M's FLOPs", PALETTE[4], "<"),
-    "cnn_flops-rotation": Look("plain CNN, P4M's FLOPs, rotation", "#8A6000", ">"),
-    "alexnet-index": Look("AlexNet, labels index mod K", "#4D9CC9", "o"),
-    "p4m-index": Look("P4M, labels index mod K", "#E28E4D", "s"),
-    "alexnet-shuffled": Look("AlexNet, shuffled labels", "#99C6E0", "o"),
-    "p4m-shuffled": Look("P4M, shuffled labels", "#EEBF99", "s"),
-    "alexnet-untrained": Look("AlexNet, untrained", "#7FB8D8", "o"),
-    "p4m-untrained": Look("P4M, untrained", "#EAAE7F", "s"),
-    "pixels": Look("raw pixels, PCA", PALETTE[6], "*"),
-    "guess": Look("guess: how frequent each finding is", GRAY, "d"),
-}
 # To be deleted once lib.explore.explorer uses `arm`.
-ARM_TITLES = {name: _ARMS[name].title for name in ("alexnet", "p4m")}
+ARM_TITLES = {name: ARMS[name].title for name in ("alexnet", "p4m")}
 
 
 def arm(name: str) -> Look:
     """Title, colour and marker of an arm; one that the study does not know is gray."""
-    return _ARMS.get(name, Look(name.replace("_", " ").replace("-", ", ", 1), GRAY, "X"))
+    if name in ARMS:
+        return Look(ARMS[name].title, ARMS[name].colour, ARMS[name].marker)
+    return Look(name.replace("_", " ").replace("-", ", ", 1), GRAY, "X")
 
 
 def arm_order(given: Iterable[str]) -> list[str]:
