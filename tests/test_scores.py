@@ -76,7 +76,6 @@ def test_findings_auroc_without_any_usable_finding_is_nan():
 def test_trustworthiness_of_a_true_and_a_shuffled_map():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 2))
-    assert scores.trustworthiness(x @ rng.normal(size=(2, 6)), x @ np.diag([2.0, 2.0])) > 0.8
     assert scores.trustworthiness(x, 3 * x) == 1.0
     assert scores.trustworthiness(x, rng.permutation(x)) == pytest.approx(0.5, abs=0.05)
 
@@ -85,7 +84,7 @@ def test_scores_are_those_of_the_areas():
     rng = np.random.default_rng(0)
     x, targets = rng.normal(size=(200, 6)), rng.random((200, 3)) < 0.3
     targets[:, 2] = False
-    train, test = np.arange(150), np.arange(150, 200)
+    train, test = halves(200)
     found = scores.finding_scores(x, targets, train, test)
     areas = scores.findings_auroc(x, targets, train, test)["per_finding"]
     for finding in (0, 1):

@@ -92,9 +92,9 @@ def gather(
     known = clusters.attributes(images, metadata)
     known = {title: known[name] for name, title in names.items() if name in known}
     has = finding_matrix(shown["findings"], tuple(names))
-    texts = shown.reindex(columns=[*TEXTS], fill_value="").astype(str).rename(columns=TEXTS)
+    texts = shown.reindex(columns=[*TEXTS], fill_value="").fillna("").astype(str)
     ages = shown["age"] if "age" in shown else [np.nan] * len(rows)
-    return texts.to_dict("list") | {
+    return texts.rename(columns=TEXTS).to_dict("list") | {
         "label": dataset_label,
         "attribution": attribution,
         "total": len(images),

@@ -61,10 +61,6 @@ class Look(NamedTuple):
     marker: str
 
 
-# To be deleted once lib.explore.explorer uses `arm`.
-ARM_TITLES = {name: ARMS[name].title for name in ("alexnet", "p4m")}
-
-
 def arm(name: str) -> Look:
     """Title, colour and marker of an arm; one that the study does not know is gray."""
     if name in ARMS:
