@@ -23,17 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.groups import P4, P4M, PointGroup
+from lib.groups import P4, P4M, PointGroup, filter_bank
 
 try:
-    from lib.fast import convolve
+    from lib.fast import fast_block, fast_conv
 except (
     ImportError
 ):  # without the folder lib/fast every layer is computed densely, equal to rounding
 
-    def convolve(layer: nn.Module, x: Tensor) -> None:
+    def fast_conv(layer: nn.Module, x: Tensor) -> None:
         """No faster way."""
 
+    fast_block = fast_conv
 
 ALGORITHMS = ("auto", "dense", "fourier")
 
@@ -123,9 +124,7 @@ class GroupConv(nn.Module):
 
     def filter_bank(self) -> Tensor:
         """All moved filters as planar ones, (out_channels * S, in_channels * S_in, k, k)."""
-        bank = self.weight.flatten(2)[:, :, self.filter_index]  # (out, in, S, S_in * k * k)
-        bank = bank.transpose(1, 2).flatten(2).flatten(0, 1)
-        return bank.unflatten(1, (-1, self.kernel_size, self.kernel_size))
+        return filter_bank(self.weight, self.filter_index)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, in_channels, H, W), or (N, in_channels, S, H, W) if the layer does not lift.
@@ -145,7 +144,7 @@ class GroupConv(nn.Module):
                 f"a window of {self.kernel_size} does not fit into maps of {size} "
                 f"with padding {self.padding}"
             )
-        y = None if self.algorithm == "dense" else convolve(self, x)
+        y = None if self.algorithm == "dense" else fast_conv(self, x)
         return self.dense(x) if y is None else y
 
     def dense(self, x: Tensor) -> Tensor:
@@ -230,7 +229,17 @@ class GroupAvgBlurPool(nn.Module):
 
 
 class GroupBlock(nn.Sequential):
-    """Group convolution, `GroupBatchNorm`, ReLU and `GroupAvgBlurPool`, in this order."""
+    """Group convolution, `GroupBatchNorm`, ReLU and `GroupAvgBlurPool`, in this order.
+
+    `lib.fast` may compute the block as one. A norm of another class, as for several processes, and
+    hooks on the modules are respected.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kinds = [type(module) for module in self]
+        usual = kinds[1:] == [GroupBatchNorm, nn.ReLU, GroupAvgBlurPool]
+        y = fast_block(self, x) if usual else None
+        return super().forward(x) if y is None else y
 
 
 def assert_equivariant(

@@ -116,5 +116,22 @@ class PointGroup:
         return torch.stack([act(places, g).flatten() for g in range(self.order)])
 
 
+def filter_bank(weight: Tensor, index: Tensor) -> Tensor:
+    """All moved filters as planar ones.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (out_channels, in_channels, S_in, k, k)
+    index : Tensor
+        Result of `PointGroup.filter_indices`.
+
+    Returns
+    -------
+    Tensor, shape (out_channels * S, in_channels * S_in, k, k)
+    """
+    moved = weight.flatten(2)[:, :, index]  # (out, in, S, S_in * k * k)
+    return moved.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, *weight.shape[-2:]))
+
+
 P4 = PointGroup("p4", 4)
 P4M = PointGroup("p4m", 8)

@@ -16,15 +16,14 @@ dimension 1 and one complex pair, whose product takes Gauss's three: 2 + 3 = 5 i
 lifting layer one tap stands for its orbit, with ``phi[t](h) = psi(A(h) t) / |stabilizer of t|``: a
 5 x 5 filter has 6 orbits under D4 instead of 25 taps.
 
-This module holds the algebra and the operator. ``gfourier.c`` computes it a few rows at a time,
-with Strassen's and Gauss's products. Without a compiler PyTorch's operations do, one or a few
-images at a time, and a 2 x 2 product is one product of matrices twice as large: BLAS is faster on
-large matrices. Both differ from the dense convolution by rounding only.
+This module holds the algebra, and the layer by PyTorch's operations, one or a few images at a time.
+A 2 x 2 product is then one product of matrices twice as large: BLAS is faster on large matrices.
+``gfourier.c`` works on a few rows at a time, with Strassen's and Gauss's products. Both differ from
+the dense convolution by rounding only.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 from collections.abc import Iterator
@@ -34,12 +33,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.fast import gkernel
 from lib.groups import P4, P4M
 
 GROUPS = {4: P4, 8: P4M}
 PRODUCTS = {4: 5, 8: 11}  # E
-DENSE = 'algorithm="dense" (an attribute of the layer)'
 CHUNK = 1 << 20  # numbers per element of the group in the patches of one chunk of images
 
 # Row i of the first two matrices gives the combinations of patch and filter entries that product i
@@ -89,10 +86,10 @@ def bilinear_algorithm(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def filter_transform(
-    order: int, kernel_size: int, lifting: bool, products: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The taps of a layer and the transform of its filters.
+def taps(
+    order: int, kernel_size: int, lifting: bool, transposed: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the numbers of P[t] and phi[t] are.
 
     Parameters
     ----------
@@ -100,33 +97,33 @@ def filter_transform(
         S, and the odd side k of the filters.
     lifting : bool
         True for filters on the plane (one tap per orbit), False for filters on the group.
-    products : bool
-        Whether the transform gives the E factors of `bilinear_algorithm` or the S entries of the
-        Fourier transform.
+    transposed : bool
+        True for the transposed layer, which has the filters ``psi(h^-1, -h^-1 t)``.
 
     Returns
     -------
-    offsets : Tensor, shape (T, S, 2), int32
+    offsets : ndarray, shape (T, S, 2)
         Row and column, 0 to k - 1, of the tap A(u) t in the window.
-    transform : Tensor, shape (E or S, T, S_in * k * k), float64
-        ``transform @ psi.flatten(-3)`` are the entries of the transformed phi[t].
+    cells : ndarray, shape (T, S)
+        Place of phi[t](h) in ``psi.flatten(-3)``.
+    shares : ndarray, shape (T,)
+        One over the size of the tap's stabilizer; 1 if the layer does not lift.
     """
-    synthesis = bilinear_algorithm(order)[1] if products else fourier_matrices(order)[1]
-    taps = np.indices((kernel_size, kernel_size)).reshape(2, -1).T - kernel_size // 2
-    orbits = np.einsum("uij,tj->tui", GROUPS[order].matrices, taps) + kernel_size // 2
-    cells = orbits @ [kernel_size, 1]  # (k * k, S)
-    share = np.ones(len(cells))
+    group, half = GROUPS[order], kernel_size // 2
+    grid = np.indices((kernel_size, kernel_size)).reshape(2, -1).T - half
+    offsets = np.einsum("uij,tj->tui", group.matrices, grid) + half
+    cells = offsets @ [kernel_size, 1]
+    shares = np.ones(len(cells))
     if lifting:
         first = np.arange(len(cells)) == cells.min(1)
-        orbits, cells = orbits[first], cells[first]
-        share = np.array([len(set(row)) / order for row in cells])
+        offsets, cells = offsets[first], cells[first]
+        shares = np.array([len(set(row)) / order for row in cells])
+    elif transposed:  # phi[t](h) = psi(h^-1, -t)
+        inverses = np.array([group.inverse(h) for h in range(order)])
+        cells = (half - grid) @ [[kernel_size], [1]] + inverses * kernel_size**2
     else:
         cells = cells + np.arange(order) * kernel_size**2
-    transform = np.zeros((len(synthesis), len(cells), (1 if lifting else order) * kernel_size**2))
-    for t, row in enumerate(cells):
-        for h, cell in enumerate(row):
-            transform[:, t, cell] += synthesis[:, h] * share[t]
-    return torch.from_numpy(np.ascontiguousarray(orbits, np.int32)), torch.from_numpy(transform)
+    return offsets, cells, shares
 
 
 def out_size(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[int, int]:
@@ -142,18 +139,19 @@ class TorchLayer:
     def __init__(self, x: Tensor, weight: Tensor, order: int, stride: int, padding: int) -> None:
         self.order, self.stride, self.padding, self.singles = order, stride, padding, order // 2
         self.shape, self.size = weight.shape, out_size(x, weight.shape[-1], stride, padding)
-        self.fourier = torch.from_numpy(fourier_matrices(order)[0]).to(x)  # (S, S)
-        offsets, transform = filter_transform(order, weight.shape[-1], x.ndim == 4, products=False)
-        self.offsets, self.transform = offsets, transform.to(x)
-        # the 2 x 2 matrix, transposed, from the filters' entries; p4's a + b i are [[a, -b], [b, a]]
+        self.fourier, of_filter = (torch.from_numpy(m).to(x) for m in fourier_matrices(order))
+        self.offsets, cells, shares = taps(order, weight.shape[-1], x.ndim == 4)
+        self.cells = torch.from_numpy(cells).to(x.device)
+        self.transform = torch.from_numpy(shares).to(x)[:, None, None] * of_filter.T  # (T, S, S)
+        entries = torch.einsum("tse,ncts->ectn", self.transform, weight.flatten(2)[..., self.cells])
+        entries = entries.flatten(1, 2)  # (S, C * T, N)
+        # 2 x 2 matrix, transposed, from the filters' entries; p4's a + b i is [[a, -b], [b, a]]
         blocks = torch.eye(4)[[0, 2, 1, 3]] if order == 8 else torch.tensor(P4_BLOCKS)
         self.blocks = blocks.to(x).view(2, 2, -1)
-        entries = torch.einsum("etp,ncp->ectn", self.transform, weight.flatten(2)).flatten(1, 2)
         self.single = entries[: self.singles].mT.contiguous()  # (S / 2, N, C * T)
         square = torch.einsum("jke,ern->jnkr", self.blocks, entries[self.singles :])
         self.square = square.flatten(0, 1).flatten(1)  # (2 N, 2 C * T)
-        rows = weight.shape[1] * offsets.shape[0]
-        images = max(1, CHUNK // (rows * math.prod(self.size)))
+        images = max(1, CHUNK // (weight.shape[1] * len(cells) * math.prod(self.size)))
         self.chunks = [slice(i, i + images) for i in range(0, len(x), images)]
 
     def windows(self, x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -224,116 +222,5 @@ class TorchLayer:
             blocks = dsquare.view(2, fields, 2, rows)
             doubles = torch.einsum("jke,jnkr->ern", self.blocks, blocks)
             entries = torch.cat([dsingle.mT, doubles]).unflatten(1, (self.shape[1], -1))
-            dweight.copy_(torch.einsum("etp,ectn->ncp", self.transform, entries).view(self.shape))
-
-
-def _compiled(x: Tensor) -> ctypes.CDLL | None:
-    return gkernel.kernel() if x.device.type == "cpu" and x.dtype == torch.float32 else None
-
-
-def _factors(x: Tensor, weight: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """The filters' factors (E, C * T, N), and where the taps are."""
-    offsets, transform = filter_transform(order, weight.shape[-1], x.ndim == 4)
-    factors = torch.einsum("etp,ncp->ectn", transform.to(weight), weight.flatten(2))
-    return factors.flatten(1, 2).contiguous(), offsets
-
-
-@torch.library.custom_op("cxr::group_correlate", mutates_args=())
-def correlate(
-    x: Tensor, weight: Tensor, bias: Tensor | None, order: int, stride: int, padding: int
-) -> Tensor:
-    """Group convolution as one operator of PyTorch, differentiable once.
-
-    Parameters
-    ----------
-    x : Tensor, shape (n, C, H, W) for a lifting layer, else (n, C, S, H, W)
-    weight : Tensor, shape (N, C, S_in, k, k)
-    bias : Tensor or None, shape (N,)
-    order, stride, padding : int
-        S, 4 for p4 and 8 for p4m; the others as in `torch.nn.Conv2d`.
-
-    Returns
-    -------
-    Tensor, shape (n, N, S, H', W')
-    """
-    x, weight = x.contiguous(), weight.contiguous()
-    y = _like_output(x, weight, bias, order, stride, padding)
-    if library := _compiled(x):
-        filters, offsets = _factors(x, weight, order)
-        gkernel.forward(library, x, filters, bias, y, offsets, stride, padding, weight.shape[-1])
-        return y
-    with torch.autocast(x.device.type, enabled=False):
-        TorchLayer(x, weight, order, stride, padding).forward(x, y)
-    return y if bias is None else y.add_(bias[:, None, None, None])
-
-
-@correlate.register_fake
-def _like_output(
-    x: Tensor, weight: Tensor, bias: Tensor | None, order: int, stride: int, padding: int
-) -> Tensor:
-    size = out_size(x, weight.shape[-1], stride, padding)
-    return x.new_empty(x.shape[0], weight.shape[0], order, *size)
-
-
-@torch.library.custom_op("cxr::group_correlate_backward", mutates_args=())
-def correlate_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    order: int,
-    stride: int,
-    padding: int,
-    needs_x: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `correlate` for x and the weight, each of size 0 if it is not needed."""
-    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
-    dx = x.new_empty(x.shape if needs_x else 0)
-    dweight = weight.new_empty(weight.shape if needs_weight else 0)
-    wanted = (dx if needs_x else None, dweight if needs_weight else None)
-    if not (library := _compiled(x)):
-        with torch.autocast(x.device.type, enabled=False):
-            TorchLayer(x, weight, order, stride, padding).backward(x, dy, *wanted)
-        return dx, dweight
-    filters, offsets = _factors(x, weight, order)
-    dfilters = torch.empty_like(filters) if needs_weight else None
-    geometry = (offsets, stride, padding, weight.shape[-1])
-    gkernel.backward(library, x, filters, dy, wanted[0], dfilters, *geometry)
-    if needs_weight:
-        transform = filter_transform(order, weight.shape[-1], x.ndim == 4)[1].to(weight)
-        entries = dfilters.unflatten(1, (weight.shape[1], -1))
-        dweight = torch.einsum("etp,ectn->ncp", transform, entries).view(weight.shape)
-    return dx, dweight
-
-
-@correlate_backward.register_fake
-def _like_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    order: int,
-    stride: int,
-    padding: int,
-    needs_x: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    dx = x.new_empty(x.shape if needs_x else 0)
-    return dx, weight.new_empty(weight.shape if needs_weight else 0)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, weight, bias, *ctx.geometry = inputs
-    ctx.bias = bias is not None
-    ctx.save_for_backward(x, weight)
-
-
-def _gradients(ctx, dy: Tensor) -> tuple:
-    if torch.is_grad_enabled():
-        raise NotImplementedError(f"the gradient of a gradient needs {DENSE}")
-    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    dx, dweight = correlate_backward(dy, *ctx.saved_tensors, *ctx.geometry, needs_x, needs_weight)
-    dbias = dy.sum((0, 2, 3, 4)) if ctx.bias and needs_bias else None
-    return dx if needs_x else None, dweight if needs_weight else None, dbias, None, None, None
-
-
-correlate.register_autograd(_gradients, setup_context=_save)
+            dphi = torch.einsum("tse,ectn->ncts", self.transform, entries).flatten(2)
+            dweight.zero_().flatten(2).index_add_(2, self.cells.flatten(), dphi)

@@ -1,8 +1,8 @@
-"""Build, load and call the fused CPU kernel of the Fourier group convolution (``gfourier.c``).
+"""Build, load and call the compiled CPU kernel (``gfourier.c``): float32, contiguous arrays.
 
 A C compiler (``$CC``, ``cc`` or ``gcc``) builds it once for this processor, into the user's cache
 folder (``$XDG_CACHE_HOME`` or ``~/.cache``). Without a working compiler, or on another system than
-Linux, `kernel` returns None and `lib.fast.gfourier` computes the same with PyTorch's operations.
+Linux, `kernel` returns None and PyTorch's operations compute the same.
 """
 
 from __future__ import annotations
@@ -19,21 +19,41 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from lib.fast.gfourier import bilinear_algorithm, taps
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("gfourier.c")
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-march=native"]
-SIZES = """order lifting n channels fields taps height width out_height out_width stride padding
-kernel_size threads parts"""
+
+
+def _fields(**kinds: str) -> list[tuple[str, type]]:
+    return [(name, getattr(ctypes, kind)) for kind in kinds for name in kinds[kind].split()]
 
 
 class Layer(ctypes.Structure):
     """The C struct of the same name."""
 
-    _fields_ = [*((name, ctypes.c_int) for name in SIZES.split()), ("offsets", ctypes.c_void_p)]
+    _fields_ = _fields(
+        c_int="order lifting n channels fields taps height width out_height out_width "
+        "stride padding kernel_size threads",
+        c_long="next_field next_channel",
+        c_void_p="offsets cells shares factors",
+    )
+
+
+class Maps(ctypes.Structure):
+    """The C struct of the same name."""
+
+    _fields_ = _fields(
+        c_int="n fields order height width threads",
+        c_double="eps",
+        c_void_p="gamma beta statistics",
+    )
 
 
 def build() -> Path:
@@ -92,57 +112,81 @@ def available() -> bool:
     return kernel() is not None
 
 
-def _call(function, layer: Layer, *tensors: Tensor | None) -> None:
-    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-    if function(ctypes.byref(layer), *pointers):
+def _address(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def _call(name: str, sizes: ctypes.Structure, *tensors: Tensor | None) -> None:
+    if getattr(kernel(), name)(ctypes.byref(sizes), *map(_address, tensors)):
         raise MemoryError("the group convolution could not allocate its scratch memory")
 
 
+@functools.cache
+def _tables(order: int, kernel_size: int, lifting: bool, transposed: bool) -> tuple:
+    """The arrays that a `Layer` points to, and their addresses."""
+    offsets, cells, shares = taps(order, kernel_size, lifting, transposed)
+    tables = [np.ascontiguousarray(table, np.int32) for table in (offsets, cells)]
+    tables += [np.ascontiguousarray(t, np.float32) for t in (shares, bilinear_algorithm(order)[1])]
+    return tables, [table.ctypes.data for table in tables]
+
+
 def _layer(
-    x: Tensor, filters: Tensor, y: Tensor, offsets: Tensor, *geometry: int, parts: int = 1
+    x: Tensor, weight: Tensor, y: Tensor, stride: int, padding: int, transposed: bool = False
 ) -> Layer:
-    taps, order = offsets.shape[:2]
-    sizes = (order, x.ndim == 4, len(x), x.shape[1], filters.shape[2], taps, *x.shape[-2:])
-    rest = (*y.shape[-2:], *geometry, torch.get_num_threads(), parts)
-    return Layer(*sizes, *rest, offsets.data_ptr())
+    order, kernel_size, lifting = y.shape[2], weight.shape[-1], x.ndim == 4
+    tables, addresses = _tables(order, kernel_size, lifting, transposed)
+    field, channel, *_ = weight.stride()
+    sizes = (order, lifting, len(x), x.shape[1], y.shape[1], len(tables[0]), *x.shape[-2:])
+    geometry = (*y.shape[-2:], stride, padding, kernel_size, torch.get_num_threads())
+    steps = (channel, field) if transposed else (field, channel)
+    return Layer(*sizes, *geometry, *steps, *addresses)
 
 
 def forward(
-    library: ctypes.CDLL,
     x: Tensor,
-    filters: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    offsets: Tensor,
-    *geometry: int,
+    stride: int,
+    padding: int,
+    statistics: Tensor | None = None,
 ) -> None:
-    """Write the convolution into `y`: float32, contiguous, on the CPU.
-
-    `filters` (E, C * T, N) and `offsets` are those of `lib.fast.gfourier`; `geometry` is stride,
-    padding, kernel_size.
+    """Write the convolution into `y`, and mean, variance and unbiased variance of its fields into
+    `statistics`, a float64 tensor of shape (3, fields).
     """
-    _call(library.forward, _layer(x, filters, y, offsets, *geometry), x, filters, bias, y)
+    _call("forward", _layer(x, weight, y, stride, padding), x, weight, bias, y, statistics)
 
 
-def backward(
-    library: ctypes.CDLL,
-    x: Tensor,
-    filters: Tensor,
+def input_gradient(dy: Tensor, weight: Tensor, dx: Tensor, padding: int) -> None:
+    """Write the gradient of the input of a layer of stride 1 between group maps into `dx`."""
+    layer = _layer(dy, weight, dx, 1, weight.shape[-1] - 1 - padding, transposed=True)
+    _call("forward", layer, dy, weight, None, dx, None)
+
+
+def weight_gradient(x: Tensor, dy: Tensor, dweight: Tensor, stride: int, padding: int) -> None:
+    """Write the gradient of the weight into `dweight`."""
+    _call("weight_gradient", _layer(x, dweight, dy, stride, padding), x, dy, dweight)
+
+
+def _maps(y: Tensor, norm: tuple | None) -> Maps:
+    gamma, beta, statistics, eps = norm or (None, None, None, 0)
+    pointers = map(_address, (gamma, beta, statistics))
+    return Maps(*y.shape, torch.get_num_threads(), eps, *pointers)
+
+
+def pool(y: Tensor, out: Tensor, norm: tuple[Tensor, Tensor, Tensor, float] | None = None) -> None:
+    """Write the blur pool of relu(norm(y)) into `out`; `norm`: gamma, beta, statistics, eps."""
+    _call("pool", _maps(y, norm), y, out)
+
+
+def pool_gradient(
+    y: Tensor,
+    dout: Tensor,
     dy: Tensor,
-    dx: Tensor | None,
-    dfilters: Tensor | None,
-    offsets: Tensor,
-    *geometry: int,
+    norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
+    gradients: Tensor | None = None,
 ) -> None:
-    """Write the gradients into `dx` and `dfilters`, unless None."""
-    fields, lanes = filters.shape[2], library.lanes()
-    # Threads share out the channels. If these are too few, they also share out the blocks of
-    # pixels, each part with its own sum.
-    parts = -(-torch.get_num_threads() // x.shape[1])
-    layer = _layer(x, filters, dy, offsets, *geometry, parts=parts)
-    partial = None
-    if dfilters is not None:
-        partial = x.new_zeros(parts, *filters.shape[:2], -(-fields // lanes) * lanes)
-    _call(library.backward, layer, x, filters, dy, dx, partial)
-    if partial is not None:
-        torch.sum(partial[..., :fields], 0, out=dfilters)
+    """Write the gradient of `y`, through `pool` and the statistics, into `dy`, and those of gamma
+    and beta into `gradients`, of shape (2, fields).
+    """
+    _call("pool_gradient", _maps(y, norm), y, dout, dy, gradients)
