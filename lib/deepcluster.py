@@ -331,7 +331,8 @@ class Training:
         """The checkpoint first: the tables are written again from it when a run continues."""
         state = {name: getattr(self, name).state_dict() for name in self.SAVED}
         state |= {"rows": self.rows, "assignments": torch.from_numpy(self.assignments)}
-        runs.save_checkpoint(self.run_dir / "checkpoint.pt", state)
+        with atomic_write(self.run_dir / "checkpoint.pt") as handle:
+            torch.save(state, handle)
         with atomic_write(self.run_dir / "metrics.csv", "w") as handle:
             # a float is written with all its digits: equal runs give equal bytes
             table = pd.DataFrame(self.rows, columns=COLUMNS)

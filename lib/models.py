@@ -133,6 +133,7 @@ class BlockCNN(Backbone):
     WIDTH = (64, 128, 256)
     LAYERS: tuple[type[nn.Module], ...]  # the three convolutions
     NORM: type[nn.Module]
+    BLOCK = nn.Sequential
 
     def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH, head: str = HEADS[0]) -> None:
         channels = self.channels(*width)
@@ -144,7 +145,7 @@ class BlockCNN(Backbone):
             if isinstance(conv, nn.Conv2d):  # group convolutions start like this
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             rest = self.NORM(c_out), nn.ReLU(inplace=True), gconv.GroupAvgBlurPool()
-            self.blocks.append(nn.Sequential(conv, *rest))
+            self.blocks.append(self.BLOCK(conv, *rest))
 
     @staticmethod
     def channels(a: int, b: int, c: int) -> tuple[int, int, int]:
@@ -162,6 +163,7 @@ class P4MCNN(BlockCNN):
 
     LAYERS = (gconv.P4MConvZ2, gconv.P4MConvP4M, gconv.P4MConvP4M)
     NORM = gconv.GroupBatchNorm
+    BLOCK = gconv.GroupBlock
 
     def maps(self, x: Tensor) -> Tensor:
         return gconv.group_max_pool(self.blocks(x))  # (N, C, S, 8, 8) -> (N, C, 8, 8)

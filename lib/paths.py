@@ -109,10 +109,8 @@ class BusyError(OSError):
 
 @contextmanager
 def alone(folder: Path | str, lock: Path | None = None) -> Iterator[None]:
-    """Keep other processes that ask the same out of a folder while the block runs: BusyError.
-
-    The system's lock on `lock`, or on ``.lock`` in `folder`, ends with its process, even a killed
-    one.
+    """Keep other processes that ask the same out of a folder while the block runs: BusyError. The
+    system's lock on `lock`, or on ``.lock`` in `folder`, ends with its process, also a killed one.
     """
     folder = Path(folder)
     file = lock or folder / ".lock"

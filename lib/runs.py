@@ -16,7 +16,7 @@ import torch
 from lib import kmeans
 from lib.features import PCAWhiten
 from lib.models import BACKBONES, HEADS, Backbone, build
-from lib.paths import atomic_write, load_json, show
+from lib.paths import load_json, show
 
 CHOICES = {
     "backbone": tuple(BACKBONES),
@@ -165,12 +165,6 @@ def is_complete(run_dir: Path, config: TrainConfig) -> bool:
         return False
     with np.load(path) as clustering:
         return int(clustering["epochs"]) == config.epochs
-
-
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` atomically."""
-    with atomic_write(path) as handle:
-        torch.save(dict(state), handle)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
