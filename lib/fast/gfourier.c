@@ -46,16 +46,24 @@ int omp_get_thread_num(void); /* of the OpenMP that PyTorch has loaded; its head
 #define PANEL (2 * LANES)
 #ifndef BLOCK
 #define BLOCK 128
+#endif
+#ifndef SLAB
 #define SLAB 4
+#endif
+#ifndef GRADIENT_BLOCK
 #define GRADIENT_BLOCK 512
+#endif
+#ifndef GRADIENT_SLAB
 #define GRADIENT_SLAB 16
+#endif
+#ifndef GROUP
 #define GROUP 2
 #endif
-#define SCRATCH (16L << 20) /* bytes of transformed gradients held at a time, about */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define ROUND(a, b) (CEIL(a, b) * (b))
+#define STEP(n) (ROUND(n, 16) | 16) /* odd in lines of the cache, so that entries share no sets */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -333,7 +341,8 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
     const Plan s = plan(q, BLOCK);
     const int threads = q->threads, slab = MIN(q->channels, SLAB), tiles = CEIL(q->fields, TILE);
     const int blocks = q->n * s.blocks, k = slab * q->taps;
-    const long step = (long)s.panels * k * PANEL, zstep = (long)s.panels * tiles * TILE * PANEL;
+    const long step = STEP((long)s.panels * k * PANEL);
+    const long zstep = STEP((long)s.panels * tiles * TILE * PANEL);
     const long wstep = (long)tiles * q->channels * q->taps * TILE, psize = s.entries * step;
     const long each = ROUND(s.window, 16) + ROUND(psize, 16) + ROUND(s.entries * zstep, 16);
     float *memory = scratch(threads * each + s.entries * wstep), *w = memory + threads * each;
@@ -406,66 +415,49 @@ static void clear_tail(const Plan *s, int rows, int pixels, float *p, long step,
                    4 * (PANEL - used));
 }
 
-/* The weight's gradient from x and dy. */
+/* The weight's gradient from x and dy. Jobs are a slab of channels in some of the blocks, a part. */
 int weight_gradient(const Layer *q, const float *x, const float *dy, float *dweight) {
-    const Plan s = plan(q, GRADIENT_BLOCK);
     const int threads = q->threads, slab = MIN(q->channels, GRADIENT_SLAB);
     const int slabs = CEIL(q->channels, slab), parts = CEIL(MAX(8, 2 * threads), slabs);
     const int lefts = CEIL(slab * q->taps, LEFT), rights = CEIL(q->fields, RIGHT);
-    const long step = (long)s.panels * lefts * LEFT * PANEL, psize = s.entries * step;
-    const long zstep = (long)s.panels * rights * RIGHT * PANEL, zsize = s.entries * zstep;
-    const long each = ROUND(s.window, 16) + ROUND(psize, 16), tiles = (long)lefts * rights;
-    const long dsize = slabs * s.entries * tiles * LANES; /* (slabs, entries, tiles, LANES) */
-    const int chunk = MIN(MAX((int)(SCRATCH / (4 * zsize * s.blocks)), 1), MAX(q->n, 1));
-    float *memory = scratch(threads * each + zsize * s.blocks * chunk + dsize * parts);
+    const Plan s = plan(q, GRADIENT_BLOCK);
+    const long step = STEP((long)s.panels * lefts * LEFT * PANEL), psize = s.entries * step;
+    const long zstep = STEP((long)s.panels * rights * RIGHT * PANEL), zsize = s.entries * zstep;
+    const long each = ROUND(s.window, 16) + ROUND(psize, 16) + ROUND(zsize, 16);
+    const long tiles = (long)lefts * rights, dsize = s.entries * tiles * LANES;
+    float *memory = scratch(threads * each + parts * slabs * dsize), *dw = memory + threads * each;
     if (!memory) return 1;
-    float *z = memory + threads * each, *dw = z + zsize * s.blocks * chunk;
-    memset(dw, 0, 4 * dsize * parts);
+    memset(dw, 0, 4 * parts * slabs * dsize);
     Jobs jobs[threads];
-    for (int first = 0; first < q->n; first += chunk) {
-        const int blocks = MIN(q->n - first, chunk) * s.blocks;
-        share(jobs, threads, blocks);
+    share(jobs, threads, parts * slabs);
 #pragma omp parallel num_threads(threads)
-        FOR_JOBS(job) {
-            const int row = job % s.blocks * s.rows;
-            const int pixels = MIN(q->out_height - row, s.rows) * q->out_width;
+    {
+        float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
+        float *p = take(&mine, psize), *z = take(&mine, zsize);
+        FOR_JOBS(job) for (int at = job / slabs; at < q->n * s.blocks; at += parts) {
+            const int image = at / s.blocks, row = at % s.blocks * s.rows;
+            const int rows = MIN(q->out_height - row, s.rows), pixels = rows * q->out_width;
+            const int panels = CEIL(pixels, PANEL), c0 = job % slabs * slab;
+            gather(q, &s, x, image, c0, MIN(q->channels - c0, slab), row, rows, window, p, step,
+                   LEFT);
             for (int o = 0; o < q->fields; o++) {
-                FIELD_ROWS(const float, in, dy, first + job / s.blocks, o)
-                for (int at = 0; at < pixels; at += PANEL) {
-                    float *to = z + job * zsize + place(o, at / PANEL, RIGHT, s.panels);
-                    const int n = MIN(PANEL, pixels - at);
-                    if (q->order == 8) analyse(8, 1, in, at, 1, to, zstep, n);
-                    else analyse(4, 1, in, at, 1, to, zstep, n);
+                FIELD_ROWS(const float, in, dy, image, o)
+                for (int i = 0; i < pixels; i += PANEL) {
+                    float *to = z + place(o, i / PANEL, RIGHT, s.panels);
+                    const int n = MIN(PANEL, pixels - i);
+                    if (q->order == 8) analyse(8, 1, in, i, 1, to, zstep, n);
+                    else analyse(4, 1, in, i, 1, to, zstep, n);
                 }
             }
-            clear_tail(&s, rights * RIGHT, pixels, z + job * zsize, zstep, RIGHT);
-        }
-        share(jobs, threads, parts * slabs);
-#pragma omp parallel num_threads(threads)
-        {
-            float *mine = memory + omp_get_thread_num() * each;
-            float *window = take(&mine, s.window), *p = take(&mine, psize);
-            FOR_JOBS(job) {
-                const int part = job / slabs, c0 = job % slabs * slab;
-                const int width = MIN(q->channels - c0, slab);
-                for (int at = part; at < blocks; at += parts) {
-                    const int row = at % s.blocks * s.rows, rows = MIN(q->out_height - row, s.rows);
-                    const int pixels = rows * q->out_width, panels = CEIL(pixels, PANEL);
-                    gather(q, &s, x, first + at / s.blocks, c0, width, row, rows, window, p, step,
-                           LEFT);
-                    clear_tail(&s, lefts * LEFT, pixels, p, step, LEFT);
-                    for (int f = 0; f < s.entries; f++)
-                        for (int group = 0; group < lefts; group += GROUP)
-                            for (int r = 0; r < rights; r++)
-                                for (int l = group; l < MIN(group + GROUP, lefts); l++)
-                                    correlate(panels,
-                                              p + f * step + place(l * LEFT, 0, LEFT, s.panels),
-                                              z + at * zsize + f * zstep +
-                                                  place(r * RIGHT, 0, RIGHT, s.panels),
-                                              dw + job * (dsize / slabs) +
-                                                  (f * tiles + l * rights + r) * LANES);
-                }
-            }
+            clear_tail(&s, lefts * LEFT, pixels, p, step, LEFT);
+            clear_tail(&s, rights * RIGHT, pixels, z, zstep, RIGHT);
+            for (int f = 0; f < s.entries; f++)
+                for (int group = 0; group < lefts; group += GROUP)
+                    for (int r = 0; r < rights; r++)
+                        for (int l = group; l < MIN(group + GROUP, lefts); l++)
+                            correlate(panels, p + f * step + place(l * LEFT, 0, LEFT, s.panels),
+                                      z + f * zstep + place(r * RIGHT, 0, RIGHT, s.panels),
+                                      dw + job * dsize + (f * tiles + l * rights + r) * LANES);
         }
     }
     memset(dweight, 0, 4L * q->fields * q->next_field);
@@ -476,7 +468,7 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
         for (int f = 0; f < s.entries; f++) {
             vec sum = {0};
             for (int part = 0; part < parts; part++)
-                sum += *(vec *)(dw + part * dsize + job / lefts * (dsize / slabs) +
+                sum += *(vec *)(dw + (part * slabs + job / lefts) * dsize +
                                 (f * tiles + job % lefts * rights + r) * LANES);
             for (int h = 0; h < q->order; h++) phi[h] += q->factors[f * q->order + h] * sum;
         }
