@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from lib.paths import ROOT
 
-CONDA_NAMES = {"pytorch": "torch", "python-igraph": "igraph"}
+CONDA_NAMES = {"pytorch": "torch"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
 DIRECT = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"] + EXTRAS)}
