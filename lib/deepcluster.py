@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.base import ClusterMixin
 from threadpoolctl import threadpool_limits
@@ -23,12 +25,10 @@ from lib import metrics, parallel, runs
 from lib.features import PCAWhiten, estimate_statistics, extract
 from lib.images import normalise, rotate
 from lib.kmeans import make_clusterer
-from lib.models import IMAGE_SIZE, Backbone, build
+from lib.models import IMAGE_SIZE, Backbone
 from lib.parallel import ALONE, World
 from lib.paths import atomic_write, save_json, save_npy, show
 from lib.runs import MOVE_ASIDE, Run, RunMismatchError, TrainConfig, is_complete, load_run
-
-__all__ = ["TrainConfig", "cluster", "fit", "train_epoch", "uniform_over_clusters"]
 
 COLUMNS = ["epoch", "nmi_prev", "ami_prev", "loss", "clusters_used", "largest_cluster"]
 COLUMNS += ["perplexity", "lr", "seconds_features", "seconds_cluster", "seconds_train"]
@@ -44,11 +44,6 @@ def stream(config: TrainConfig, epoch: int, purpose: int) -> np.random.Generator
     return np.random.default_rng([config.seed, epoch, purpose])
 
 
-def torch_seed(config: TrainConfig, epoch: int, purpose: int) -> int:
-    """A seed for torch from `stream`."""
-    return int(stream(config, epoch, purpose).integers(2**63))
-
-
 def fit(
     images: np.ndarray,
     config: TrainConfig,
@@ -60,45 +55,32 @@ def fit(
 ) -> Run:
     """Run DeepCluster, or what is left of it, in `run_dir`.
 
-    Image i, feature i, cluster i and pseudo-label i are the same image at every step: features are
-    extracted in the order of `images`, and only the order of the batches is random. A run that was
-    stopped anywhere continues from its last whole epoch and ends with the numbers of an unbroken
-    one.
+    Image i, feature i, cluster i and pseudo-label i are the same image at every step. A stopped run
+    continues from its last whole epoch and ends with the numbers of an unbroken one.
 
     Parameters
     ----------
     images : ndarray uint8, shape (N, 64, 64)
-        May be a memory map. No label is read.
+        May be a memory map, and must be that of a file if `nproc` is above 1. No label is read.
     config : TrainConfig
     run_dir : Path
         Gets config.json at the start; checkpoint.pt, metrics.csv and assignments.npy after each
         epoch; features.npy and clustering.npz at the end.
     nproc : int
-        Processes that train together, started by ``torchrun``: on GPUs, one each. Then `images`
-        must be the memory map of a file.
-    restart : bool
-        Move an existing run aside and start anew.
-    progress : bool
-        Show a bar over epochs.
-
-    Returns
-    -------
-    Run
+        Processes that train together, on GPUs one each.
+    restart, progress : bool
+        Move an existing run aside and start anew; show a bar over epochs.
 
     Raises
     ------
-    ValueError
-        Images of another shape or dtype, K > N, or fewer images per batch than processes.
-    RunMismatchError
-        The folder holds a run of other settings or images.
+    ValueError, RunMismatchError
+        Images of another shape or dtype, K > N, or fewer images per batch than processes; the
+        folder holds a run of other settings or images.
     FloatingPointError, OSError, RuntimeError
         Loss or features are not finite; the disk is full; one of several processes failed. What was
         finished is kept.
 
-    Warns
-    -----
-    RuntimeWarning
-        The clustering collapses, or the run was begun by other code.
+    A RuntimeWarning says that the clustering collapses, or that other code began the run.
     """
     run_dir = Path(run_dir)
     _check(images, config, nproc)
@@ -109,23 +91,22 @@ def fit(
         training = Training(images, config, run_dir, world, restart)
         if training.epoch == config.epochs and is_complete(run_dir, config):
             return load_run(run_dir)
+        left = range(training.epoch + 1, config.epochs + 1)
         quiet = not (progress and world.main)
-        with tqdm(total=config.epochs, initial=training.epoch, disable=quiet) as bar:
-            while training.epoch < config.epochs:
-                epoch, clock = training.epoch + 1, [training.now()]
+        bar = tqdm(left, initial=training.epoch, total=config.epochs, disable=quiet)
+        for epoch in bar:
+            with training.timed("seconds_features"):
                 features = training.extract()  # (N, D)
-                clock.append(training.now())
+            with training.timed("seconds_cluster"):
                 assignments = training.cluster(features, epoch)[0]  # (N,)
+            with training.timed("seconds_train"):
                 pseudo_labels = labels_to_train_on(assignments, training.assignments, config)
-                clock.append(training.now())
                 training.reset_top_layer(epoch)
-                optimizers = [training.body, training.top]
+                network = training.model, [training.body, training.top]
                 data = training.images, pseudo_labels
-                loss = train_epoch(training.model, optimizers, *data, config, epoch, world)
-                clock.append(training.now())
-                row = training.record(assignments, loss, clock)
-                bar.set_postfix(loss=f"{loss:.3f}", nmi=f"{row['nmi_prev']:.3f}", refresh=False)
-                bar.update()
+                loss = train_epoch(*network, *data, config, epoch, world)
+            row = training.record(assignments, loss)
+            bar.set_postfix(loss=f"{loss:.3f}", nmi=f"{row['nmi_prev']:.3f}", refresh=False)
         training.finish()
     return load_run(run_dir)
 
@@ -138,7 +119,7 @@ def cluster(
     The clusterer runs on the CPU; it gets N x `pca_dim` numbers, 29 MB for the paper's.
     """
     whiten = PCAWhiten(min(config.pca_dim, *features.shape))
-    points = torch.as_tensor(whiten.fit_transform(features)).cpu().numpy()  # (N, d)
+    points = _array(whiten.fit_transform(features))  # (N, d)
     seed = int(stream(config, epoch, CLUSTERS).integers(2**31))
     clusterer = make_clusterer(config.clusterer, config.n_clusters, seed)
     # two threads add two partial sums: the same bits in either order
@@ -164,9 +145,7 @@ def uniform_over_clusters(pseudo_labels: np.ndarray, rng: np.random.Generator) -
 def labels_to_train_on(
     assignments: np.ndarray, earlier: np.ndarray, config: TrainConfig
 ) -> np.ndarray:
-    """Pseudo-labels (N,) of an epoch from its clusters (N,) and `earlier` ones, (epochs, N); see
-    ``TrainConfig.pseudo_labels``.
-    """
+    """Pseudo-labels (N,) of an epoch from its clusters (N,) and all earlier ones (epochs, N)."""
     if config.pseudo_labels == "index":
         return np.arange(len(assignments)) % config.n_clusters
     if config.pseudo_labels == "shuffled":
@@ -184,64 +163,49 @@ def train_epoch(
     epoch: int,
     world: World = ALONE,
 ) -> float:
-    """One pass of cross-entropy on the pseudo-labels.
+    """One pass of cross-entropy over uint8 images (N, 64, 64) with their pseudo-labels (N,).
 
-    Parameters
-    ----------
-    images : uint8, shape (N, 64, 64)
-        All of them; each process reads its share of every batch.
-    pseudo_labels : int, shape (N,)
-        Label i belongs to image i.
-    epoch : int
-        Counted from 1.
-
-    Returns
-    -------
-    float
-        Mean loss over the images drawn, in nats; ln K is chance.
-
-    Raises
-    ------
-    FloatingPointError
-        The loss of a batch is not finite.
+    Returns the mean loss over the images drawn, in nats; ln K is chance. `epoch` counts from 1.
+    FloatingPointError if the loss of a batch is not finite.
     """
     device, n = next(model.parameters()).device, len(images)
     order = uniform_over_clusters(pseudo_labels, stream(config, epoch, ORDER))
     limit = config.rotation_degrees
     angles = stream(config, epoch, ANGLES).uniform(-limit, limit, n).astype(np.float32)
+    cuts = range(config.batch_size, n, config.batch_size)
+    batches = list(zip(np.split(order, cuts), np.split(angles, cuts), strict=True))
+    if len(batches[-1][0]) < max(2, world.size):  # batch norm cannot train on one image
+        batches.pop()
     parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    # batch norm cannot train on one image: a last batch that is too small is left out
-    starts = [s for s in range(0, n, config.batch_size) if n - s >= max(2, world.size)]
-    losses, sizes = [], []
+    losses: list[Tensor] = []
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(torch_seed(config, epoch, DROPOUT) ^ world.rank)
-        for start in starts:
-            batch = order[start : start + config.batch_size]
+        torch.manual_seed(int(stream(config, epoch, DROPOUT).integers(2**63)) ^ world.rank)
+        for batch, turns in batches:
             mine = world.share(len(batch))
             rows = batch[mine]
             x = normalise(torch.as_tensor(images[rows]).to(device))  # (B, 1, 64, 64)
             if limit:
-                x = rotate(x, torch.from_numpy(angles[start : start + len(batch)][mine]).to(device))
+                x = rotate(x, torch.from_numpy(turns[mine]))
             targets = torch.as_tensor(pseudo_labels[rows], dtype=torch.long, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(x)  # (B, K)
                 loss = nn.functional.cross_entropy(logits, targets, reduction="sum") / len(batch)
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            model.zero_grad()
             loss.backward()
             world.sum_gradients(parameters)
             for optimizer in optimizers:
                 optimizer.step()
             losses.append(loss.detach())
-            sizes.append(len(batch))
             # looking at a GPU's number waits for it
-            if len(losses) % 50 == 0 or start == starts[-1]:
+            if len(losses) % 50 == 0 or len(losses) == len(batches):
                 _check_loss(losses, config, epoch)
+    sizes = [len(batch) for batch, _ in batches]
     return float(np.average(world.sum(torch.stack(losses)).cpu().double(), weights=sizes))
 
 
 def _check_loss(losses: list[Tensor], config: TrainConfig, epoch: int) -> None:
+    """FloatingPointError that names the first batch whose loss is not finite."""
     bad = (~torch.isfinite(torch.stack(losses))).nonzero()
     if len(bad):
         number = int(bad[0])
@@ -256,34 +220,31 @@ class Training:
     one checkpoint; random numbers need none, see `stream`.
     """
 
+    SAVED = ("model", "body", "top", "scheduler")  # what has a state_dict
+
     def __init__(
         self, images: np.ndarray, config: TrainConfig, run_dir: Path, world: World, restart: bool
     ) -> None:
         self.config, self.world, self.run_dir, self.n = config, world, run_dir, len(images)
         self.rows: list[dict[str, Any]] = []
         self.assignments = np.empty((0, self.n), dtype=np.int32)
+        self.seconds: dict[str, float] = {}
         if restart and world.main:
             runs.set_aside(run_dir)
         world.barrier()
         settings = runs.check_same_run(run_dir, runs.identity(config, images))
-        model = build(
-            config.backbone, config.n_clusters, config.width, seed=config.seed, head=config.head
-        )
-        self.model = parallel.share_batch_norm(model.to(world.device), world)
-        self.body = torch.optim.Adam(
-            self.model.body_parameters(), config.lr, weight_decay=config.weight_decay
-        )
+        self.model = parallel.share_batch_norm(runs.network(config).to(world.device), world)
+        body = self.model.body_parameters()
+        self.body = torch.optim.Adam(body, config.lr, weight_decay=config.weight_decay)
         self.top = self._top_optimizer()
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.body)
         if (run_dir / "checkpoint.pt").exists():
             self._load()
         if self.epoch > config.epochs:
-            raise RunMismatchError(
-                f"{show(run_dir)} has {self.epoch} epochs, {config.epochs} asked; {MOVE_ASIDE}"
-            )
-        # on a GPU the images live there: 112,120 are 459 MB
-        on_gpu = world.device.type == "cuda"
-        self.images = torch.from_numpy(np.array(images)).to(world.device) if on_gpu else images
+            found = f"{show(run_dir)} has {self.epoch} epochs, {config.epochs} asked"
+            raise RunMismatchError(f"{found}; {MOVE_ASIDE}")
+        self.on_gpu = world.device.type == "cuda"  # then the images are there, too
+        self.images = torch.tensor(images, device=world.device) if self.on_gpu else images
         world.barrier()  # everybody has read before rank 0 writes
         if world.main:
             save_json(run_dir / "config.json", settings)
@@ -295,23 +256,23 @@ class Training:
         """Epochs finished."""
         return len(self.rows)
 
-    def now(self) -> float:
-        """Seconds, after what the GPU has been given to do."""
-        if self.world.device.type == "cuda":
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Note in `seconds` how long a block takes, with what it gives the GPU to do."""
+        start = time.perf_counter()
+        yield
+        if self.on_gpu:
             torch.cuda.synchronize(self.world.device)
-        return time.perf_counter()
+        self.seconds[step] = round(time.perf_counter() - start, 3)
 
     def extract(self, autocast: bool = True) -> np.ndarray | Tensor | None:
         """Features (N, D) of all images; None on processes other than the first."""
         if self.config.bn_statistics == "fresh":
-            rng = stream(self.config, 0, STATISTICS)  # the same images for every epoch
-            rows = rng.permutation(self.n)[:STATISTICS_IMAGES]
-            estimate_statistics(self.model, self.images, rows, self.world)
-        device = self.world.device
-        on_gpu = device.type == "cuda"
+            chosen = stream(self.config, 0, STATISTICS).permutation(self.n)  # in every epoch
+            estimate_statistics(self.model, self.images, chosen[:STATISTICS_IMAGES], self.world)
         mine = self.images[self.world.share(self.n)]
-        options = {"on_device": on_gpu, "autocast": autocast and on_gpu}
-        features = extract(self.model, mine, self.config.batch_size, device, **options)
+        options = {"on_device": self.on_gpu, "autocast": autocast and self.on_gpu}
+        features = extract(self.model, mine, self.config.batch_size, self.world.device, **options)
         return self.world.gather(features, self.n)
 
     def cluster(self, features: np.ndarray | Tensor | None, epoch: int) -> tuple:
@@ -327,24 +288,19 @@ class Training:
 
     def reset_top_layer(self, epoch: int) -> None:
         """Draw the top layer anew; Adam's moments belong to the old one."""
-        seed = torch_seed(self.config, epoch, TOP_LAYER)
+        seed = int(stream(self.config, epoch, TOP_LAYER).integers(2**63))
         self.model.reset_top_layer(torch.Generator().manual_seed(seed))
         self.top = self._top_optimizer()
 
-    def record(self, assignments: np.ndarray, loss: float, clock: list[float]) -> dict[str, Any]:
+    def record(self, assignments: np.ndarray, loss: float) -> dict[str, Any]:
         """Finish an epoch: lower the learning rate if the loss stalls, add a row, save."""
         self.scheduler.step(loss)
-        previous = self.assignments[-1] if self.epoch else None
-        first = previous is None
-        row = {
-            "epoch": self.epoch + 1,
-            "nmi_prev": math.nan if first else metrics.nmi(previous, assignments),
-            "ami_prev": math.nan if first else metrics.ami(previous, assignments),
-            "loss": loss,
-            **metrics.occupancy(assignments, self.config.n_clusters),
-            "lr": self.body.param_groups[0]["lr"],
-            **dict(zip(COLUMNS[-3:], np.round(np.diff(clock), 3).tolist(), strict=True)),
-        }
+        row = {"epoch": self.epoch + 1, "nmi_prev": math.nan, "ami_prev": math.nan, "loss": loss}
+        if self.epoch:
+            row["nmi_prev"] = metrics.nmi(self.assignments[-1], assignments)
+            row["ami_prev"] = metrics.ami(self.assignments[-1], assignments)
+        row |= metrics.occupancy(assignments, self.config.n_clusters)
+        row |= {"lr": self.body.param_groups[0]["lr"], **self.seconds}
         self.rows.append(row)
         self.assignments = np.concatenate([self.assignments, assignments[None].astype(np.int32)])
         if self.world.main:
@@ -358,45 +314,40 @@ class Training:
         assignments, whiten, clusterer = self.cluster(features, self.config.epochs + 1)
         if self.world.main:
             self._save()  # with the statistics that these features were extracted with
-            save_npy(self.run_dir / "features.npy", torch.as_tensor(features).cpu().numpy())
-            fitted = (whiten.mean_, whiten.components_, whiten.explained_variance_)
-            mean, components, variance = (torch.as_tensor(a).cpu().numpy() for a in fitted)
+            save_npy(self.run_dir / "features.npy", _array(features))
             with atomic_write(self.run_dir / "clustering.npz") as handle:
                 np.savez(
                     handle,
                     epochs=self.config.epochs,
                     assignments=assignments.astype(np.int32),
                     centroids=clusterer.cluster_centers_,
-                    mean=mean,
-                    components=components,
-                    explained_variance=variance,
+                    mean=_array(whiten.mean_),
+                    components=_array(whiten.components_),
+                    explained_variance=_array(whiten.explained_variance_),
                 )
         self.world.barrier()
 
     def _save(self) -> None:
         """The checkpoint first: the tables are written again from it when a run continues."""
-        parts = ("model", "body", "top", "scheduler")
-        state = {name: getattr(self, name).state_dict() for name in parts}
+        state = {name: getattr(self, name).state_dict() for name in self.SAVED}
         state |= {"rows": self.rows, "assignments": torch.from_numpy(self.assignments)}
-        runs.save_checkpoint(self.run_dir / "checkpoint.pt", state)
+        with atomic_write(self.run_dir / "checkpoint.pt") as handle:
+            torch.save(state, handle)
         with atomic_write(self.run_dir / "metrics.csv", "w") as handle:
-            writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
-            writer.writeheader()
             # a float is written with all its digits: equal runs give equal bytes
-            writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in self.rows)
+            table = pd.DataFrame(self.rows, columns=COLUMNS)
+            table.to_csv(handle, index=False, lineterminator="\n")
         save_npy(self.run_dir / "assignments.npy", self.assignments)
 
     def _load(self) -> None:
-        path = self.run_dir / "checkpoint.pt"
-        state = runs.load_checkpoint(path)
-        try:
-            for name in ("model", "body", "top", "scheduler"):
-                getattr(self, name).load_state_dict(state[name])
-        except (RuntimeError, ValueError) as error:
-            raise RunMismatchError(
-                f"{show(path)} belongs to another network; {MOVE_ASIDE}"
-            ) from error
+        state = runs.load_checkpoint(self.run_dir / "checkpoint.pt")
+        for name in self.SAVED:
+            getattr(self, name).load_state_dict(state[name])
         self.rows, self.assignments = state["rows"], state["assignments"].numpy()
+
+
+def _array(values: np.ndarray | Tensor) -> np.ndarray:
+    return torch.as_tensor(values).cpu().numpy()
 
 
 def _check(images: np.ndarray, config: TrainConfig, nproc: int) -> None:
@@ -405,10 +356,8 @@ def _check(images: np.ndarray, config: TrainConfig, nproc: int) -> None:
         found = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", "")
         raise ValueError(f"images must be a uint8 array of shape (N, 64, 64), got {found}")
     if len(images) < config.n_clusters:
-        raise ValueError(
-            f"n_clusters = {config.n_clusters} is more than the {len(images)} images; "
-            "lower n_clusters or add images"
-        )
+        found = f"n_clusters = {config.n_clusters} is more than the {len(images)} images"
+        raise ValueError(f"{found}; lower n_clusters or add images")
     if not 1 <= nproc <= config.batch_size:
         raise ValueError(f"nproc must be 1 to batch_size ({config.batch_size}), got {nproc}")
 
@@ -427,24 +376,19 @@ def _launch(
         command += ["--nproc-per-node", str(nproc), "-m", "lib", "train"]
         command += ["--images", str(Path(file).absolute()), "--config", str(settings)]
         command += ["--run-dir", str(run_dir.absolute()), *["--restart"] * restart]
-        # torchrun would give each process one thread
-        threads = {"OMP_NUM_THREADS": str(max(1, parallel.cores() // nproc))}
+        threads = str(max(1, parallel.cores() // nproc))  # torchrun would give each process one
         try:
-            parallel.run_process(command, env=threads, echo=True)
+            parallel.run_process(command, env={"OMP_NUM_THREADS": threads}, echo=True)
         except parallel.ProcessFailed as error:
-            raise RuntimeError(
-                f"training with {nproc} processes failed (status {error.status}); "
-                f"the same call continues from the last epoch\n{error.tail}"
-            ) from error
+            failed = f"training with {nproc} processes failed (status {error.status})"
+            again = "the same call continues from the last epoch"
+            raise RuntimeError(f"{failed}; {again}\n{error.tail}") from error
 
 
 def _warn_of_collapse(row: dict[str, Any], config: TrainConfig) -> None:
     """Warn if one cluster holds over half of the images, or over half of the clusters are empty."""
-    if row["largest_cluster"] > 0.5 or row["clusters_used"] < config.n_clusters / 2:
-        warnings.warn(
-            f"epoch {row['epoch']}: {row['clusters_used']} of {config.n_clusters} clusters in use, "
-            f"the largest holds {row['largest_cluster']:.0%} of the images: "
-            "the clustering is collapsing",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    used, largest = row["clusters_used"], row["largest_cluster"]
+    if largest > 0.5 or used < config.n_clusters / 2:
+        found = f"{used} of {config.n_clusters} clusters in use, the largest holds {largest:.0%}"
+        message = f"epoch {row['epoch']}: {found} of the images: the clustering is collapsing"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,8 +1,5 @@
-"""Features of a whole data set, and their PCA-whitening: what lies between a network and its
-clustering.
-
-DeepCluster (Caron et al. 2018, section 3.3) clusters features after PCA, whitening and scaling to
-unit length.
+"""From images to what is clustered: features, then PCA, whitening and unit length (Caron et al.
+2018, section 3.3).
 """
 
 from __future__ import annotations
@@ -38,21 +35,15 @@ def _modes_kept(model: nn.Module):
 def estimate_statistics(
     model: nn.Module, images: np.ndarray | Tensor, rows: np.ndarray, world: World = ALONE
 ) -> None:
-    """Estimate the batch norms' means and variances anew, for the weights as they are now.
+    """Estimate the batch norms' means and variances anew, from the images (N, H, W) in `rows` (M,).
 
-    Running statistics remember about ten steps, in which the weights move on; the network that is
-    clustered in evaluation mode is then not the network that was trained. Here every batch norm
-    averages the statistics of equal batches, in train mode; dropout stays off.
-
-    Parameters
-    ----------
-    model : Module
-        Has ``features(x)``.
-    images : ndarray or Tensor, shape (N, H, W), uint8
-    rows : ndarray, shape (M,)
-        The images to look at, in this order; each process of `world` takes its share.
+    Running statistics remember about ten steps, in which the weights move on: in evaluation mode,
+    the network that is clustered is then not the one that was trained. Here every batch norm
+    averages over equal batches in train mode, with dropout off; each process takes its share.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    # not the head's, which no feature passes
+    found = [m for name, m in model.named_modules() if name != "standardise"]
+    norms = [module for module in found if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     device = next(model.parameters()).device
     with _modes_kept(model):
@@ -77,39 +68,30 @@ def extract(
     on_device: bool = False,
     autocast: bool = False,
 ) -> np.ndarray | Tensor:
-    """Features of all images in their stored order: row i belongs to image i.
+    """Features (N, D), float32, of all images in evaluation mode: row i belongs to image i.
 
     Parameters
     ----------
     model : Module
-        Has ``features(x)``, (B, 1, H, W) in [-1, 1] to (B, D). It runs in evaluation mode.
+        Has ``features(x)``, (B, 1, H, W) in [-1, 1] to (B, D).
     images : ndarray, memory map or Tensor, shape (N, H, W), uint8
     batch_size : int
         Images per pass: changes speed and memory, and results only by rounding.
-    device : str or torch.device
     on_device, autocast : bool
         Return a tensor on `device` instead of an array; compute in bfloat16.
 
-    Returns
-    -------
-    ndarray or Tensor, shape (N, D), float32
-
     Raises
     ------
-    ValueError
-        No images, or features that are not (B, D).
-    FloatingPointError
-        A feature is NaN or infinite; the message names the first such image.
+    ValueError, FloatingPointError
+        No images, or features that are not (B, D); NaN or infinite features of the image named.
     """
     if len(images) == 0:
         raise ValueError("there are no images to extract features from: images has length 0")
     device = torch.device(device)
+    kept_on = device if on_device else "cpu"
+    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=autocast)
     rows: Tensor | None = None
-    with (
-        _modes_kept(model),
-        torch.inference_mode(),
-        torch.autocast(device.type, torch.bfloat16, enabled=autocast),
-    ):
+    with _modes_kept(model), torch.inference_mode(), bfloat16:
         model.eval()
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -120,8 +102,7 @@ def extract(
                 found = tuple(features.shape)
                 raise ValueError(f"model.features must give ({len(batch)}, D), got shape {found}")
             if rows is None:
-                width = features.shape[1]
-                rows = torch.empty(len(images), width, device=device if on_device else "cpu")
+                rows = torch.empty(len(images), features.shape[1], device=kept_on)
             rows[start : start + len(batch)] = features
     bad = _first_bad_row(rows)
     if bad is not None:
@@ -132,18 +113,14 @@ def extract(
 
 
 class PCAWhiten(TransformerMixin, BaseEstimator):
-    """PCA to `n_components`, each scaled to unit variance, then each row to unit length.
-
-    The axes come from the covariance matrix, or from the Gram matrix if there are fewer rows than
-    columns, both accumulated in float64 over chunks of rows: products in float32 would drown
-    small variances in rounding. Attributes equal those of ``sklearn.decomposition.PCA(whiten=
-    True)``; the sign of each axis makes its largest loading positive.
+    """PCA to `n_components`, each scaled to unit variance, then each row to unit length (Jegou and
+    Chum 2012, *Negative evidences and co-occurrences in image retrieval*).
 
     Parameters
     ----------
     n_components : int
-        Components to keep. If the data hold fewer, those are kept and a warning gives both numbers:
-        scaling a direction of no variance would blow up noise.
+        Components to keep. If the data hold fewer, those are kept, with a warning: scaling a
+        direction of no variance would blow up noise.
     l2 : bool
         Scale every row of the result to length 1, as DeepCluster does before K-means.
 
@@ -151,12 +128,9 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
     ----------
     mean_ (D,), components_ (n_components_, D), explained_variance_ and
     explained_variance_ratio_ (n_components_,) : float64
-        Arrays, or tensors on the data's device after fitting a tensor.
+        As in ``sklearn.decomposition.PCA(whiten=True)``; the largest loading of each axis is
+        positive. Arrays, or tensors on the data's device after fitting a tensor.
     n_components_ : int
-
-    References
-    ----------
-    Jegou and Chum 2012, *Negative evidences and co-occurrences in image retrieval*.
     """
 
     def __init__(self, n_components: int = 64, l2: bool = True) -> None:
@@ -164,20 +138,14 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
         self.l2 = l2
 
     def fit(self, features: np.ndarray | Tensor, y: None = None) -> PCAWhiten:
-        """Find mean, axes and variances of `features`, (N, D) floating.
-
-        Raises
-        ------
-        ValueError
-            ``n_components`` below 1, not two axes, fewer than 2 rows, NaN or infinite values, or
-            all rows equal.
+        """Find mean, axes and variances of `features`, (N, D) floating; ValueError if there are
+        fewer than 2 rows, all are equal, or one is not finite.
         """
         x = _rows(features)
         n, d = x.shape
-        if self.n_components < 1:
-            raise ValueError(f"n_components must be at least 1, got {self.n_components}")
-        if n < 2:
-            raise ValueError(f"PCA needs at least 2 rows, got {n}")
+        if self.n_components < 1 or n < 2:
+            found = f"n_components={self.n_components}, {n} rows"
+            raise ValueError(f"PCA needs at least 1 component and 2 rows, got {found}")
         bad = _first_bad_row(x)
         if bad is not None:
             raise ValueError(f"features hold NaN or infinite values, first in row {bad}")
@@ -194,23 +162,17 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
         variance, vectors = _top_eigenpairs(matrix, min(self.n_components, n, d))
         # A direction is real if its variance exceeds rounding: 16 units in the last place of the
         # largest feature (a few layers of float32), or machine epsilon of the matrix.
-        precision = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        resolution = 16 * torch.finfo(precision).eps * (power + mean**2).max().sqrt()
+        precision = torch.finfo(x.dtype if x.dtype == torch.float64 else torch.float32)
+        resolution = 16 * precision.eps * (power + mean**2).max().sqrt()
         epsilon = torch.finfo(torch.float64).eps
         floor = max(float(resolution) ** 2, float(variance[0]) * len(matrix) * epsilon)
         kept = int((variance > floor).sum())
         if kept == 0:
-            raise ValueError(
-                f"all {n} rows of the features are equal: there is no variance to whiten "
-                "(has the network collapsed?)"
-            )
+            raise ValueError(f"all {n} rows of the features are equal: has the network collapsed?")
         if kept < min(self.n_components, n, d):
-            warnings.warn(
-                f"PCA keeps {kept} components instead of {self.n_components}: "
-                f"{n} rows of {d} features hold no more",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            why = f"{n} rows of {d} features hold no more"
+            message = f"PCA keeps {kept} components instead of {self.n_components}: {why}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         variance, components = variance[:kept], vectors[:, :kept].T  # (kept, D or N)
         if n < d:
             components = components @ centred / ((n - 1) * variance).sqrt()[:, None]
@@ -223,9 +185,7 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, features: np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """Whitened components, (N, D) to (N, n_components_): same kind and device; float64 if the
-        features are, else float32.
-        """
+        """Whitened components (N, n_components_) of features (N, D): float64 if they are."""
         x = _rows(features)
         fitted = (self.mean_, self.components_, self.explained_variance_)
         mean, components, variance = (torch.as_tensor(a, device=x.device) for a in fitted)
@@ -240,15 +200,12 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
 
 def _rows(values: np.ndarray | Tensor) -> Tensor:
     """`values` (N, D) as a tensor that shares their memory."""
-    if isinstance(values, Tensor):
-        rows = values.detach()
-    else:
-        with warnings.catch_warnings():  # a read-only memory map is not written to
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            rows = torch.from_numpy(np.ascontiguousarray(values))
-    if rows.ndim != 2:
-        raise ValueError(f"features must have shape (N, D), got {tuple(rows.shape)}")
-    return rows if rows.is_floating_point() else rows.double()
+    if not isinstance(values, Tensor):
+        with warnings.catch_warnings(action="ignore"):  # a read-only memory map is not written to
+            values = torch.from_numpy(np.ascontiguousarray(values))
+    if values.ndim != 2:
+        raise ValueError(f"features must have shape (N, D), got {tuple(values.shape)}")
+    return values.detach() if values.is_floating_point() else values.double()
 
 
 def _like(result: Tensor, values: np.ndarray | Tensor) -> np.ndarray | Tensor:
@@ -258,19 +215,16 @@ def _like(result: Tensor, values: np.ndarray | Tensor) -> np.ndarray | Tensor:
 
 def _first_bad_row(x: Tensor) -> int | None:
     """Index of the first row with NaN or an infinite value."""
-    for number, block in enumerate(x.split(8192)):
-        bad = ~torch.isfinite(block).all(dim=1)
-        if bad.any():
-            return number * 8192 + int(bad.nonzero()[0])
-    return None
+    finite = torch.cat([torch.isfinite(block).all(dim=1) for block in x.split(8192)])
+    return None if finite.all() else int(finite.logical_not().nonzero()[0])
 
 
 def _top_eigenpairs(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues, descending, and eigenvectors (n, k) of a symmetric matrix."""
-    n = len(matrix)
     if matrix.device.type == "cpu":  # SciPy can stop at the k wanted, torch cannot
-        found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[n - k, n - 1])
-        values, vectors = map(torch.from_numpy, found)
+        last = [len(matrix) - k, len(matrix) - 1]
+        found = map(torch.from_numpy, scipy.linalg.eigh(matrix.numpy(), subset_by_index=last))
     else:
-        values, vectors = torch.linalg.eigh(matrix)
+        found = torch.linalg.eigh(matrix)
+    values, vectors = found
     return values.flip(0)[:k], vectors.flip(1)[:, :k]

@@ -2,45 +2,41 @@
 pooling that keep the symmetry.
 
 Feature maps are ``(N, C, S, H, W)``: C fields, each a function on the group with S = 4 (p4) or 8
-(p4m) values a pixel, element ``4*m + r`` (see `lib.groups`). A layer computes Cohen and Welling
-2016, eq. 10-11, ``[f * psi](g) = sum_h f(h) psi(g^-1 h)``: ``y(x, g)`` is the correlation of the
+(p4m) values per pixel, element ``4*m + r`` (see `lib.groups`). A layer computes Cohen and Welling
+(2016), eq. 10-11, ``[f * psi](g) = sum_h f(h) psi(g^-1 h)``: ``y(x, g)`` is the correlation of the
 input at x with the filter moved by g.
 
-    lift = nn.Sequential(P4MConvZ2(1, 16, 5, padding=2), GroupBatchNorm(16), nn.ReLU(),
-    GroupAvgBlurPool()) conv = P4MConvP4M(16, 32, 3, padding=1) y =
-    group_max_pool(conv(lift(images)))      # (N, 32, H/2, W/2): turns and mirrors with the images
-
 **Where it is exact.** Turning or mirroring a square input turns or mirrors the output, to rounding,
-if the sampling grid is symmetric: ``H + 2*padding - kernel_size`` divisible by `stride` (and
-likewise W). Every stride-1 layer is. A stride-2 layer is on odd sizes and is *not* on even ones,
-whatever the odd kernel: the last row and column are never a window's centre (it still computes what
-GrouPy computes; use `GroupAvgBlurPool` to halve even sizes exactly). The same holds for
-``nn.MaxPool2d``: 3x3/2 on even sizes and 2x2/2 on odd ones break the symmetry.
-
-**How it is computed.** ``algorithm="dense"`` expands the filters to a planar bank and calls one
-planar convolution, as public libraries do. ``"fourier"`` computes the same, to rounding, with 3.2
-(p4) to 5.8 (p4m) times fewer multiplications (see `lib.fast.gfourier`). ``"auto"`` takes the faster
-one for the layer's shape, device and dtype. The weight is the same for all three."""
+if the sampling grid is symmetric: ``H + 2*padding - kernel_size`` divisible by `stride`, and
+likewise W. Every stride-1 layer is. A stride-2 layer is on odd sizes and is *not* on even ones: the
+last row and column are never a window's centre. To halve even sizes exactly, use
+`GroupAvgBlurPool`. ``nn.MaxPool2d`` breaks the symmetry as 3x3/2 on even sizes and as 2x2/2 on odd
+ones.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
+import operator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lib.fast import gfourier, gkernel
-from lib.groups import P4, P4M, PointGroup
+from lib.groups import P4, P4M, PointGroup, filter_bank
+
+try:
+    from lib.fast import fast_block, fast_conv
+except (
+    ImportError
+):  # without the folder lib/fast every layer is computed densely, equal to rounding
+
+    def fast_conv(layer: nn.Module, x: Tensor) -> None:
+        """No faster way."""
+
+    fast_block = fast_conv
 
 ALGORITHMS = ("auto", "dense", "fourier")
-
-# (a, b) by the group's order and whether the compiled kernel is there: the Fourier algorithm is the
-# faster where a / out_channels + b / (in_channels * k * k) <= 1, for its transforms cost the less
-# the more channels share them. From tests/bench/gconv_auto.py, forward and training step.
-FOURIER_FROM = {(8, True): (4, 8), (4, True): (8, 16), (8, False): (24, 40), (4, False): (64, 48)}
 
 
 class GroupConv(nn.Module):
@@ -50,16 +46,15 @@ class GroupConv(nn.Module):
     ----------
     in_channels, out_channels : int
         Number of planar channels (lifting layers, input only) or of fields.
-    kernel_size : int
-        Odd side k of the filters.
-    stride, padding : int
-        As in `torch.nn.Conv2d`; the module's docstring says where a stride above 1 is exact.
+    kernel_size, stride, padding : int or (int, int)
+        As in `torch.nn.Conv2d`, but the same for rows and columns. `kernel_size` is odd.
     bias : bool
-        One bias a field, shared by its S values (anything else would break the symmetry).
+        One bias per field, shared by its S values. Anything else would break the symmetry.
     algorithm : {"auto", "dense", "fourier"}
-        How to compute it; may be changed at any time. ``"dense"`` is differentiable any number of
-        times and follows autocast; ``"fourier"`` is differentiable once and computes in the inputs'
-        dtype.
+        How to compute it; may be changed at any time. "dense" expands the filters to a planar bank
+        and calls one planar convolution, as public libraries do. "fourier" computes the same, to
+        rounding, with 3.2 (p4) to 5.8 (p4m) times fewer multiplications (`lib.fast.gfourier`); it
+        is differentiable once. "auto" takes the faster one for the layer and its input.
 
     Attributes
     ----------
@@ -83,45 +78,28 @@ class GroupConv(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
         bias: bool = True,
         algorithm: str = "auto",
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("in_channels", in_channels, 1),
-            ("out_channels", out_channels, 1),
-            ("stride", stride, 1),
-            ("padding", padding, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
         self.algorithm = algorithm
-        self.in_channels, self.out_channels, self.kernel_size = (
-            in_channels,
-            out_channels,
-            kernel_size,
-        )
-        self.stride, self.padding = stride, padding
+        self.in_channels = _integer("in_channels", in_channels, 1)
+        self.out_channels = _integer("out_channels", out_channels, 1)
+        self.kernel_size = _integer("kernel_size", kernel_size, 1)
+        self.stride = _integer("stride", stride, 1)
+        self.padding = _integer("padding", padding, 0)
         self.stabilizer_in = 1 if self.lifting else self.group.order
-        # Not persistent: a state_dict holds what GrouPy's holds, weight and bias.
-        self.register_buffer(
-            "filter_index",
-            self.group.filter_indices(kernel_size, self.stabilizer_in),
-            persistent=False,
-        )
-        transform = gfourier.filter_transform(self.group.order, kernel_size, self.lifting)[1]
-        self.register_buffer(
-            "fourier_transform", transform.to(torch.get_default_dtype()), persistent=False
-        )
-        self.weight = nn.Parameter(
-            torch.empty(out_channels, in_channels, self.stabilizer_in, kernel_size, kernel_size)
-        )
-        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        # not persistent: a state_dict holds what GrouPy's holds, weight and bias
+        index = self.group.filter_indices(self.kernel_size, self.stabilizer_in)
+        self.register_buffer("filter_index", index, persistent=False)
+        shape = (self.stabilizer_in, self.kernel_size, self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(self.out_channels, self.in_channels, *shape))
+        self.bias = nn.Parameter(torch.empty(self.out_channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -130,22 +108,26 @@ class GroupConv(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def _renew_index(self) -> None:
+        """Make the index again where the weight is: the index is no data, and can get lost."""
+        index = self.group.filter_indices(self.kernel_size, self.stabilizer_in)
+        self.filter_index = index.to(self.weight.device)
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self._renew_index()  # `to_empty` leaves buffers uninitialised
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._renew_index()  # ``assign=True`` brings weights from another device
+
     def filter_bank(self) -> Tensor:
-        """All transformed filters as a planar bank, shape (out_channels * S, in_channels * S_in, k,
-        k).
-        """
-        bank = self.weight.flatten(2)[:, :, self.filter_index]  # (out, in, S, S_in * k * k)
-        k = self.kernel_size
-        return bank.transpose(1, 2).reshape(
-            self.out_channels * self.group.order, self.in_channels * self.stabilizer_in, k, k
-        )
+        """All moved filters as planar ones, (out_channels * S, in_channels * S_in, k, k)."""
+        return filter_bank(self.weight, self.filter_index)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve.
-
-        Parameters
-        ----------
-        x : Tensor, shape (N, in_channels, H, W) for a lifting layer, else (N, in_channels, S, H, W)
+        """Convolve (N, in_channels, H, W), or (N, in_channels, S, H, W) if the layer does not lift.
 
         Returns
         -------
@@ -154,156 +136,153 @@ class GroupConv(nn.Module):
         leading = (self.in_channels,) if self.lifting else (self.in_channels, self.group.order)
         if x.ndim != len(leading) + 3 or x.shape[1:-2] != leading:
             expected = ", ".join(("N", *map(str, leading), "H", "W"))
+            name = type(self).__name__
+            raise ValueError(f"{name} expects input of shape ({expected}), got {tuple(x.shape)}")
+        if min(x.shape[-2:]) + 2 * self.padding < self.kernel_size:
+            size = tuple(x.shape[-2:])
             raise ValueError(
-                f"{type(self).__name__} expects input of shape ({expected}), got {tuple(x.shape)}"
+                f"a window of {self.kernel_size} does not fit into maps of {size} "
+                f"with padding {self.padding}"
             )
-        if min(gfourier.out_size(x, self.stride, self.padding, self.kernel_size)) < 1:
-            raise ValueError(
-                f"a window of {self.kernel_size} does not fit into maps of {tuple(x.shape[-2:])} with padding {self.padding}"
-            )
-        if self.algorithm == "fourier" or (self.algorithm == "auto" and self._fourier_is_faster(x)):
-            return gfourier.fourier_conv(
-                x,
-                self.weight,
-                self.bias,
-                self.fourier_transform,
-                self.group.order,
-                self.stride,
-                self.padding,
-            )
+        y = None if self.algorithm == "dense" else fast_conv(self, x)
+        return self.dense(x) if y is None else y
+
+    def dense(self, x: Tensor) -> Tensor:
+        """`forward` as one planar convolution."""
         bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
-        y = F.conv2d(
-            x if self.lifting else x.flatten(1, 2),
-            self.filter_bank(),
-            bias,
-            self.stride,
-            self.padding,
-        )
+        maps = x if self.lifting else x.flatten(1, 2)
+        y = F.conv2d(maps, self.filter_bank(), bias, self.stride, self.padding)
         return y.unflatten(1, (self.out_channels, self.group.order))
 
-    def _fourier_is_faster(self, x: Tensor) -> bool:
-        """The choice of ``"auto"``: on a CPU in single precision, unless the layer is narrow."""
-        if (
-            x.device.type != "cpu"
-            or x.dtype != torch.float32
-            or self.weight.dtype != x.dtype
-            or torch.is_autocast_enabled("cpu")
-        ):
-            return False
-        compiled = gkernel.available()
-        if self.lifting:  # the dense gradient of these few filters is the cheaper one
-            trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-            return compiled and self.out_channels >= 16 and not trains
-        a, b = FOURIER_FROM[self.group.order, compiled]
-        return a / self.out_channels + b / (self.in_channels * self.kernel_size**2) <= 1
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, bias={self.bias is not None}, algorithm={self.algorithm!r}"
-        )
+def _integer(name: str, value: int | tuple[int, int], least: int) -> int:
+    """`value`, or the one number of a pair, as an int of at least `least`."""
+    numbers = set(value) if isinstance(value, tuple | list) else {value}
+    try:
+        (number,) = map(operator.index, numbers)
+    except (TypeError, ValueError):
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} must be one integer of at least {least}, got {value!r}")
+    return number
 
 
 class P4ConvZ2(GroupConv):
-    """Lift images (N, C, H, W) to functions on p4, (N, C', 4, H', W'); parameters as in
-    `GroupConv`.
-    """
+    """Lift images (N, C, H, W) to functions on p4, (N, C', 4, H', W'); see `GroupConv`."""
 
     group, lifting = P4, True
 
 
 class P4ConvP4(GroupConv):
-    """Convolve functions on p4, (N, C, 4, H, W) to (N, C', 4, H', W'); parameters as in
-    `GroupConv`.
-    """
+    """Convolve functions on p4, (N, C, 4, H, W) to (N, C', 4, H', W'); see `GroupConv`."""
 
     group, lifting = P4, False
 
 
 class P4MConvZ2(GroupConv):
-    """Lift images (N, C, H, W) to functions on p4m, (N, C', 8, H', W'); parameters as in
-    `GroupConv`.
-    """
+    """Lift images (N, C, H, W) to functions on p4m, (N, C', 8, H', W'); see `GroupConv`."""
 
     group, lifting = P4M, True
 
 
 class P4MConvP4M(GroupConv):
-    """Convolve functions on p4m, (N, C, 8, H, W) to (N, C', 8, H', W'); parameters as in
-    `GroupConv`.
-    """
+    """Convolve functions on p4m, (N, C, 8, H, W) to (N, C', 8, H', W'); see `GroupConv`."""
 
     group, lifting = P4M, False
 
 
 class GroupBatchNorm(nn.BatchNorm3d):
-    """Batch norm with one mean and variance a field, over N, S, H and W: input and output (N, C, S,
-    H, W).
-    """
-
-
-def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Copy of a model, for evaluation, with each batch norm that follows a group convolution in an
-    `nn.Sequential` folded into its filters.
-
-    A group batch norm scales and shifts whole fields, so the folded layer is again a group
-    convolution, with a weight of the same shape."""
-    model = copy.deepcopy(model).eval()
-    for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
-        for index in range(len(sequence) - 1):
-            conv, norm = sequence[index], sequence[index + 1]
-            if isinstance(conv, GroupConv) and isinstance(norm, GroupBatchNorm):
-                sequence[index], sequence[index + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-    return model
+    """Batch norm of (N, C, S, H, W) with one mean and variance per field, over N, S, H and W."""
 
 
 def group_max_pool(x: Tensor) -> Tensor:
-    """Largest value over the group at each pixel: (N, C, S, H, W) to (N, C, H, W) (Cohen and
-    Welling 2016, sec. 6.3).
-    """
+    """Largest value over the group, (N, C, S, H, W) to (N, C, H, W)."""
     if x.ndim != 5:
-        raise ValueError(
-            f"group pooling expects maps of shape (N, C, S, H, W), got {tuple(x.shape)}"
-        )
+        raise ValueError(f"group_max_pool expects (N, C, S, H, W), got shape {tuple(x.shape)}")
     return x.amax(2)
 
 
-class GroupMaxPool(nn.Module):
-    """`group_max_pool` as a module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return group_max_pool(x)
-
-
-def blur_matrix(size: int) -> Tensor:
-    """Weights of an antialiased average pool of stride 2 along one axis, shape (size, (size + 1) //
-    2), columns summing to 1.
-
-    A binomial kernel, on a grid of windows symmetric about the centre of the axis: (1, 3, 3, 1) / 8
-    with padding 1 on even sizes, (1, 2, 1) / 4 with padding 1 on odd ones. At the border the
-    weights of the pixels inside are scaled to sum to 1, so a constant map stays constant."""
-    kernel = torch.tensor(
-        [1.0, 3.0, 3.0, 1.0] if size % 2 == 0 else [1.0, 2.0, 1.0], dtype=torch.float64
-    )
-    tap = (
-        torch.arange(size)[:, None] - 2 * torch.arange((size + 1) // 2) + 1
-    )  # (size, ceil(size / 2))
-    weights = kernel[tap.clamp(0, len(kernel) - 1)] * ((tap >= 0) & (tap < len(kernel)))
-    return weights / weights.sum(0)
-
-
 class GroupAvgBlurPool(nn.Module):
-    """Antialiased average pool of stride 2 (Zhang 2019) that is exactly equivariant under p4m at
-    every size: 64 -> 32 -> 16 -> 8, 65 -> 33.
+    """Antialiased average pool of stride 2 (Zhang 2019), exactly equivariant under p4m at every
+    size: (N, ..., H, W) to (N, ..., ceil(H/2), ceil(W/2)).
 
-    Kernel and padding follow the size, axis by axis (see `blur_matrix`): an even kernel on even
-    sizes, an odd one on odd sizes, so the sampling grid always shares its centre with the image.
-    Input (..., H, W), output (..., ceil(H/2), ceil(W/2))."""
+    Each axis has a binomial window on a grid that shares its centre with the image: (1, 3, 3, 1) on
+    even sizes, (1, 2, 1) on odd ones, with padding 1. A window is divided by the sum of its weights
+    inside the image, so a constant map stays constant.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim < 2 or 0 in x.shape[-2:]:
+        if x.ndim < 4 or 0 in x.shape[-2:]:
             raise ValueError(
-                f"GroupAvgBlurPool expects maps of shape (..., H, W) with at least one pixel, got {tuple(x.shape)}"
+                f"GroupAvgBlurPool expects (N, C, ..., H, W) with at least one pixel, "
+                f"got shape {tuple(x.shape)}"
             )
-        rows, columns = (blur_matrix(size).to(x) for size in x.shape[-2:])
-        return rows.T @ (x @ columns)
+        windows, totals = [], []
+        for size in x.shape[-2:]:
+            window = x.new_tensor([1, 3, 3, 1] if size % 2 == 0 else [1, 2, 1])
+            windows.append(window)
+            totals.append(F.conv1d(x.new_ones(1, 1, size), window.view(1, 1, -1), None, 2, 1)[0, 0])
+        maps = x.flatten(1, -3)
+        weight = torch.outer(*windows).expand(maps.shape[1], 1, -1, -1)
+        y = F.conv2d(maps, weight, None, 2, 1, groups=maps.shape[1]) / torch.outer(*totals)
+        return y.unflatten(1, x.shape[1:-2])
+
+
+class GroupBlock(nn.Sequential):
+    """Group convolution, `GroupBatchNorm`, ReLU and `GroupAvgBlurPool`, in this order.
+
+    `lib.fast` may compute the block as one. A norm of another class, as for several processes, and
+    hooks on the modules are respected.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kinds = [type(module) for module in self]
+        usual = kinds[1:] == [GroupBatchNorm, nn.ReLU, GroupAvgBlurPool]
+        y = fast_block(self, x) if usual else None
+        return super().forward(x) if y is None else y
+
+
+def assert_equivariant(
+    module: nn.Module, group: PointGroup, x: Tensor, tolerance: float | None = None
+) -> float:
+    """Check that ``module(g x)`` is ``g module(x)`` for every element g of the group.
+
+    Parameters
+    ----------
+    module : Module or callable
+        From and to images or planar maps (N, C, H, W), group maps (N, C, S, H, W) or, output only,
+        features (N, D), which must not change at all.
+    group : PointGroup
+    x : Tensor
+    tolerance : float, optional
+        Largest difference allowed, relative to the output's largest value: 1e-5 in single and 1e-12
+        in double precision if not given.
+
+    Returns
+    -------
+    float
+        The largest relative difference.
+
+    Raises
+    ------
+    AssertionError
+        If it is above `tolerance`, or no number.
+    """
+
+    def act(maps: Tensor, g: int) -> Tensor:
+        actions = {2: lambda maps, g: maps, 4: group.act_on_grid, 5: group.act_on_maps}
+        return actions[maps.ndim](maps, g)
+
+    if tolerance is None:
+        tolerance = 1e-12 if x.dtype == torch.float64 else 1e-5
+    with torch.no_grad():
+        y = module(x)
+        errors = [(module(act(x, g)) - act(y, g)).abs().max() for g in range(group.order)]
+        error = float(max(errors) / y.abs().max())
+    if not error <= tolerance:
+        worst = max(range(group.order), key=lambda g: errors[g])
+        raise AssertionError(
+            f"not equivariant under {group.name}: relative error {error:.1e}, "
+            f"largest for g = {worst}, above {tolerance:.0e}"
+        )
+    return error

@@ -1,4 +1,4 @@
-"""Pixels as networks take them, and images turned: exactly by the square's symmetries, or freely."""
+"""Pixels as networks take them, and images turned: exactly by symmetries, or freely."""
 
 from __future__ import annotations
 
@@ -39,23 +39,11 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
     Parameters
     ----------
     x : Tensor, shape (B, C, H, W), range [-1, 1]
+        The result has the same. Interpolation blurs it: waves of 16, 8 and 4 pixels come out with
+        an error of 1 %, 6 % and 21 % (root mean square over angles, relative to the wave).
     degrees : Tensor, shape (B,)
         Counter-clockwise angles. Multiples of 90 degrees on square images equal ``torch.rot90``
         up to rounding.
-
-    Returns
-    -------
-    Tensor, shape (B, C, H, W), range [-1, 1]
-
-    Raises
-    ------
-    ValueError
-        Shapes that do not fit.
-
-    Notes
-    -----
-    Interpolation blurs: waves of 16, 8 and 4 pixels come out with an error of 1 %, 6 % and 21 %
-    (root mean square over angles, relative to the wave).
     """
     if x.ndim != 4 or degrees.shape != x.shape[:1]:
         found = f"{tuple(x.shape)} and {tuple(degrees.shape)}"
@@ -72,29 +60,15 @@ def rotate(x: Tensor, degrees: Tensor) -> Tensor:
 
 
 def moved(images: np.ndarray, mirrored: bool, quarter_turns: int) -> np.ndarray:
-    """Exact copies under a symmetry of the square: mirror left to right, then quarter turns.
-
-    Parameters
-    ----------
-    images : ndarray, shape (N, S, S)
-    mirrored : bool
-    quarter_turns : int
-        Counter-clockwise.
-
-    Returns
-    -------
-    ndarray, shape (N, S, S)
-    """
+    """Images (N, S, S) mirrored left to right, then turned counter-clockwise, exactly."""
     flipped = images[:, :, ::-1] if mirrored else images
     return np.ascontiguousarray(np.rot90(flipped, quarter_turns, (1, 2)))
 
 
 def turned(images: np.ndarray, degrees: float) -> np.ndarray:
-    """All images turned counter-clockwise by the same angle, (N, S, S) uint8; quarter turns are
-    exact, other turns have black corners.
-    """
+    """Images (N, S, S) uint8, all turned counter-clockwise by one angle; quarter turns exactly."""
     if degrees % 90 == 0:
         return moved(images, False, round(degrees / 90))
-    x = normalise(torch.from_numpy(np.array(images)))
-    x = rotate(x, torch.full((len(x),), float(degrees)))
+    angles = torch.full((len(images),), float(degrees))
+    x = rotate(normalise(torch.from_numpy(np.array(images))), angles)
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()[:, 0].numpy()

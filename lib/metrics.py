@@ -1,26 +1,26 @@
 """Numbers that say how good a clustering is, and how sure one can be: arrays in, numbers out.
 
-Every docstring gives the definition, the range and what the number cannot show. Arrays that do not
-fit raise a ValueError.
-"""
+Each docstring says what the number is, its range, and what it cannot show. Arrays that do not fit
+raise a ValueError."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import signal, stats
+from scipy import stats
 from sklearn import metrics as sklearn_metrics
 from sklearn.decomposition import PCA
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array, check_consistent_length
 from threadpoolctl import threadpool_limits
+
+MAX_FEATURES = 256  # of a linear classifier; more are first reduced by PCA
 
 
 def nmi(a: ArrayLike, b: ArrayLike) -> float:
@@ -29,25 +29,21 @@ def nmi(a: ArrayLike, b: ArrayLike) -> float:
     I(a; b) / ((H(a) + H(b)) / 2): 0 is independent, 1 is equal up to renaming. (Caron et al. 2018
     divide by the geometric mean in equation 3, which never gives less.) It is not corrected for
     chance: random clusterings of N images into K clusters score well above 0 if N / K is small (see
-    `chance_nmi`, `ami`). Between consecutive epochs it shows that a network agrees with itself, not
-    that its clusters mean anything.
+    `chance_nmi`). Between consecutive epochs it only shows that a network agrees with itself.
     """
     return float(sklearn_metrics.normalized_mutual_info_score(a, b))
 
 
 def ami(a: ArrayLike, b: ArrayLike) -> float:
     """Adjusted mutual information (Vinh, Epps and Bailey 2010): `nmi` with its chance level at 0.
-
-    1 is equal up to renaming. Independent clusterings score 0 on average, so small negative values
-    occur.
+    1 is equal up to renaming; independent clusterings score 0 on average, some a little less.
     """
     return float(sklearn_metrics.adjusted_mutual_info_score(a, b))
 
 
 def chance_nmi(a: ArrayLike, b: ArrayLike, seed: int, repeats: int = 5) -> float:
-    """Mean NMI of `a` with random permutations of `b`: the floor under a curve of NMI.
-
-    Cluster sizes stay. It grows with the number of clusters and falls with the number of images.
+    """Mean NMI of `a` with random permutations of `b`: the floor under a curve of NMI, which
+    is the higher, the more clusters and the fewer images there are.
     """
     rng = np.random.default_rng(seed)
     return float(np.mean([nmi(a, rng.permutation(b)) for _ in range(repeats)]))
@@ -58,8 +54,7 @@ def occupancy(assignments: ArrayLike, n_clusters: int) -> dict[str, float]:
 
     ``clusters_used``, clusters with an image (1 to n_clusters); ``largest_cluster``, its share of
     the images (1 / n_clusters to 1); ``perplexity``, exp of the entropy of the sizes (1: all in
-    one, n_clusters: all of equal size). Even sizes are no sign of quality: random assignments are
-    perfectly even.
+    one, n_clusters: all of equal size). Even sizes show no quality: random clusters are even.
     """
     labels = np.asarray(assignments)
     if labels.ndim != 1 or not labels.size or labels.min() < 0 or labels.max() >= n_clusters:
@@ -75,9 +70,8 @@ def occupancy(assignments: ArrayLike, n_clusters: int) -> dict[str, float]:
 def kept_share(reference: ArrayLike, moved: ArrayLike) -> np.ndarray:
     """Share (T,) of images that keep their cluster under each of T transformations.
 
-    `reference` (N,) holds the clusters of the images as they are, `moved` (T, N) those of the
-    transformed images under the *same* centroids. 1 is invariant. A constant clustering keeps every
-    image: read it beside `occupancy`.
+    `moved` (T, N) holds the clusters of the moved images under the *same* centroids as `reference`
+    (N,). 1 is invariant. A single cluster keeps every image: read it beside `occupancy`.
     """
     return (np.asarray(moved) == np.asarray(reference)).mean(axis=1)
 
@@ -89,9 +83,8 @@ def cluster_structure(
 
     ``silhouette`` (Rousseeuw 1987), -1 to 1, high is separate, of at most `max_samples` random
     images; ``davies_bouldin`` (Davies and Bouldin 1979), from 0, low is separate. NaN if not
-    defined: one cluster, or as many as images. Both improve if K-means fits this very space more
-    closely, and both prefer round clusters. Spaces of different dimension or scaling do not compare
-    without a control.
+    defined: one cluster, or as many as images. Both prefer round clusters, and improve if K-means
+    fits this very space more closely. Spaces of other dimension or scaling do not compare.
     """
     x, labels = np.asarray(embedding), np.asarray(assignments)
     check_consistent_length(x, labels)
@@ -114,86 +107,69 @@ def probe(
     groups: ArrayLike | None = None,
     seed: int = 0,
     n_boot: int = 1000,
-    max_dim: int = 256,
 ) -> dict[str, Any]:
     """Accuracy of a linear classifier on frozen features, beside two guesses to compare it with.
 
-    Multinomial logistic regression on standardised features, fitted on the training images. It
-    shows what can be read off the features *linearly*. If the labels are the clusters of these same
-    features, a high accuracy only says that K-means cells are convex: it says nothing of disease.
+    Multinomial logistic regression on standardised features: what can be read off them *linearly*.
+    If the labels are the clusters of these same features, a high accuracy only says that K-means
+    cells are convex: it says nothing of disease.
 
     Parameters
     ----------
     features : (N, D) float
     labels : (N,) int or str
+        A test image of a class that is not in training counts as an error.
     train, test : (n,) int or (N,) bool
         Disjoint sets of images.
     groups : (N,), optional
-        Patient of each image, none in both sets. The bootstrap draws patients, because images of
-        one patient are alike; without groups it draws images.
+        Patient of each image, none in both sets; each image its own if not given.
     seed, n_boot : int
         Bootstrap samples; 0: ``low`` and ``high`` are NaN.
-    max_dim : int
-        More features than this are first reduced by PCA, fitted on the training images.
 
     Returns
     -------
     dict
-        ``accuracy``, 0 to 1, with ``low, high``, its 95 % percentile bootstrap interval (Efron
-        1979) over *test* patients, which does not cover another training set or network;
+        ``accuracy``, 0 to 1; ``low, high``, its 95 % interval over *test* patients, whose images
+        are alike (percentile bootstrap, Efron 1979), but not over training sets or networks;
         ``majority``, accuracy of always answering the most frequent class in training; ``chance``,
         expected accuracy of guessing with the shares in training; ``classes`` (C,) in training and
-        ``n_classes``; ``probabilities`` (n_test, C); ``correct`` (n_test,) bool; ``unseen``, test
-        images of a class that is not in training: they count as errors; ``converged``, False, with
-        a RuntimeWarning, if the optimiser ran out of iterations.
+        ``n_classes``; ``probabilities`` (n_test, C); ``correct`` (n_test,) bool.
     """
     features, labels = np.asarray(features), np.asarray(labels)
     train, test, groups = checked_split(features, labels, train, test, groups)
     classes, counts = np.unique(labels[train], return_counts=True)
-    probabilities, converged = np.ones((len(test), 1)), True
+    probabilities = np.ones((len(test), 1))
     if len(classes) > 1:
-        x_train, x_test = standardised(features, train, test, seed, max_dim)
+        x_train, x_test = standardised(features, train, test, seed)
         # a weak L2 penalty: the prior variance of a logit is 25, for any number of features
         model = LogisticRegression(C=25 / features.shape[1], tol=1e-3, max_iter=2000)
-        converged = fit_linear(model, x_train, labels[train])
-        probabilities = model.predict_proba(x_test)
+        probabilities = fit_linear(model, x_train, labels[train]).predict_proba(x_test)
+    truth = labels[test][:, None] == classes  # (n_test, C)
     correct = classes[probabilities.argmax(axis=1)] == labels[test]
-    share = dict(zip(classes.tolist(), counts / len(train), strict=True))
-    guessed = np.array([share.get(label, 0.0) for label in labels[test].tolist()])
     samples = (w @ correct / w.sum(axis=1) for w in bootstrap_weights(groups[test], n_boot, seed))
     low, high = percentile_interval(samples)
     return {
         "accuracy": float(correct.mean()),
         "low": low,
         "high": high,
-        "majority": float((labels[test] == classes[counts.argmax()]).mean()),
-        "chance": float(guessed.mean()),
+        "majority": float(truth[:, counts.argmax()].mean()),
+        "chance": float((truth @ counts).mean() / len(train)),
         "correct": correct,
         "probabilities": probabilities,
         "classes": classes,
         "n_classes": len(classes),
-        "unseen": int((guessed == 0).sum()),
-        "converged": converged,
     }
 
 
 def checked_split(
-    features: np.ndarray,
-    labels: np.ndarray,
-    train: ArrayLike,
-    test: ArrayLike,
-    groups: ArrayLike | None,
+    features: np.ndarray, y: np.ndarray, train: ArrayLike, test: ArrayLike, groups: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows to train and to test on, and groups (N,): each image its own if None.
-
-    ValueError for an empty set, overlapping sets, a patient in both, or NaN in the features.
-    """
+    """Rows to train and to test on, and groups (N,); ValueError for a patient in both, or NaN."""
     n = len(check_array(features))
     groups = np.arange(n) if groups is None else np.asarray(groups)
-    check_consistent_length(features, labels, groups)
-    train, test = (np.asarray(part) for part in (train, test))
-    train, test = (np.flatnonzero(p) if p.dtype == bool else p.astype(int) for p in (train, test))
-    if len(train) == 0 or len(test) == 0:
+    check_consistent_length(features, y, groups)
+    train, test = (np.arange(n)[np.asarray(part)] for part in (train, test))
+    if not len(train) or not len(test):
         raise ValueError(f"both sets must hold images: {len(train)} to train, {len(test)} to test")
     both = np.intersect1d(groups[train], groups[test])
     if len(both):
@@ -202,42 +178,30 @@ def checked_split(
 
 
 def standardised(
-    features: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int, max_dim: int = 256
+    features: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features of both sets with zero mean and unit variance, as the training images have them; if
-    there are more than `max_dim`, their first principal components, which keep their variances.
-    """
-    scaler = StandardScaler().fit(features[train])
-    x_train, x_test = scaler.transform(features[train]), scaler.transform(features[test])
-    if x_train.shape[1] > max_dim:
-        pca = PCA(min(max_dim, len(train)), random_state=seed).fit(x_train)
-        x_train, x_test = pca.transform(x_train), pca.transform(x_test)
-    return x_train, x_test
+    """Both sets, scaled to mean 0 and variance 1 in training; of more than 256 features, a PCA."""
+    steps: list[Any] = [StandardScaler()]
+    if features.shape[1] > MAX_FEATURES:
+        steps.append(PCA(min(MAX_FEATURES, len(train)), random_state=seed))
+    scale = make_pipeline(*steps).fit(features[train])
+    return scale.transform(features[train]), scale.transform(features[test])
 
 
-def fit_linear(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> bool:
-    """Fit `model` and return whether it converged; if not, a RuntimeWarning says so."""
-    # hundreds of small steps: sharing each among threads costs more than it saves
-    with warnings.catch_warnings(), threadpool_limits(limits=1):
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(x, y)
-    converged = bool((model.n_iter_ < model.max_iter).all())
-    if not converged:
-        text = f"the linear probe did not converge in {model.max_iter} iterations: a lower bound"
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
-    return converged
+def fit_linear(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> LogisticRegression:
+    """Fit `model` in one thread: to share its hundreds of small steps costs more than it saves."""
+    with threadpool_limits(limits=1):
+        return model.fit(x, y)
 
 
 def bootstrap_weights(groups: np.ndarray, n_boot: int, seed: int) -> Iterator[np.ndarray]:
     """How often each image is drawn if whole groups (n,) are drawn with replacement: blocks (b, n)
     of up to 64 samples. Fewer than two groups show no spread: no block.
     """
-    _, index = np.unique(groups, return_inverse=True)
-    n_groups = index.max() + 1
-    rng = np.random.default_rng(seed)
-    for start in range(0, n_boot if n_groups > 1 else 0, 64):
-        size, even = min(64, n_boot - start), np.full(n_groups, 1 / n_groups)
-        yield rng.multinomial(n_groups, even, size=size)[:, index]
+    names, index = np.unique(groups, return_inverse=True)
+    even, rng = np.full(len(names), 1 / len(names)), np.random.default_rng(seed)
+    for start in range(0, n_boot if len(names) > 1 else 0, 64):
+        yield rng.multinomial(len(names), even, size=min(64, n_boot - start))[:, index]
 
 
 def percentile_interval(blocks: Iterable[np.ndarray]) -> tuple[float, float]:
@@ -251,8 +215,8 @@ def percentile_interval(blocks: Iterable[np.ndarray]) -> tuple[float, float]:
 def seed_interval(values: ArrayLike) -> tuple[float, float, float]:
     """Mean over seeds (n,) and its 95 % interval by Student's t: mean, low, high.
 
-    It covers the chance of the seeds (start, batches, clustering) under roughly normal results, not
-    that of the data set. A single seed has NaN bounds: one run shows no spread.
+    It covers the chance of the seeds (start, batches, clustering), not that of the data set, and
+    presumes roughly normal results. The bounds of a single seed are NaN: it shows no spread.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) == 0:
@@ -276,18 +240,13 @@ def convergence_epoch(curve: ArrayLike, tolerance: float = 0.02) -> float:
     return float(first) if first <= len(curve) else math.nan
 
 
-def stability(curve: ArrayLike, detrended: bool = False) -> float:
-    """Standard deviation (n - 1) of a curve over its second half (rounded up): 0 is steady.
-
-    A slow trend counts as unsteadiness too, unless `detrended`: then the deviation is that from a
-    straight line (n - 2). NaN if the half is too short for it.
+def stability(curve: ArrayLike) -> float:
+    """Standard deviation (n - 1) of a curve over its second half (rounded up): 0 is steady, and a
+    slow trend is not. NaN if the half is a single value.
     """
     curve = _checked_curve(curve)
-    half, lost = curve[len(curve) // 2 :], 2 if detrended else 1
-    if len(half) <= lost:
-        return math.nan
-    half = signal.detrend(half, type="linear" if detrended else "constant")
-    return float(np.sqrt((half**2).sum() / (len(half) - lost)))
+    half = curve[len(curve) // 2 :]
+    return float(half.std(ddof=1)) if len(half) > 1 else math.nan
 
 
 def increases(loss: ArrayLike) -> tuple[int, float]:

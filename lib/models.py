@@ -1,8 +1,5 @@
 """The paper's two backbones, AlexNet behind a fixed Sobel filter and a P4M group-equivariant CNN,
-and networks to compare them with.
-
-The controls have P4M's layout: `P4CNN` lacks the mirror, `MatchedParametersCNN` and
-`MatchedFlopsCNN` lack the symmetry. All of them take P4M's `width`: arms of equal `width` match.
+and networks to compare them with: P4M's layout without the mirror, or without the symmetry.
 """
 
 from __future__ import annotations
@@ -15,16 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.gconv import (
-    GroupAvgBlurPool,
-    GroupBatchNorm,
-    GroupConv,
-    P4ConvP4,
-    P4ConvZ2,
-    P4MConvP4M,
-    P4MConvZ2,
-    group_max_pool,
-)
+from lib import gconv
 
 IMAGE_SIZE = 64
 HEADS = ("standardised", "linear")
@@ -35,10 +23,8 @@ class Backbone(nn.Module):
 
     Parameters
     ----------
-    feature_dim : int
-        D, the width of ``features(x)``.
-    n_clusters : int
-        K, the number of logits.
+    feature_dim, n_clusters : int
+        D, the width of ``features(x)``, and K, the number of logits.
     head : {"standardised", "linear"}
         Whether what the top layer reads is first brought to zero mean and unit variance (batch
         norm without weights). The top layer is drawn anew each epoch; features with a mean of
@@ -47,21 +33,16 @@ class Backbone(nn.Module):
 
     def __init__(self, feature_dim: int, n_clusters: int, head: str = "standardised") -> None:
         super().__init__()
-        self.feature_dim = feature_dim
-        self.n_clusters = n_clusters
-        standardised = head == "standardised"
-        self.standardise = (
-            nn.BatchNorm1d(feature_dim, affine=False) if standardised else nn.Identity()
-        )
+        self.feature_dim, self.n_clusters = feature_dim, n_clusters
+        norm = nn.BatchNorm1d(feature_dim, affine=False)
+        self.standardise = norm if head == "standardised" else nn.Identity()
         self.top_layer = nn.Linear(feature_dim, n_clusters)
         self.reset_top_layer()
 
     @torch.no_grad()
     def reset_top_layer(self, generator: torch.Generator | None = None) -> None:
-        """Draw the top layer anew, N(0, 0.01) with zero bias: cluster numbers mean nothing from
-        one epoch to the next.
-
-        `generator` is a CPU generator, so every device starts from the same numbers.
+        """Draw the top layer anew, N(0, 0.01) with zero bias: cluster numbers mean nothing from one
+        epoch to the next. `generator` is a CPU's, so every device gets the same numbers.
         """
         weight = torch.empty(self.top_layer.weight.shape).normal_(0.0, 0.01, generator=generator)
         self.top_layer.weight.copy_(weight)
@@ -108,13 +89,7 @@ class AlexNet(Backbone):
     layers with dropout. At 64x64 the last map is 1x1 (6x6 at 224x224), so the first fully connected
     layer reads 256 numbers instead of 9,216. ``features`` is the second one before its ReLU.
 
-    Parameters
-    ----------
-    n_clusters : int
-    width : six ints
-        Channels of the five convolutions, and of the fully connected layers.
-    head : str
-        See `Backbone`.
+    `width`: channels of the five convolutions, and of the fully connected layers.
     """
 
     WIDTH = (96, 256, 384, 384, 256, 4096)
@@ -130,11 +105,9 @@ class AlexNet(Backbone):
             if index in (0, 1, 4):
                 layers.append(nn.MaxPool2d(3, 2))
         self.convolutions = nn.Sequential(*layers)  # (N, 1, 64, 64) -> (N, 256, 1, 1)
-        first, second = nn.Linear(conv[-1], hidden), nn.Linear(hidden, hidden)
-        dropout = nn.Dropout(0.5), nn.Dropout(0.5)
-        self.classifier = nn.Sequential(
-            nn.Flatten(), dropout[0], first, nn.ReLU(inplace=True), dropout[1], second
-        )
+        first = nn.Dropout(0.5), nn.Linear(conv[-1], hidden), nn.ReLU(inplace=True)
+        second = nn.Dropout(0.5), nn.Linear(hidden, hidden)
+        self.classifier = nn.Sequential(nn.Flatten(), *first, *second)  # -> (N, 4096)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.top_layer:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -154,37 +127,30 @@ class BlockCNN(Backbone):
     """Three blocks of convolution (kernels 5, 3, 3), batch norm, ReLU and antialiased average pool
     of stride 2 (Cohen and Welling 2016; sizes from Zhuang and Islam 2025).
 
-    Parameters
-    ----------
-    n_clusters : int
-    width : three ints
-        Regular fields per block of the P4M network, or of the one to match.
-    head : str
-        See `Backbone`.
+    `width`: regular fields per block of the P4M network, or of the P4M network to match.
     """
 
     WIDTH = (64, 128, 256)
+    LAYERS: tuple[type[nn.Module], ...]  # the three convolutions
+    NORM: type[nn.Module]
+    BLOCK = nn.Sequential
 
     def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH, head: str = HEADS[0]) -> None:
         channels = self.channels(*width)
         super().__init__(channels[-1], n_clusters, head)
-        self.blocks = nn.Sequential(
-            *(
-                self.block(c_in, c_out, kernel_size)
-                for (c_in, c_out), kernel_size in zip(
-                    pairwise((1, *channels)), (5, 3, 3), strict=True
-                )
-            )
-        )
+        self.blocks = nn.Sequential()
+        sizes = pairwise((1, *channels))
+        for layer, (c_in, c_out), k in zip(self.LAYERS, sizes, (5, 3, 3), strict=True):
+            conv = layer(c_in, c_out, k, padding=k // 2, bias=False)  # batch norm subtracts a bias
+            if isinstance(conv, nn.Conv2d):  # group convolutions start like this
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            rest = self.NORM(c_out), nn.ReLU(inplace=True), gconv.GroupAvgBlurPool()
+            self.blocks.append(self.BLOCK(conv, *rest))
 
     @staticmethod
     def channels(a: int, b: int, c: int) -> tuple[int, int, int]:
         """Channels, or fields, of the three blocks."""
         return a, b, c
-
-    def block(self, c_in: int, c_out: int, kernel_size: int) -> nn.Sequential:
-        """One block; without a bias, which the batch norm would subtract."""
-        raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
         return self.maps(x).mean(dim=(2, 3))  # (N, C, 8, 8) -> (N, C)
@@ -195,16 +161,12 @@ class P4MCNN(BlockCNN):
     change. Each field is 8 real channels.
     """
 
-    LAYERS: tuple[type[GroupConv], type[GroupConv]] = (P4MConvZ2, P4MConvP4M)
-
-    def block(self, c_in: int, c_out: int, kernel_size: int) -> nn.Sequential:
-        layer = self.LAYERS[0] if c_in == 1 and kernel_size == 5 else self.LAYERS[1]
-        conv = layer(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False)
-        relu = nn.ReLU(inplace=True)
-        return nn.Sequential(conv, GroupBatchNorm(c_out), relu, GroupAvgBlurPool())
+    LAYERS = (gconv.P4MConvZ2, gconv.P4MConvP4M, gconv.P4MConvP4M)
+    NORM = gconv.GroupBatchNorm
+    BLOCK = gconv.GroupBlock
 
     def maps(self, x: Tensor) -> Tensor:
-        return group_max_pool(self.blocks(x))  # (N, 1, 64, 64) -> (N, C, S, 8, 8) -> (N, C, 8, 8)
+        return gconv.group_max_pool(self.blocks(x))  # (N, C, S, 8, 8) -> (N, C, 8, 8)
 
 
 class P4CNN(P4MCNN):
@@ -212,17 +174,14 @@ class P4CNN(P4MCNN):
     Each field is 4 real channels.
     """
 
-    LAYERS = (P4ConvZ2, P4ConvP4)
+    LAYERS = (gconv.P4ConvZ2, gconv.P4ConvP4, gconv.P4ConvP4)
 
 
 class PlainCNN(BlockCNN):
     """P4M's layout with planar convolutions: no symmetry built in."""
 
-    def block(self, c_in: int, c_out: int, kernel_size: int) -> nn.Sequential:
-        conv = nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False)
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        relu = nn.ReLU(inplace=True)
-        return nn.Sequential(conv, nn.BatchNorm2d(c_out), relu, GroupAvgBlurPool())
+    LAYERS = (nn.Conv2d, nn.Conv2d, nn.Conv2d)
+    NORM = nn.BatchNorm2d
 
     def maps(self, x: Tensor) -> Tensor:
         return self.blocks(x)  # (N, 1, 64, 64) -> (N, C, 8, 8)
@@ -269,29 +228,17 @@ def build(
 ) -> Backbone:
     """Make a network with weights drawn from `seed`; the global random state stays as it was.
 
+    ValueError for an unknown backbone, a wrong number of widths, or a width or K below 1.
+
     Parameters
     ----------
     backbone : {"alexnet", "p4m", "p4", "cnn_params", "cnn_flops"}
     n_clusters : int
         K >= 1.
     width : sequence of int, optional
-        Channels (alexnet: five convolutions and the fully connected layers) or regular fields (p4m,
-        p4: three blocks; cnn_params and cnn_flops: those of the P4M network to match). The paper's
-        if not given.
-    seed : int
+        Six for `AlexNet`, three for all others (`BlockCNN`); the paper's if not given.
     head : {"standardised", "linear"}
         See `Backbone`.
-
-    Returns
-    -------
-    Backbone
-        Planar filters lie in memory with the channels innermost, which on a CPU makes AlexNet's
-        steps 1.9 and its features 3.2 times as fast (``tests/bench/switches.py``).
-
-    Raises
-    ------
-    ValueError
-        Unknown backbone, wrong number of widths, a width or K below 1.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
@@ -305,6 +252,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(n_clusters, width, head)
+    # channels innermost: on a CPU AlexNet's steps take 1.9, its features 3.2 times less time
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

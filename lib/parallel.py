@@ -1,10 +1,9 @@
 """Several processes that train one run together, child processes, and memory.
 
-``torchrun`` starts the processes of a run, on one machine or many; they talk through NCCL (GPUs) or
-gloo (CPUs). A single process is a `World` of one in which every exchange does nothing, so the loop
-reads the same in both cases. Each process holds the whole network and takes its share of the
-images: gradients are summed, batch norm uses the statistics of the whole batch, and rank 0 clusters
-the features of all.
+``torchrun`` starts the processes of a run; they talk through NCCL (GPUs) or gloo (CPUs). Each holds
+the whole network and takes its share of the images: gradients are summed, batch norm uses the
+statistics of the whole batch, and rank 0 clusters the features of all. A single process is a
+`World` of one in which every exchange does nothing, so the loop reads the same in both cases.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.paths import ROOT
 
-TIMEOUT = 600.0  # seconds that a process waits for another one
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -43,15 +41,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 class World:
-    """The processes of a run, seen from one of them.
-
-    Attributes
-    ----------
-    rank : int
-        0 to `size` - 1. Rank 0 (`main`) clusters and writes the files.
-    size : int
-    device : torch.device
-    """
+    """The `size` processes of a run, seen from one; that of rank 0, `main`, writes the files."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: str | torch.device = "cpu") -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
@@ -77,20 +67,17 @@ class World:
         if not self.main:
             dist.send(mine.contiguous(), 0)
             return None
-        parts = [mine]
+        rows = mine.new_empty(n, *mine.shape[1:])
+        rows[self.share(n)] = mine
         for rank in range(1, self.size):
-            theirs = World(rank, self.size).share(n)
-            parts.append(mine.new_empty(theirs.stop - theirs.start, *mine.shape[1:]))
-            dist.recv(parts[-1], rank)
-        return torch.cat(parts) if self.device.type == "cuda" else torch.cat(parts).numpy()
+            dist.recv(rows[World(rank, self.size).share(n)], rank)
+        return rows if self.device.type == "cuda" else rows.numpy()
 
     def broadcast(self, values: np.ndarray | None, n: int) -> np.ndarray:
         """Rank 0's integers (n,) on every process."""
         if self.size == 1:
             return values
-        sent = torch.zeros(n, dtype=torch.int64, device=self.device)
-        if self.main:
-            sent += torch.as_tensor(values, device=self.device)
+        sent = torch.as_tensor(values if self.main else np.zeros(n, np.int64)).to(self.device)
         dist.broadcast(sent, 0)
         return sent.cpu().numpy()
 
@@ -113,34 +100,32 @@ ALONE = World()
 
 
 @contextlib.contextmanager
-def join(device: str, timeout: float = TIMEOUT) -> Iterator[World]:
+def join(device: str, timeout: float = 600.0) -> Iterator[World]:
     """The world this process belongs to: that of ``torchrun``, else itself alone.
 
-    With `device` ``"cuda"``, the process takes the GPU of its local rank. A process that waits for
-    another one fails after `timeout` seconds. RuntimeError if the device is absent, or if there are
-    fewer GPUs than processes on this machine.
+    A process that waits for another one fails after `timeout` seconds. RuntimeError if the device
+    is absent, or if there are fewer GPUs than processes on this machine: each takes one.
     """
     found = resolve_device(device)
     if not all(name in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
         yield World(device=found)
         return
-    options: dict[str, Any] = {}
+    backend, gpu = "gloo", None
     if found.type == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
             raise RuntimeError(f"process {local} has no GPU of its own: --nproc at most {there}")
         torch.cuda.set_device(local)
-        found = options["device_id"] = torch.device("cuda", local)
-    backend = "nccl" if found.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **options)
+        backend, gpu = "nccl", torch.device("cuda", local)
+        found = gpu
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=gpu)
     yield World(dist.get_rank(), dist.get_world_size(), found)
     # Not in a `finally`: after an error the others may be inside an exchange, and this would block.
     dist.destroy_process_group()
 
 
 def share_batch_norm(model: nn.Module, world: World) -> nn.Module:
-    """Let the batch norms of `model` use the statistics of all processes' shares of a batch.
-
+    """Let the batch norms of `model` use the statistics of all processes' shares of a batch: by
     ``torch.nn.SyncBatchNorm`` on GPUs, `SharedBatchNorm` on CPUs. A state_dict keeps its names.
     """
     if world.size == 1:
@@ -148,17 +133,13 @@ def share_batch_norm(model: nn.Module, world: World) -> nn.Module:
     if world.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for name, child in model.named_children():
-        shared = isinstance(child, _BatchNorm)
-        setattr(
-            model, name, SharedBatchNorm(child, world) if shared else share_batch_norm(child, world)
-        )
+        convert = SharedBatchNorm if isinstance(child, _BatchNorm) else share_batch_norm
+        setattr(model, name, convert(child, world))
     return model
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over all processes. A share enters every process's result, so its gradient is the sum of
-    all processes' gradients.
-    """
+    """Sum over all processes. It enters every process's result, so gradients are summed, too."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, world: World) -> Tensor:
@@ -179,7 +160,6 @@ class SharedBatchNorm(_BatchNorm):
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers():
             setattr(self, name, buffer)
-        self.train(norm.training)
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -195,8 +175,7 @@ class SharedBatchNorm(_BatchNorm):
         variance = _Sum.apply(centred.square().sum(axes), self.world) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            momentum = self.momentum
-            rate = 1 / float(self.num_batches_tracked) if momentum is None else momentum
+            rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, rate)
             self.running_var.lerp_(variance * (count / (count - 1)), rate)
         y = centred * (variance + self.eps).rsqrt().view(shape)
@@ -207,10 +186,7 @@ class SharedBatchNorm(_BatchNorm):
 
 
 class ProcessFailed(RuntimeError):
-    """A child process ended with an error.
-
-    `status` is its exit status, `tail` holds the last lines that it wrote.
-    """
+    """A child process ended with exit status `status`; `tail` holds the last lines it wrote."""
 
     def __init__(self, status: int, tail: str) -> None:
         super().__init__(f"a process ended with status {status}\n{tail}")
@@ -231,26 +207,18 @@ def run_process(
     echo: bool = False,
 ) -> None:
     """Run `command` in the project's folder, with the variables `env` besides this process's; it
-    also ends if this call is interrupted.
+    ends if this call is interrupted. ProcessFailed if its status is not 0.
 
-    All output goes to the file `log`, and to stderr with `echo`. ProcessFailed if the status is not
-    0.
+    All that it prints goes to the file `log`, and to stderr with `echo`.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     variables = {**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1", **(env or {})}
     tail: deque[str] = deque(maxlen=60)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    text = {"encoding": "utf-8", "errors": "replace"}
     with (
         open(log or os.devnull, "w", encoding="utf-8") as file,
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        ) as process,
+        subprocess.Popen(command, cwd=ROOT, env=variables, **pipes, **text) as process,
     ):
         try:
             for line in process.stdout:
@@ -258,16 +226,14 @@ def run_process(
                 tail.append(line)
                 if echo:
                     sys.stderr.write(line)
-            status = process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()  # a launcher ends its workers, too
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-    if status:
-        raise ProcessFailed(status, "".join(tail))
+            process.wait()
+        finally:  # which does nothing to a process that has ended
+            process.terminate()  # a launcher ends its workers, too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+    if process.returncode:
+        raise ProcessFailed(process.returncode, "".join(tail))
 
 
 def run_processes(
@@ -283,18 +249,15 @@ def run_processes(
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // at_once))}
 
     def one(name: str) -> None:
-        failed = None
         try:
             run_process(jobs[name], env=threads, log=log_of(name))
         except ProcessFailed as error:
-            failed = error
-        on_end(name, failed)
+            on_end(name, error)
+        else:
+            on_end(name, None)
 
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        list(pool.map(one, jobs))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(one, jobs))  # raises what `on_end` raises, and begins no other job then
 
 
 # ---------------------------------------------------------------- memory
@@ -315,10 +278,9 @@ def memory_limit(files: Sequence[str] = CGROUP_LIMITS) -> int | None:
 def freed_memory_kept() -> Iterator[None]:
     """Context in which glibc keeps the memory of freed arrays for the next ones.
 
-    By default it returns large arrays to the system and gets them again page by page, each zeroed
-    anew; training makes the same arrays at every step (``tests/bench/switches.py``). Arrays above
-    640 MB, those of the paper's widths, are still returned, since kept memory fragments. Nothing
-    happens below 4 GB of memory or without glibc.
+    By default it returns large arrays to the system and gets them again page by page, zeroed, at
+    every step of training. Arrays above 640 MB are still returned, since kept memory fragments.
+    Nothing happens below 4 GB of memory or without glibc.
     """
     mmap_threshold, trim_threshold = -3, -1  # of glibc's malloc.h
     try:

@@ -64,10 +64,8 @@ def show(path: Path | str) -> str:
     """Path to print: relative to the project or its data, never a machine's own path."""
     path = Path(path).absolute()
     for base, name in ((data_root(), "data"), (figures_root(), "figures"), (ROOT, "")):
-        try:
+        if path.is_relative_to(base.absolute()):
             return (Path(name) / path.relative_to(base.absolute())).as_posix()
-        except ValueError:
-            continue
     return f"(outside the project)/{path.name}"
 
 
@@ -75,18 +73,9 @@ def show(path: Path | str) -> str:
 def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file next to `path`, and rename it to `path` once all of it is on the disk.
 
-    Parameters
-    ----------
-    path : Path
-        File to make or replace; its folder is made.
-    mode : {"wb", "w"}
-        ``"w"`` is UTF-8 with ``\\n`` line ends.
-
-    Raises
-    ------
-    OSError
-        Folder not writable, file in use, or disk full. The message names `path`, the temporary file
-        is removed, an older `path` is intact.
+    `mode` is ``"wb"``, or ``"w"`` for UTF-8 with ``\\n`` line ends. OSError if the folder is not
+    writable, the file in use, or the disk full: the message names `path`, the temporary file is
+    removed, an older `path` is intact.
     """
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -120,22 +109,8 @@ class BusyError(OSError):
 
 @contextmanager
 def alone(folder: Path | str, lock: Path | None = None) -> Iterator[None]:
-    """Keep every other process that asks the same out of a folder while the block runs.
-
-    The operating system's lock ends with the process that holds it, also with a killed one.
-
-    Parameters
-    ----------
-    folder : Path
-    lock : Path, optional
-        File to lock, ``.lock`` in `folder` if not given.
-
-    Raises
-    ------
-    BusyError
-        Another process is there.
-    OSError
-        The folder cannot be written.
+    """Keep other processes that ask the same out of a folder while the block runs: BusyError. The
+    system's lock on `lock`, or on ``.lock`` in `folder`, ends with its process, also a killed one.
     """
     folder = Path(folder)
     file = lock or folder / ".lock"
@@ -144,9 +119,8 @@ def alone(folder: Path | str, lock: Path | None = None) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=_PATIENCE)
     except filelock.Timeout:
-        raise BusyError(
-            f"another process works in {show(folder)}: wait for it, then repeat the command"
-        ) from None
+        busy = f"another process works in {show(folder)}: wait for it, then repeat the command"
+        raise BusyError(busy) from None
     except NotImplementedError:  # some network file systems have no locks
         warnings.warn(f"{show(folder)} cannot be locked: start nothing else there", stacklevel=3)
     except OSError as error:
@@ -167,10 +141,8 @@ def save_json(path: Path | str, value: Any) -> None:
             return {str(k): plain(v) for k, v in item.items()}
         if isinstance(item, list | tuple):
             return [plain(v) for v in item]
-        if isinstance(item, np.ndarray):
+        if isinstance(item, np.ndarray | np.generic):
             return plain(item.tolist())
-        if isinstance(item, np.generic):
-            item = item.item()
         if isinstance(item, float) and not np.isfinite(item):
             return None
         return item
@@ -186,9 +158,8 @@ def load_json(path: Path | str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{show(path)} is not a JSON file ({error}); delete it and repeat the step before"
-        ) from error
+        why = f"is not a JSON file ({error}); delete it and repeat the step before"
+        raise ValueError(f"{show(path)} {why}") from error
 
 
 def save_npy(path: Path | str, array: np.ndarray) -> None:

@@ -16,14 +16,14 @@ import torch
 from lib import kmeans
 from lib.features import PCAWhiten
 from lib.models import BACKBONES, HEADS, Backbone, build
-from lib.paths import atomic_write, load_json, show
+from lib.paths import load_json, show
 
 CHOICES = {
     "backbone": tuple(BACKBONES),
     "pseudo_labels": ("clusters", "index", "shuffled"),
     "head": HEADS,
     "bn_statistics": ("fresh", "running"),
-    "clusterer": tuple(kmeans.CLUSTERERS),
+    "clusterer": kmeans.CLUSTERERS,
     "device": ("auto", "cpu", "cuda"),
 }
 LEAST = {"n_clusters": 2, "pca_dim": 1, "epochs": 0, "batch_size": 2, "seed": 0}
@@ -32,70 +32,38 @@ LEAST |= {"weight_decay": 0, "rotation_degrees": 0}
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run; the defaults are the paper's but for the head and the statistics.
+    """Settings of a run; the defaults are the paper's but for `head` and `bn_statistics`.
 
-    Parameters
-    ----------
-    backbone : str
-        A key of ``lib.models.BACKBONES``.
-    n_clusters : int
-        K.
-    pca_dim : int
-        Components kept before whitening.
-    epochs : int
-        0 leaves the network untrained: a control.
-    batch_size : int
-        Of all processes together.
-    lr, weight_decay : float
-        Of Adam; ReduceLROnPlateau lowers `lr` if the loss stalls.
-    width : tuple of int, optional
-        See ``lib.models.build``; the paper's if not given.
-    rotation_degrees : float
-        Each image is turned by an angle drawn from plus and minus this, 0 to 180.
-    pseudo_labels : {"clusters", "index", "shuffled"}
-        What is trained on: the epoch's own clusters, or a control that knows nothing of the
-        images: the image's number modulo K, or the first epoch's clusters shuffled once. The
-        recorded assignments are the clusters in every case.
-    head : {"standardised", "linear"}
-        Whether features are standardised before the linear top layer. ``"linear"`` is the page's
-        way: features with a mean far above their spread then train the new layer badly.
-    bn_statistics : {"fresh", "running"}
-        Whether batch-norm statistics are estimated anew before features are extracted.
-        ``"running"`` is the page's way: the statistics lag behind the weights.
-    clusterer : {"kmeans", "minibatch", "hierarchical", "graph"}
-        See ``lib.kmeans.make_clusterer``.
-    seed : int
-        Of weights, order, angles, dropout and clustering.
-    device : {"auto", "cpu", "cuda"}
-
-    Raises
-    ------
-    ValueError
-        A value out of range; the message names setting and value.
+    ValueError if one is out of range, naming it and its value.
     """
 
     backbone: str
-    n_clusters: int = 200
-    pca_dim: int = 64
-    epochs: int = 20
-    batch_size: int = 256
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    width: tuple[int, ...] | None = None
-    rotation_degrees: float = 0.0
+    n_clusters: int = 200  # K
+    pca_dim: int = 64  # components kept before whitening
+    epochs: int = 20  # 0 leaves the network untrained: a control
+    batch_size: int = 256  # of all processes together
+    lr: float = 1e-3  # of Adam; ReduceLROnPlateau lowers it if the loss stalls
+    weight_decay: float = 1e-4  # of Adam
+    width: tuple[int, ...] | None = None  # see lib.models.build
+    rotation_degrees: float = 0.0  # 0 to 180: each image is turned by up to this, either way
+    # "clusters" trains on the epoch's own. The others are controls that know nothing of the images:
+    # "index" is the image's number modulo K, "shuffled" the first epoch's clusters shuffled once.
     pseudo_labels: str = "clusters"
+    # "standardised" gives the top layer features of zero mean and unit variance, and five times the
+    # body's learning rate. "linear" is the page's way.
     head: str = "standardised"
+    # "fresh" estimates batch-norm statistics anew before features are extracted. "running" is the
+    # page's way: the statistics lag behind the weights.
     bn_statistics: str = "fresh"
-    clusterer: str = "kmeans"
-    seed: int = 0
-    device: str = "auto"
+    clusterer: str = "kmeans"  # see lib.kmeans.make_clusterer
+    seed: int = 0  # of weights, order, angles, dropout and clustering
+    device: str = "auto"  # "auto", "cpu" or "cuda"
 
     def __post_init__(self) -> None:
         if self.width is not None:
             object.__setattr__(self, "width", tuple(int(w) for w in self.width))
         for name, valid in CHOICES.items():
-            if getattr(self, name) not in valid:
-                found = getattr(self, name)
+            if (found := getattr(self, name)) not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}; got {found!r}")
         for name, least in LEAST.items():
             if not getattr(self, name) >= least:
@@ -118,29 +86,13 @@ class RunMismatchError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as read from its folder.
-
-    Attributes
-    ----------
-    config : TrainConfig
-    metrics : DataFrame
-        One row per epoch; ``epoch`` counts from 1, ``nmi_prev`` of epoch e compares the clusters
-        of e and e - 1.
-    assignments : ndarray, shape (epochs, N)
-        Row e - 1 holds the clusters of epoch e, before its training; row 0 those of the untrained
-        network.
-    features : ndarray, shape (N, D), float32
-        Of the network after the last epoch (a memory map).
-    final_assignments : ndarray, shape (N,)
-        The clusters of ``features``.
-    path : Path
-    """
+    """A finished run, as read from its folder."""
 
     config: TrainConfig
-    metrics: pd.DataFrame
-    assignments: np.ndarray
-    features: np.ndarray
-    final_assignments: np.ndarray
+    metrics: pd.DataFrame  # one row per epoch, from 1; nmi_prev compares with the epoch before
+    assignments: np.ndarray  # (epochs, N): the clusters of each epoch, before its training
+    features: np.ndarray  # (N, D) float32, a memory map: of the network after the last epoch
+    final_assignments: np.ndarray  # (N,): the clusters of `features`
     path: Path
 
 
@@ -173,10 +125,8 @@ def identity(config: TrainConfig, images: np.ndarray) -> dict[str, Any]:
 
 
 def check_same_run(run_dir: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """RunMismatchError if config.json in `run_dir` describes another run than `ours`.
-
-    More epochs or another device are the same run; so is other code, with a warning. Returns what
-    config.json is to hold: `ours`, with the code that the run began with.
+    """What config.json is to hold: `ours`, with the code that the run began with (a warning says if
+    it is another). RunMismatchError if it describes another run, more epochs excepted.
     """
     path = run_dir / "config.json"
     theirs = load_json(path) if path.exists() else ours
@@ -217,21 +167,13 @@ def is_complete(run_dir: Path, config: TrainConfig) -> bool:
         return int(clustering["epochs"]) == config.epochs
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` atomically."""
-    with atomic_write(path) as handle:
-        torch.save(dict(state), handle)
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, tensors and plain values only; ValueError naming it if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        kind = type(error).__name__
-        raise ValueError(
-            f"{show(path)} cannot be read ({kind}); delete it to train this run anew"
-        ) from error
+        why = f"cannot be read ({type(error).__name__}); delete it to train this run anew"
+        raise ValueError(f"{show(path)} {why}") from error
 
 
 def load_run(run_dir: Path | str) -> Run:
@@ -240,9 +182,8 @@ def load_run(run_dir: Path | str) -> Run:
     if not (run_dir / "config.json").exists():
         raise FileNotFoundError(f"{show(run_dir)} holds no run: run the training notebook first")
     stored = load_json(run_dir / "config.json")
-    config = TrainConfig(
-        **{f.name: stored[f.name] for f in fields(TrainConfig) if f.name in stored}
-    )
+    settings = {f.name: stored[f.name] for f in fields(TrainConfig) if f.name in stored}
+    config = TrainConfig(**settings)
     if not is_complete(run_dir, config):
         raise FileNotFoundError(
             f"{show(run_dir)} is not finished: run the training notebook again, it continues"
@@ -259,12 +200,14 @@ def load_run(run_dir: Path | str) -> Run:
     )
 
 
+def network(config: TrainConfig) -> Backbone:
+    """The network of a run before training."""
+    return build(config.backbone, config.n_clusters, config.width, config.seed, config.head)
+
+
 def load_model(run: Run, device: str | torch.device = "cpu") -> Backbone:
     """The network of a finished run, in evaluation mode."""
-    config = run.config
-    model = build(
-        config.backbone, config.n_clusters, config.width, seed=config.seed, head=config.head
-    )
+    model = network(run.config)
     model.load_state_dict(load_checkpoint(run.path / "checkpoint.pt")["model"])
     return model.to(device).eval()
 

@@ -146,9 +146,7 @@ def test_whitening_agrees_with_scikit_learn(kind, n, d, dtype):
     signs = np.sign((axes * theirs.components_).sum(axis=1))
     np.testing.assert_allclose(axes, signs[:, None] * theirs.components_, atol=1e-7)
     expected = signs * theirs.transform(x.astype(np.float64))
-    np.testing.assert_allclose(
-        np.asarray(z), expected, atol=1e-5 if dtype == np.float32 else 1e-8
-    )
+    np.testing.assert_allclose(np.asarray(z), expected, atol=1e-5 if dtype == np.float32 else 1e-8)
 
 
 def test_it_is_an_estimator():
@@ -213,7 +211,7 @@ def test_small_but_real_components_are_kept():
     [
         (np.full((50, 6), 0.1, dtype=np.float32), "all 50 rows"),
         (np.zeros((5, 60), dtype=np.float32), "all 5 rows"),
-        (np.ones((1, 6), dtype=np.float32), "got 1"),
+        (np.ones((1, 6), dtype=np.float32), "1 rows"),
         (np.ones(6, dtype=np.float32), r"\(6,\)"),
         (np.where(np.arange(40).reshape(10, 4) == 30, np.nan, 1.0), "row 7"),
         (np.where(np.arange(40).reshape(10, 4) == 12, -np.inf, 1.0), "row 3"),

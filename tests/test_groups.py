@@ -86,12 +86,12 @@ def test_filter_indices_are_distinct_permutations(group, kernel_size):
 
 def test_bad_arguments_are_named():
     for size in (0, 2, 4):
-        with pytest.raises(ValueError, match=f"kernel_size must be odd.*got {size}"):
+        with pytest.raises(ValueError, match=f"kernel_size.*{size}"):
             P4M.filter_indices(size, 8)
-    with pytest.raises(ValueError, match="stabilizer_in must be 1 or 8 for p4m, got 4"):
+    with pytest.raises(ValueError, match=r"stabilizer_in.*4"):
         P4M.filter_indices(3, 4)
     for group, element in ((P4, 4), (P4M, 8), (P4M, -1)):
-        with pytest.raises(ValueError, match=f"{element} is no element of {group.name}"):
+        with pytest.raises(ValueError, match=f"{element}.*{group.name}"):
             group.act_on_grid(torch.zeros(3, 3), element)
-    with pytest.raises(ValueError, match=r"p4 feature maps have shape \(..., 4, H, W\)"):
+    with pytest.raises(ValueError, match=r"p4 .*4, H, W"):
         P4.act_on_maps(torch.zeros(8, 3, 3), 1)

@@ -1,24 +1,17 @@
-"""Metrics against values known by hand or from scikit-learn, laws that hold for all inputs, and
-planted effects and nulls.
-"""
+"""Metrics against values known by hand, planted effects and nulls."""
 
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy
 from sklearn.datasets import make_blobs
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import davies_bouldin_score, silhouette_score
 from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
 from lib import metrics
-
-labellings = st.integers(1, 60).flatmap(
-    lambda n: st.tuples(*[st.lists(st.integers(0, 7), min_size=n, max_size=n)] * 2)
-)
 
 
 def halves(n):
@@ -35,43 +28,17 @@ def test_agreement_of_known_clusterings():
     assert metrics.nmi([0] * 4, a) == 0.0
 
 
-@settings(deadline=None, max_examples=60)
-@given(labellings, st.permutations(range(8)), st.randoms(use_true_random=False))
-def test_agreement_is_symmetric_in_range_and_blind_to_names_and_order(pair, names, random):
-    a, b = map(np.array, pair)
-    order = np.array(random.sample(range(len(a)), len(a)))
-    assert 0 <= metrics.nmi(a, b) <= 1 + 1e-12
-    for measure in (metrics.nmi, metrics.ami):
-        value = measure(a, b)
-        assert value <= 1 + 1e-9
-        assert measure(b, a) == pytest.approx(value, abs=1e-9)
-        assert measure(np.array(names)[a], b) == pytest.approx(value, abs=1e-9)
-        assert measure(a[order], b[order]) == pytest.approx(value, abs=1e-9)
-        assert measure(a, a) == pytest.approx(1)
-
-
 def test_chance_level_at_the_paper_s_size_is_the_exact_expectation():
     """Two unrelated clusterings of 16,258 images into 200: NMI 0.217, AMI 0."""
     a, b = np.random.default_rng(0).integers(200, size=(2, 16_258))
-    expected = expected_mutual_information(
-        contingency_matrix(a, b, sparse=True), len(a)
-    )  # hypergeometric (Vinh et al. 2010)
+    # hypergeometric (Vinh et al. 2010)
+    expected = expected_mutual_information(contingency_matrix(a, b, sparse=True), len(a))
     exact = expected / np.mean([entropy(np.bincount(labels)) for labels in (a, b)])
     assert exact == pytest.approx(0.217, abs=5e-4)
-    assert metrics.chance_nmi(a, b, seed=0) == pytest.approx(exact, abs=1e-3)
-    assert metrics.chance_nmi(a, a, seed=0) == pytest.approx(exact, abs=1e-3)
-    assert metrics.ami(a, b) == pytest.approx(0, abs=2e-3)
     first, again, other = (metrics.chance_nmi(a, b, seed) for seed in (0, 0, 1))
     assert first == again != other
-
-
-@pytest.mark.parametrize(
-    "measure", [metrics.nmi, metrics.ami, lambda a, b: metrics.chance_nmi(a, b, 0)]
-)
-@pytest.mark.parametrize(("a", "b"), [([0, 1], [0, 1, 1]), ([[0, 1]], [[0, 1]])])
-def test_labellings_that_do_not_fit_are_refused(measure, a, b):
-    with pytest.raises(ValueError):
-        measure(a, b)
+    assert [first, other, metrics.chance_nmi(a, a, 0)] == pytest.approx([exact] * 3, abs=1e-3)
+    assert metrics.ami(a, b) == pytest.approx(0, abs=2e-3)
 
 
 def test_occupancy_of_known_sizes():
@@ -83,14 +50,6 @@ def test_occupancy_of_known_sizes():
     assert skew == {"clusters_used": 3, "largest_cluster": 0.5, "perplexity": pytest.approx(2**1.5)}
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=50))
-def test_perplexity_lies_between_one_and_the_clusters_used(labels):
-    found = metrics.occupancy(labels, 6)
-    assert 1 - 1e-9 <= found["perplexity"] <= found["clusters_used"] + 1e-9
-    assert 1 / found["clusters_used"] <= found["largest_cluster"] + 1e-9
-    assert found["perplexity"] >= 1 / found["largest_cluster"] - 1e-9
-
-
 @pytest.mark.parametrize("labels", [[0, 4], [-1, 0], [], [[0, 1]]])
 def test_occupancy_refuses_assignments_outside_the_clusters(labels):
     with pytest.raises(ValueError, match="assignments"):
@@ -98,12 +57,8 @@ def test_occupancy_refuses_assignments_outside_the_clusters(labels):
 
 
 def test_kept_share_counts_by_transformation():
-    reference = np.array([0, 1, 2, 3])
-    np.testing.assert_array_equal(
-        metrics.kept_share(reference, [[0, 1, 2, 3], [0, 1, 0, 0], [1, 2, 3, 0]]), [1.0, 0.5, 0.0]
-    )
-    with pytest.raises(ValueError):
-        metrics.kept_share(reference, np.zeros((2, 3)))
+    moved = [[0, 1, 2, 3], [0, 1, 0, 0], [1, 2, 3, 0]]
+    assert metrics.kept_share([0, 1, 2, 3], moved).tolist() == [1.0, 0.5, 0.0]
 
 
 def test_probe_reads_a_planted_label_and_not_a_random_one():
@@ -111,8 +66,7 @@ def test_probe_reads_a_planted_label_and_not_a_random_one():
     train, test = halves(600)
     planted = metrics.probe(x, y, train, test)
     assert planted["accuracy"] == 1.0
-    assert (planted["n_classes"], len(planted["correct"]), planted["unseen"]) == (6, 180, 0)
-    assert planted["converged"]
+    assert (planted["n_classes"], len(planted["correct"])) == (6, 180)
     assert planted["probabilities"].sum(axis=1) == pytest.approx(1)
     answers = planted["classes"][planted["probabilities"].argmax(axis=1)]
     assert (planted["correct"] == (answers == y[test])).all()
@@ -126,7 +80,6 @@ def test_probe_s_baselines_and_unseen_classes_by_hand():
     x = (labels[:, None] == np.array(list("abcz"))).astype(float)
     found = metrics.probe(x, labels, np.arange(6), np.arange(6, 10))
     assert found["accuracy"] == 0.75  # z cannot be answered
-    assert found["unseen"] == 1
     assert found["majority"] == 0.5
     assert found["chance"] == pytest.approx((3 / 6 + 3 / 6 + 2 / 6 + 0) / 4)
     assert found["n_classes"] == 3
@@ -136,42 +89,30 @@ def test_probe_with_one_class_in_training_answers_it():
     labels = np.array([1] * 10 + [1, 1, 2, 3])
     features = np.random.default_rng(0).normal(size=(14, 3))
     found = metrics.probe(features, labels, np.arange(10), np.arange(14) >= 10)
-    assert found["accuracy"] == found["majority"] == 0.5
-    assert found["unseen"] == 2
+    assert found["accuracy"] == found["majority"] == found["chance"] == 0.5
 
 
-def test_probe_learns_nothing_from_the_test_images():
+def test_probe_learns_nothing_from_the_test_images(monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_FEATURES", 10)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(300, 40)), rng.integers(3, size=300)
     train, test = halves(300)
-    moved = x.copy()
+    moved, y_moved = x.copy(), y.copy()
     moved[test[1:]] *= 1e6  # would change scaling and PCA if these were fitted on all images
-    first, second = (metrics.standardised(some, train, test, 0, 10)[1][0] for some in (x, moved))
-    assert first == pytest.approx(second)
-    y_moved = y.copy()
-    y_moved[test] = 0
-    first, second = metrics.probe(x, y, train, test), metrics.probe(x, y_moved, train, test)
+    y_moved[test[1:]] = 0
+    first, second = metrics.probe(x, y, train, test), metrics.probe(moved, y_moved, train, test)
+    assert first["probabilities"].shape == (90, 3)
+    assert first["probabilities"][0] == pytest.approx(second["probabilities"][0])
     assert first["majority"] != second["majority"]
-    assert first["n_classes"] == second["n_classes"] == 3
 
 
 def test_probe_of_many_features_keeps_what_the_first_components_hold():
     rng = np.random.default_rng(0)
     latent = rng.normal(size=(500, 5))
-    wide = (latent @ rng.normal(size=(5, 700)) + 0.1 * rng.normal(size=(500, 700))).astype(
-        np.float32
-    )
-    found = metrics.probe(wide, latent[:, 0] > 0, *halves(500), max_dim=20)
+    wide = latent @ rng.normal(size=(5, 700)) + 0.1 * rng.normal(size=(500, 700))
+    found, again = (metrics.probe(wide, latent[:, 0] > 0, *halves(500)) for _ in range(2))
     assert found["accuracy"] > 0.9
-    again = metrics.probe(wide, latent[:, 0] > 0, *halves(500), max_dim=20)
     assert all(np.array_equal(found[name], again[name]) for name in found)
-
-
-def test_a_probe_that_does_not_converge_says_so():
-    x, y = make_blobs(200, 5, centers=4, cluster_std=5, random_state=0)
-    with pytest.warns(RuntimeWarning, match="did not converge"):
-        assert not metrics.fit_linear(LogisticRegression(max_iter=1, tol=1e-9), x, y)
-    assert metrics.fit_linear(LogisticRegression(max_iter=1000), x, y)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +120,7 @@ def test_a_probe_that_does_not_converge_says_so():
     [
         ({"test": np.arange(5, 20)}, "5 patients"),
         ({"groups": np.repeat(np.arange(5), 4)}, "1 patients .* as 2"),
-        ({"train": []}, "0 to train"),
+        ({"train": np.arange(0)}, "0 to train"),
         ({"labels": np.zeros(19)}, "inconsistent"),
         ({"features": np.full((20, 2), np.nan)}, "NaN"),
     ],
@@ -193,23 +134,19 @@ def test_splits_that_would_mislead_are_refused(change, message):
 
 
 def test_bootstrap_over_patients_covers_the_truth_and_over_images_does_not():
-    """Images of a patient share their fate: of 300 studies with true accuracy 0.7, about 95 % of
-    the patient-wise intervals hold it.
-    """
-    rng = np.random.default_rng(0)
-    patients = np.repeat(np.arange(80), 5)
-    features = np.zeros((401, 1))
-    covered = {"patients": 0, "images": 0}
-    for study in range(300):
+    """Images of a patient share their fate: of 150 studies with true accuracy 0.7, about 95 % of
+    the patient-wise intervals hold it."""
+    rng, n = np.random.default_rng(0), 150
+    patients = np.concatenate([[-1], np.repeat(np.arange(80), 5)])
+    features, rows, covered = np.zeros((401, 1)), ([0], np.arange(1, 401)), np.zeros(2)
+    for study in range(n):
         # one class in training: always answered, so the labels alone decide what is correct
         labels = np.concatenate([[1], np.repeat(rng.random(80) < 0.7, 5)]).astype(int)
-        for name, groups in (("patients", np.concatenate([[-1], patients])), ("images", None)):
-            found = metrics.probe(
-                features, labels, [0], np.arange(1, 401), groups, seed=study, n_boot=200
-            )
-            covered[name] += found["low"] <= 0.7 <= found["high"]
-    assert 0.90 <= covered["patients"] / 300 <= 0.98
-    assert covered["images"] / 300 < 0.75
+        for place, groups in enumerate((patients, None)):
+            found = metrics.probe(features, labels, *rows, groups, seed=study, n_boot=200)
+            covered[place] += found["low"] <= 0.7 <= found["high"]
+    assert 0.90 <= covered[0] / n <= 0.98
+    assert covered[1] / n < 0.75
 
 
 def test_no_interval_without_a_bootstrap_or_with_a_single_patient():
@@ -223,11 +160,9 @@ def test_no_interval_without_a_bootstrap_or_with_a_single_patient():
 def test_seed_interval_by_hand():
     mean, low, high = metrics.seed_interval([1.0, 2.0, 3.0])
     assert mean == 2.0
-    assert (high - mean, mean - low) == pytest.approx(
-        (4.302653 / math.sqrt(3),) * 2
-    )  # t(0.975, 2) = 4.302653
-    assert metrics.seed_interval([5.0])[0] == 5.0
-    assert all(map(math.isnan, metrics.seed_interval([5.0])[1:]))
+    half = 4.302653 / math.sqrt(3)  # t(0.975, 2) = 4.302653
+    assert (high - mean, mean - low) == pytest.approx((half, half))
+    assert metrics.seed_interval([5.0]) == pytest.approx((5, math.nan, math.nan), nan_ok=True)
     assert metrics.seed_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="at least one seed"):
         metrics.seed_interval([])
@@ -238,29 +173,16 @@ def test_convergence_epoch_is_the_first_from_which_the_curve_stays(curve, tolera
     final = np.mean(curve[-math.ceil(len(curve) / 4) :])
     inside = [abs(value - final) <= tolerance for value in curve]
     stays = [epoch for epoch in range(1, len(curve) + 1) if all(inside[epoch - 1 :])]
-    assert metrics.convergence_epoch(curve, tolerance) == pytest.approx(
-        stays[0] if stays else math.nan, nan_ok=True
-    )
+    expected = stays[0] if stays else math.nan
+    assert metrics.convergence_epoch(curve, tolerance) == pytest.approx(expected, nan_ok=True)
 
 
 def test_curves_by_hand():
     assert metrics.convergence_epoch([0.1, 0.5, 0.79, 0.8, 0.8, 0.8, 0.8, 0.8]) == 3
     assert math.isnan(metrics.convergence_epoch([0.0, 0.5] * 4))
     assert metrics.stability([9.0, 0.0, 1.0, 3.0]) == pytest.approx(math.sqrt(2))
-    assert metrics.stability([9.0, 5.0, 1.0, 2.0, 3.0]) == pytest.approx(
-        1.0
-    )  # of five values, the last three
+    assert metrics.stability([9.0, 5.0, 1.0, 2.0, 3.0]) == pytest.approx(1.0)  # of the last three
     assert math.isnan(metrics.stability([1.0]))
-    wave = np.array([0.0, 1.0, 0.0, -1.0, 0.0, 1.0, 0.0, -1.0])
-    rising = np.concatenate([np.zeros(8), wave + 3 * np.arange(8)])
-    assert metrics.stability(rising) > 6
-    slope, start = np.polyfit(np.arange(8), wave, 1)  # the wave has a trend of its own
-    rest = wave - start - slope * np.arange(8)
-    assert metrics.stability(rising, detrended=True) == pytest.approx(
-        math.sqrt((rest**2).sum() / 6)
-    )
-    assert metrics.stability(3 * np.arange(8.0), detrended=True) == pytest.approx(0, abs=1e-9)
-    assert math.isnan(metrics.stability([1.0, 2.0, 3.0, 4.0], detrended=True))
     assert metrics.increases([5.0, 4.0, 4.5, 4.5, 5.5, 1.0]) == (2, pytest.approx(1.5))
     assert metrics.increases([3.0, 2.0, 1.0]) == (0, 0.0)
     for measure in (metrics.convergence_epoch, metrics.stability, metrics.increases):
@@ -268,27 +190,18 @@ def test_curves_by_hand():
             measure([math.nan, 0.5])
 
 
-def test_cluster_structure_is_scikit_learn_s_and_tells_blobs_from_noise():
+def test_cluster_structure_tells_blobs_from_noise():
     x, y = make_blobs(400, 8, centers=5, random_state=0)
-    found = metrics.cluster_structure(x, y)
-    assert found == {
-        "silhouette": pytest.approx(silhouette_score(x, y)),
-        "davies_bouldin": pytest.approx(davies_bouldin_score(x, y)),
-    }
+    found, sampled = metrics.cluster_structure(x, y), metrics.cluster_structure(x, y, 0, 200)
     random = metrics.cluster_structure(x, np.random.default_rng(0).permutation(y))
-    assert random["silhouette"] < 0 < 0.5 < found["silhouette"]
-    assert random["davies_bouldin"] > found["davies_bouldin"]
-    sampled = metrics.cluster_structure(x, y, max_samples=200)
+    assert random["silhouette"] < 0 < 0.5 < found["silhouette"] == silhouette_score(x, y)
+    assert random["davies_bouldin"] > found["davies_bouldin"] == davies_bouldin_score(x, y)
     assert sampled["silhouette"] == pytest.approx(found["silhouette"], abs=0.03)
-    assert sampled == metrics.cluster_structure(x, y, max_samples=200)
 
 
 @pytest.mark.parametrize("labels", [np.zeros(20, dtype=int), np.arange(20)])
-def test_cluster_structure_is_nan_where_it_is_not_defined(labels):
+def test_cluster_structure_is_nan_if_it_is_not_defined(labels):
     found = metrics.cluster_structure(np.random.default_rng(0).normal(size=(20, 3)), labels)
     assert all(map(math.isnan, found.values()))
     with pytest.raises(ValueError, match="inconsistent"):
         metrics.cluster_structure(np.zeros((20, 3)), labels[:19])
-
-
-# --- answers image by image, averages over labels, neighbourhoods of findings

@@ -50,7 +50,9 @@ def test_shapes(backbone, width):
     logits = model(images(2))
     assert features.shape == (2, model.feature_dim)
     assert logits.shape == (2, 7)
-    torch.testing.assert_close(logits, model.top_layer(model.standardise(model.activated(features))))
+    torch.testing.assert_close(
+        logits, model.top_layer(model.standardise(model.activated(features)))
+    )
     maps = model.maps(images(2))
     assert maps.ndim == 4
     assert min(maps.shape[2:]) > 1

@@ -97,7 +97,9 @@ def test_a_process_that_fails_gives_status_and_last_lines(tmp_path, capsys):
 
 
 def test_processes_run_side_by_side_and_one_that_fails_stops_no_other(tmp_path):
-    code = "import os, sys, time; time.sleep(0.5); print(os.environ['OMP_NUM_THREADS']); sys.exit({})"
+    code = (
+        "import os, sys, time; time.sleep(0.5); print(os.environ['OMP_NUM_THREADS']); sys.exit({})"
+    )
     jobs = {str(k): [sys.executable, "-c", code.format(int(k == 1))] for k in range(4)}
     ended = {}
     start = time.monotonic()

@@ -122,7 +122,7 @@ def test_a_second_process_is_told_who_is_at_work_and_a_killed_one_blocks_nobody(
             assert holder.stdout.readline().strip() == b"in"
             with pytest.raises(
                 paths.BusyError,
-                match="another process .*store",
+                match=r"another process .*store",
             ) as caught:
                 with paths.alone(folder):
                     pytest.fail("two at once")

@@ -19,25 +19,32 @@ def test_a_probe_s_penalty_means_the_same_for_repeated_features():
     x = rng.normal(size=(300, 8))
     targets = (x + rng.normal(size=x.shape) > 0)[:, :3]
     once, often = (
-        scores.findings_auroc(np.tile(x, (1, times)), targets, *halves(300)) for times in (1, 10)
+        scores.findings_auroc(np.tile(x, (1, times)), targets, *halves(300))["per_finding"]
+        for times in (1, 10)
     )
-    np.testing.assert_allclose(once["per_finding"], often["per_finding"], atol=1e-3)
+    np.testing.assert_allclose(once, often, atol=1e-3)
+
+
+# of each image: score, whether it has the finding, weight
+rows = st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 3))
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(
-        st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 3)), min_size=2, max_size=40
-    ),
-)
-def test_weighted_auroc_is_scikit_learn_s_ties_and_weights_included(rows):
+@given(st.lists(rows, min_size=2, max_size=40))
+def test_areas_and_precision_are_scikit_learn_s_ties_and_weights_included(rows):
     values, positive, weights = map(np.array, zip(*rows, strict=True))
-    found = scores.weighted_auroc(values, positive, np.stack([weights, np.ones_like(weights)]))
-    for value, weight in zip(found, (weights, np.ones_like(weights)), strict=True):
-        if weight[positive].sum() and weight[~positive].sum():
-            assert value == pytest.approx(roc_auc_score(positive, values, sample_weight=weight))
-        else:
-            assert np.isnan(value)
+    weights = np.stack([weights, np.ones_like(weights)])
+    areas = scores.weighted_auroc(values, positive, weights)
+    precisions = scores.weighted_average_precision(values, positive, weights)
+    for area, precision, weight in zip(areas, precisions, weights, strict=True):
+        options = {"sample_weight": weight}
+        if ups := weight[positive].sum():
+            expected = average_precision_score(positive, values, **options)
+            assert precision == pytest.approx(expected)
+        if ups and weight[~positive].sum():
+            assert area == pytest.approx(roc_auc_score(positive, values, **options))
+        assert np.isnan(precision) == (not ups)
+        assert np.isnan(area) == (not ups or not weight[~positive].sum())
 
 
 def test_findings_auroc_of_planted_random_and_missing_findings():
@@ -61,8 +68,7 @@ def test_findings_auroc_of_planted_random_and_missing_findings():
 
 def test_findings_auroc_without_any_usable_finding_is_nan():
     found = scores.findings_auroc(np.eye(10), np.zeros((10, 3), dtype=bool), *halves(10))
-    assert found["n_findings"] == 0
-    assert np.isnan(found["mean"])
+    assert (found["n_findings"], np.isnan(found["mean"])) == (0, True)
     with pytest.raises(ValueError, match="bool"):
         scores.findings_auroc(np.eye(10), np.zeros((10, 3)), *halves(10))
 
@@ -70,7 +76,6 @@ def test_findings_auroc_without_any_usable_finding_is_nan():
 def test_trustworthiness_of_a_true_and_a_shuffled_map():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 2))
-    assert scores.trustworthiness(x @ rng.normal(size=(2, 6)), x @ np.diag([2.0, 2.0])) > 0.8
     assert scores.trustworthiness(x, 3 * x) == 1.0
     assert scores.trustworthiness(x, rng.permutation(x)) == pytest.approx(0.5, abs=0.05)
 
@@ -79,23 +84,13 @@ def test_scores_are_those_of_the_areas():
     rng = np.random.default_rng(0)
     x, targets = rng.normal(size=(200, 6)), rng.random((200, 3)) < 0.3
     targets[:, 2] = False
-    train, test = np.arange(150), np.arange(150, 200)
+    train, test = halves(200)
     found = scores.finding_scores(x, targets, train, test)
     areas = scores.findings_auroc(x, targets, train, test)["per_finding"]
     for finding in (0, 1):
         area = roc_auc_score(targets[test, finding], found[:, finding])
         assert area == pytest.approx(areas[finding])
     assert np.isnan(found[:, 2]).all()
-
-
-def test_average_precision_is_sklearns_also_with_ties_and_weights():
-    rng = np.random.default_rng(1)
-    positive, values = rng.random(80) < 0.3, rng.integers(6, size=80)
-    weights = rng.integers(0, 4, size=(5, 80))
-    found = scores.weighted_average_precision(values, positive, weights)
-    for row, value in zip(weights, found, strict=True):
-        assert value == pytest.approx(average_precision_score(positive, values, sample_weight=row))
-    assert np.isnan(scores.weighted_average_precision(values, np.zeros(80, bool), weights)).all()
 
 
 def test_micro_average_flatters_a_guess_that_sees_no_image_and_macro_does_not():
@@ -105,14 +100,11 @@ def test_micro_average_flatters_a_guess_that_sees_no_image_and_macro_does_not():
     train, test = np.arange(1000), np.arange(1000, 2000)
     guess = scores.prevalence_guess(targets, train, test)
     found = scores.multilabel_scores(guess, targets[test])
+    pairs = targets[test].ravel(), guess.ravel()
     assert found["auroc_macro"][0] == 0.5
     assert found["auroc_micro"][0] > 0.8
-    assert found["auroc_micro"][0] == pytest.approx(
-        roc_auc_score(targets[test].ravel(), guess.ravel())
-    )
-    assert found["ap_micro"][0] == pytest.approx(
-        average_precision_score(targets[test].ravel(), guess.ravel())
-    )
+    assert found["auroc_micro"][0] == pytest.approx(roc_auc_score(*pairs))
+    assert found["ap_micro"][0] == pytest.approx(average_precision_score(*pairs))
     assert found["ap_macro"][0] == pytest.approx(targets[test].mean(axis=0).mean())
     guess[:, 3] = np.nan
     assert np.isnan(scores.multilabel_scores(guess, targets[test])["auroc"][0, 3])
@@ -127,8 +119,6 @@ def test_relative_distance_is_0_for_no_change_and_1_for_another_image():
     assert found[0] == 0
     assert found[1] == pytest.approx(1, abs=0.05)
     assert np.isnan(scores.relative_distance(np.ones((5, 3)), np.ones((1, 5, 3)))).all()
-    with pytest.raises(ValueError):
-        scores.relative_distance(f, f)
 
 
 def test_finding_neighbourhood_finds_what_lies_together():
@@ -144,29 +134,22 @@ def test_finding_neighbourhood_finds_what_lies_together():
 
 def test_areas_of_averaged_roc_curves_are_the_averaged_areas():
     rng = np.random.default_rng(0)
-    targets = rng.random((400, 4)) < [
-        0.5,
-        0.3,
-        0.1,
-        0.0,
-    ]  # the last label has no positive: it has no curve
+    targets = rng.random((400, 4)) < [0.5, 0.3, 0.1, 0]  # the last label is never there: no curve
     probabilities = rng.random((400, 4)) * 0.6 + targets * [0.1, 0.3, 0.2, 0]
     probabilities[:, 0] = 0.5  # one threshold: the diagonal
     grid = np.linspace(0, 1, 4001)
     curves = scores.roc_curves(probabilities, targets, grid)
     areas = scores.multilabel_scores(probabilities, targets)
-    for name in ("macro", "micro"):
-        assert np.trapezoid(curves[name], grid) == pytest.approx(
-            areas[f"auroc_{name}"][0], abs=1e-3
-        )
+    for name, curve in curves.items():
+        area = areas[f"auroc_{name}"][0]
+        assert np.trapezoid(curve, grid) == pytest.approx(area, abs=1e-3)
     alone = scores.roc_curves(probabilities[:, :1], targets[:, :1], grid)["macro"]
     np.testing.assert_allclose(alone, grid)
 
 
 def test_roc_curves_start_where_the_perfect_answer_starts_and_are_nan_without_labels():
     targets = np.array([[True], [False], [True]])
-    assert scores.roc_curves(np.array([[0.9], [0.1], [0.8]]), targets, [0.0, 0.5, 1.0])[
-        "micro"
-    ].tolist() == [1, 1, 1]
-    nothing = scores.roc_curves(np.full((3, 1), np.nan), targets, np.array([0.0, 1.0]))
+    perfect = scores.roc_curves(np.array([[0.9], [0.1], [0.8]]), targets, [0, 0.5, 1])
+    assert perfect["micro"].tolist() == [1, 1, 1]
+    nothing = scores.roc_curves(np.full((3, 1), np.nan), targets, [0, 1])
     assert all(np.isnan(curve).all() for curve in nothing.values())

@@ -19,29 +19,30 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from bokeh.embed import json_item
-from bokeh.models import ColumnDataSource, HoverTool, Model, Range1d
+from bokeh.models import ColumnDataSource, HoverTool, Model
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from PIL import Image
+from skimage.util import montage
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from lib.data import finding_matrix, label_set
 from lib.features import extract
-from lib.groups import P4M
+from lib.images import SYMMETRIES, moved
 from lib.parallel import resolve_device
 from lib.paths import atomic_write
-from lib.plots.style import ARM_TITLES, GRAY, LIGHT, PALETTE
+from lib.plots import style
 from lib.runs import Run, assign, embed, load_model
 from lib.study import clusters
 
 MOST_IMAGES = 10_000  # every browser can draw a picture of 6,400 pixels, which holds so many
 MOST_BYTES = 15_000_000
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "star", "hex")
-TURNS = ("as it is", "90° left", "180°", "90° right")  # the elements of P4M
-TURNS += ("top to bottom", "diagonal", "left to right", "other diagonal")
+TURNS = ("as it is", "90° left", "180°", "90° right")  # lib.images.SYMMETRIES
+TURNS += ("left to right", "diagonal", "top to bottom", "other diagonal")
+TEXTS = {"image_id": "ids", "patient_id": "patients", "view_position": "views", "sex": "sexes"}
 _TOOLTIP = """
 <div style="display:flex;gap:8px;font:12px sans-serif;max-width:320px">
   <div style="flex:none;width:64px;height:64px;background-image:var(--sprite);background-position:@position"></div>
@@ -59,7 +60,7 @@ def gather(
     n_images: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compute what the page shows.
+    """Compute what the page shows: plain values, and ``pixels``, uint8 (M, 64, 64).
 
     Parameters
     ----------
@@ -68,17 +69,9 @@ def gather(
         image_id, findings, and patient_id, view_position, age and sex if known.
     runs : mapping of arm to Run
         Finished runs of these images, at least one.
-    dataset_label, attribution : str
-    n_images : int
+    n_images, seed : int
         Images shown, at most: a random choice. Clusters are followed and tested for findings on all
-        images.
-    seed : int
-        Of the choice and of t-SNE.
-
-    Returns
-    -------
-    dict
-        Plain values, and ``pixels``, uint8 (M, 64, 64).
+        images. `seed` is that of the choice and of t-SNE.
 
     Raises
     ------
@@ -95,29 +88,22 @@ def gather(
             raise ValueError(f"run {arm!r} clustered {n} images, there are {len(images)}")
     rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:n_images])
     shown = metadata.iloc[rows]
-    names = label_set(metadata)
-    has = finding_matrix(shown["findings"].fillna(""), names)
-    text = shown.reindex(columns=["image_id", "patient_id", "view_position", "sex"], fill_value="")
-    text = text.fillna("").astype(str)
-    ages = shown["age"] if "age" in shown else [np.nan] * len(rows)
+    names = {name: name.replace("_", " ") for name in label_set(metadata)}
     known = clusters.attributes(images, metadata)
-    known = {name: known[name] for name in names if name in known}
-    return {
+    known = {title: known[name] for name, title in names.items() if name in known}
+    has = finding_matrix(shown["findings"], tuple(names))
+    texts = shown.reindex(columns=[*TEXTS], fill_value="").fillna("").astype(str)
+    ages = shown["age"] if "age" in shown else [np.nan] * len(rows)
+    return texts.rename(columns=TEXTS).to_dict("list") | {
         "label": dataset_label,
         "attribution": attribution,
         "total": len(images),
-        "ids": text["image_id"].tolist(),
-        "patients": text["patient_id"].tolist(),
-        "views": text["view_position"].tolist(),
-        "sexes": text["sex"].tolist(),
         "ages": [int(age) if np.isfinite(age) else None for age in ages],
-        "labelled": (shown["findings"].fillna("") != "").astype(int).tolist(),
+        "labelled": (shown["findings"] != "").tolist(),
         "findings": [np.flatnonzero(row).tolist() for row in has],
-        "finding_names": [name.replace("_", " ") for name in names],
+        "finding_names": list(names.values()),
         "turns": TURNS,
-        "arms": [
-            _arm(arm, run, images[rows], rows, known, names, seed) for arm, run in runs.items()
-        ],
+        "arms": [_arm(arm, run, images[rows], rows, known, seed) for arm, run in runs.items()],
         "pixels": images[rows],
     }
 
@@ -125,31 +111,27 @@ def gather(
 def _arm(
     arm: str,
     run: Run,
-    images: np.ndarray,
+    pixels: np.ndarray,
     rows: np.ndarray,
     known: Mapping[str, clusters.Property],
-    names: tuple[str, ...],
     seed: int,
 ) -> dict[str, Any]:
-    """What the page shows of one run, of the images in `rows`."""
+    """What the page shows of one run, of the images in `rows`, which have these `pixels`."""
     embedding = embed(run, np.asarray(run.features))
     epochs = clusters.follow(np.vstack([run.assignments, run.final_assignments[None]]))
     device = resolve_device(run.config.device)
-    model = load_model(run, device)
-    turned = [run.final_assignments[rows].tolist()]
-    for g in range(1, P4M.order):
-        acted = P4M.act_on_grid(torch.from_numpy(np.array(images)), g).contiguous()
-        turned.append(assign(run, extract(model, acted, device=device)).tolist())
-    q: dict[str, dict[str, float]] = {}
-    for row in clusters.enrichment(run.final_assignments, known).itertuples():
-        found = q.setdefault(str(row.cluster), {})
-        found[str(names.index(row.property))] = float(f"{row.q:.2g}")
+    model, turned = load_model(run, device), [run.final_assignments[rows].tolist()]
+    for symmetry in SYMMETRIES[1:]:
+        features = extract(model, moved(pixels, *symmetry), device=device)
+        turned.append(assign(run, features).tolist())
+    table = clusters.enrichment(run.final_assignments, known)
+    table["q"] = [float(f"{q:.2g}") for q in table["q"]]
     perplexity = min(30, (len(rows) - 1) / 3)
     x, y = _flat(embedding[rows], perplexity, seed).T
     stability = clusters.stability(epochs).round(3).astype(object)
     return {
         "name": arm,
-        "title": ARM_TITLES.get(arm, arm),
+        "title": style.arm(arm).title,
         "seed": run.config.seed,
         "perplexity": round(perplexity),
         "x": x.tolist(),
@@ -158,7 +140,7 @@ def _arm(
         "distance": [_distance(embedding, labels)[rows].tolist() for labels in epochs],
         "stability": np.where(pd.isna(stability), None, stability).tolist(),
         "turned": turned,
-        "q": q,
+        "q": table.pivot(index="cluster", columns="property", values="q").to_dict("index"),
     }
 
 
@@ -178,40 +160,27 @@ def _distance(embedding: np.ndarray, assignments: np.ndarray) -> np.ndarray:
     return np.round(1000 * np.linalg.norm(embedding - means, axis=1)).astype(int)
 
 
-def sprite(images: np.ndarray, quality: int = 85) -> tuple[bytes, int]:
+def sprite(images: np.ndarray) -> tuple[bytes, int]:
     """Images, uint8 (M, 64, 64), row by row in one JPEG, and how many are in a row.
 
     64 is a multiple of the 8 pixels of a JPEG block: no image runs into its neighbour.
     """
-    m, height, width = images.shape
-    columns = int(np.ceil(np.sqrt(m)))
-    lines = -(-m // columns)
-    sheet = np.zeros((lines * columns, height, width), np.uint8)
-    sheet[:m] = images
-    sheet = sheet.reshape(lines, columns, height, width).swapaxes(1, 2)
-    out = io.BytesIO()
-    picture = Image.fromarray(sheet.reshape(lines * height, columns * width))
-    picture.save(out, "JPEG", quality=quality, optimize=True)
-    return out.getvalue(), columns
+    sheet, out = montage(images, fill=0), io.BytesIO()
+    Image.fromarray(sheet).save(out, "JPEG", quality=85, optimize=True)
+    return out.getvalue(), sheet.shape[1] // images.shape[2]
 
 
 def _map() -> Model:
     """The empty map; the page fills its sources."""
-    names = ("x", "y", "color", "marker", "size", "alpha")
-    names += ("id", "findings", "patient", "view", "cluster", "position")
+    rings = ("x", "y", "size", "color")
+    names = (*rings, "marker", "alpha", "id", "findings", "patient", "view", "cluster", "position")
     source = ColumnDataSource({name: [] for name in names}, name="points")
-    marks = ColumnDataSource({"x": [], "y": [], "size": [], "color": []}, name="marks")
-    plot = figure(
-        name="map",
-        sizing_mode="scale_width",
-        aspect_ratio=1,
-        width=600,
-        x_range=Range1d(-1.08, 1.08),
-        y_range=Range1d(-1.08, 1.08),
-        tools="pan,wheel_zoom,box_zoom,tap,reset",
-        active_scroll=None,  # a wheel over the map scrolls the page until its tool is chosen
-        toolbar_location="above",
-    )
+    marks = ColumnDataSource({name: [] for name in rings}, name="marks")
+    area = {"width": 600, "aspect_ratio": 1, "sizing_mode": "scale_width"}
+    area |= {"x_range": (-1.08, 1.08), "y_range": (-1.08, 1.08)}
+    tools = {"tools": "pan,wheel_zoom,box_zoom,tap,reset", "toolbar_location": "above"}
+    tools["active_scroll"] = None  # a wheel over the map scrolls the page until its tool is chosen
+    plot = figure(name="map", outline_line_color=style.LIGHT, **area, **tools)
     look = {"fill_alpha": "alpha", "fill_color": "color", "line_alpha": "alpha"}
     look |= {"line_color": "white", "line_width": 0.4, "marker": {"field": "marker"}}
     dots = plot.scatter("x", "y", size="size", source=source, **look)
@@ -221,7 +190,7 @@ def _map() -> Model:
     hover = HoverTool(renderers=[dots], tooltips=_TOOLTIP, point_policy="snap_to_data", limit=1)
     plot.add_tools(hover)
     plot.axis.visible = plot.grid.visible = False
-    plot.outline_line_color, plot.toolbar.logo = LIGHT, None
+    plot.toolbar.logo = None
     return plot
 
 
@@ -230,7 +199,8 @@ def html(content: Mapping[str, Any]) -> str:
     sheet, columns = sprite(content["pixels"])
     payload = {key: value for key, value in content.items() if key != "pixels"}
     payload |= {"columns": columns, "sprite": base64.b64encode(sheet).decode()}
-    payload |= {"palette": PALETTE, "markers": MARKERS, "light": LIGHT, "gray": GRAY}
+    payload |= {"palette": style.PALETTE, "light": style.LIGHT, "gray": style.GRAY}
+    payload["markers"] = MARKERS
     parts = {
         "TITLE": html_module.escape(f"Explorer: {content['label']}"),
         "BOKEH": Resources(mode="inline", components=["bokeh"]).render_js(),

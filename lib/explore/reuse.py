@@ -6,6 +6,7 @@ safetensors, settings as JSON, embeddings and assignments as Parquet."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from scipy import stats
 from sklearn.preprocessing import normalize
 
 from lib import __version__, data
+from lib.data.preprocess import preprocess
 from lib.features import PCAWhiten, extract
 from lib.kmeans import nearest
 from lib.models import IMAGE_SIZE, Backbone, build
@@ -31,7 +33,8 @@ from lib.study.report import dataset_label
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 ASSIGNMENTS, EMBEDDINGS = "assignments.parquet", "embeddings.parquet"
-WHITENING, LIMITS = ("mean", "components", "explained_variance"), ("distance", "spread", "expected")
+WHITENING = ("mean", "components", "explained_variance")
+NETWORK = ("backbone", "n_clusters", "width", "seed", "head")  # the settings that build it
 NOTICE = "Not for clinical use."
 LEVEL = 0.01  # of p, below which chance does not explain the far images
 MANY = 0.2  # share of far images that makes them unlike; new phantoms had 5 %, noise 100 %
@@ -90,7 +93,7 @@ class Model:
     def features(self, images: np.ndarray) -> np.ndarray:
         """Features of the network before PCA, float32 (M, D)."""
         device = next(self.network.parameters()).device
-        return extract(self.network, checked_images(images), device=device)
+        return extract(self.network, _checked(images), device=device)
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """Points of the clustered space, float32 (M, d), each of length 1."""
@@ -124,49 +127,37 @@ def _measures(whitened: np.ndarray, own_centroids: np.ndarray) -> tuple[np.ndarr
     return distance, np.sqrt((whitened**2).mean(axis=1))
 
 
-def checked_images(images: Any) -> np.ndarray:
+def _checked(images: Any) -> np.ndarray:
     """`images` if they are uint8 (M, 64, 64), M >= 1; else a ValueError that quotes them."""
     array = np.asarray(images)
+    if array.dtype == np.uint8 and array.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE) and len(array):
+        return array
     most = f" up to {array.max()}" if array.size and array.dtype.kind in "iuf" else ""
-    got = f"{array.dtype} {array.shape}{most}"
-    wanted = f"images must be uint8 (M, {IMAGE_SIZE}, {IMAGE_SIZE}), 0 to 255, got {got}"
-    if array.dtype != np.uint8:
-        raise ValueError(f"{wanted}: scale to 0..255, round, and use .astype(numpy.uint8)")
-    if array.ndim != 3 or array.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE) or not len(array):
-        raise ValueError(f"{wanted}: lib.data.preprocess reads files; images[None] makes a stack")
-    return array
+    wanted = f"images must be uint8 (M, {IMAGE_SIZE}, {IMAGE_SIZE}), 0 to 255"
+    help_ = "scale and round to 0..255, .astype(numpy.uint8); images[None] makes a stack of one"
+    raise ValueError(f"{wanted}, got {array.dtype} {array.shape}{most}: {help_}")
 
 
 def load(run_dir: Path | str, device: str = "cpu") -> Model:
-    """Read a finished run, or what `export` made of one.
+    """Read a finished run, ``data/runs/<dataset>/<arm>/seed<k>``, or what `export` made of one.
 
-    Parameters
-    ----------
-    run_dir : path
-        ``data/runs/<dataset>/<arm>/seed<k>``, or a folder that `export` wrote.
-    device : str
-        Where images are embedded.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        There is neither, or a file is damaged; the message names it.
+    FileNotFoundError or ValueError, which names the file, if there is neither or one is damaged.
     """
     run_dir = Path(run_dir)
     if (run_dir / WEIGHTS).exists():
         return _load_exported(run_dir, device)
     run = load_run(run_dir)
-    with np.load(run.path / "clustering.npz") as clustering:
-        whiten, centroids = _whitening(clustering), clustering["centroids"]
-    whitened = whiten.transform(np.asarray(run.features))
-    distance, spread = _measures(whitened, centroids[run.final_assignments])
-    limits = [float(np.quantile(measure, QUANTILE)) for measure in (distance, spread)]
-    far = (distance > limits[0]) | (spread > limits[1])
-    limits.append(float((far.sum() + 1) / (len(far) + 2)))  # smoothed: never 0
+    with np.load(run.path / "clustering.npz") as stored:
+        whiten, centroids = _whitening(stored), stored["centroids"]
+    own = centroids[run.final_assignments]
+    distance, spread = _measures(whiten.transform(np.asarray(run.features)), own)
+    limits = {"distance": np.quantile(distance, QUANTILE), "spread": np.quantile(spread, QUANTILE)}
+    far = (distance > limits["distance"]) | (spread > limits["spread"])
+    limits["expected"] = (far.sum() + 1) / (len(far) + 2)  # smoothed: never 0
     name = "/".join(run.path.absolute().parts[-3:])
+    config, network = load_json(run.path / CONFIG), load_model(run, device)
     sizes = np.bincount(run.final_assignments, minlength=len(centroids))
-    rest = (whiten, centroids, sizes, dict(zip(LIMITS, limits, strict=True)))
-    return Model(name, load_json(run.path / CONFIG), load_model(run, device), *rest)
+    return Model(name, config, network, whiten, centroids, sizes, limits)
 
 
 def _load_exported(folder: Path, device: str) -> Model:
@@ -174,18 +165,18 @@ def _load_exported(folder: Path, device: str) -> Model:
         config, tensors = load_json(folder / CONFIG), load_file(folder / WEIGHTS)
         whiten = _whitening({name: tensors.pop(name).numpy() for name in WHITENING})
         centroids, sizes = (tensors.pop(name).numpy() for name in ("centroids", "sizes"))
-        settings = config["settings"]
-        network = build(*(settings[key] for key in ("backbone", "n_clusters", "width", "seed")))
+        network = build(*(config["settings"][name] for name in NETWORK))
         network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items()})
-        rest = (whiten, centroids, sizes, config["novelty"])
-        return Model(config["run"], settings, network.to(device).eval(), *rest)
+        rest = (network.to(device).eval(), whiten, centroids, sizes, config["novelty"])
+        return Model(config["run"], config["settings"], *rest)
     except (SafetensorError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         text = f"{show(folder)} holds no export that this code reads ({reason}): export again"
         raise ValueError(text) from error
 
 
-def _whitening(arrays: Any) -> PCAWhiten:
+def _whitening(arrays: Mapping[str, np.ndarray]) -> PCAWhiten:
+    """PCA and whitening as stored, without scaling to length 1."""
     whiten = PCAWhiten(len(arrays["components"]), l2=False)
     for name in WHITENING:
         setattr(whiten, f"{name}_", arrays[name])
@@ -197,21 +188,10 @@ def export(
 ) -> list[Path]:
     """Write a finished run for use elsewhere; no pixel, label or patient goes with it.
 
-    Parameters
-    ----------
-    run_dir : path
-        ``data/runs/<dataset>/<arm>/seed<k>``.
-    out_dir : path
-        Gets ``model.safetensors`` (network, PCA, centroids), ``config.json``,
-        ``assignments.parquet`` (image_id, cluster, distance) and ``embeddings.parquet`` (image_id,
-        embedding), each with attribution and notice.
-    folder : path, optional
-        Folder of images.npy, metadata.csv and manifest.json; ``data/<dataset>`` if None.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No finished run, or the dataset holds other images than those that it clustered.
+    `out_dir` gets ``model.safetensors`` (network, PCA, centroids), ``config.json``,
+    ``assignments.parquet`` (image_id, cluster, distance) and ``embeddings.parquet`` (image_id,
+    embedding), each with attribution and notice. `folder` holds the images that the run clustered,
+    ``data/<dataset>`` if None. ValueError if it holds others, FileNotFoundError without a run.
     """
     run, model, out = load_run(run_dir), load(run_dir), Path(out_dir)
     if out.resolve() == run.path.resolve():
@@ -219,84 +199,62 @@ def export(
     folder = Path(folder or dataset_dir(run.path.absolute().parts[-3]))
     images, metadata = data.load(folder)
     if fingerprint(images) != model.config["data"]["sha256"]:
-        raise ValueError(
-            f"{show(folder)} holds other images than {show(run.path)} clustered: name their folder"
-        )
+        text = f"{show(folder)} holds other images than {show(run.path)} clustered"
+        raise ValueError(f"{text}: name their folder")
     manifest = load_json(folder / "manifest.json")
-    notes = {
-        "attribution": manifest["attribution"],
-        "notice": NOTICE,
-        "dataset": dataset_label(manifest["source"]["kind"], len(images)),
-        "run": model.name,
-    }
-    config = {
-        **notes,
+    notes = {"attribution": manifest["attribution"], "notice": NOTICE, "run": model.name}
+    notes["dataset"] = dataset_label(manifest["source"]["kind"], len(images))
+    config = notes | {
         "settings": {key: value for key, value in model.config.items() if key != "device"},
         "images": f"uint8 ({IMAGE_SIZE}, {IMAGE_SIZE}); the network's input is x / 127.5 - 1",
         "novelty": model.limits,
         "versions": {"lib": __version__, "torch": str(torch.__version__)},
     }
     whitened = model.whiten.transform(np.asarray(run.features))
-    embedding, clusters = normalize(whitened), run.final_assignments
-    distance = _measures(whitened, model.centroids[clusters])[0].astype(np.float32)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embedding.ravel()), embedding.shape[1])
-    ids = metadata["image_id"].tolist()
-    table = {"image_id": ids, "cluster": clusters.astype(np.int32), "distance": distance}
+    distance, _ = _measures(whitened, model.centroids[run.final_assignments])
+    ids = metadata[["image_id"]]
+    table = ids.assign(cluster=run.final_assignments, distance=distance)
     _write_parquet(out / ASSIGNMENTS, table, notes)
-    _write_parquet(out / EMBEDDINGS, {"image_id": ids, "embedding": vectors}, notes)
+    _write_parquet(out / EMBEDDINGS, ids.assign(embedding=list(normalize(whitened))), notes)
     save_json(out / CONFIG, config)
-    tensors = {f"network.{k}": v.contiguous() for k, v in model.network.state_dict().items()}
     arrays = {name: getattr(model.whiten, f"{name}_") for name in WHITENING}
     arrays |= {"centroids": model.centroids, "sizes": model.sizes}
-    tensors |= {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    tensors |= {f"network.{k}": v.contiguous() for k, v in model.network.state_dict().items()}
     with atomic_write(out / WEIGHTS) as handle:  # last: the folder is then whole
         handle.write(tensors_as_bytes(tensors, metadata=notes))
     return [out / name for name in (WEIGHTS, CONFIG, ASSIGNMENTS, EMBEDDINGS)]
 
 
-def _write_parquet(path: Path, columns: dict[str, Any], notes: dict[str, str]) -> None:
+def _write_parquet(path: Path, table: pd.DataFrame, notes: dict[str, str]) -> None:
+    columns = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(notes)
     with atomic_write(path) as handle:
-        table = pa.table(columns).replace_schema_metadata(notes)
-        pyarrow.parquet.write_table(table, handle, compression="zstd")
+        pyarrow.parquet.write_table(columns, handle, compression="zstd")
 
 
 def assign_folder(
     source: Path | str, model: Model, out_dir: Path | str, command: str = "", **reading: Any
 ) -> tuple[pd.DataFrame, Novelty, str]:
-    """Assign a folder of X-rays to the clusters of a finished run.
+    """Assign a folder of X-rays, `source`, to the clusters of a finished run.
 
-    Parameters
-    ----------
-    source : path
-        Any folder that `lib.data.preprocess` reads.
-    model : Model
-    out_dir : path
-        Gets the preprocessed images in ``images/``, ``assignments.csv``, ``assignments.parquet``
-        and ``summary.md``, which names `command`.
-    **reading
-        Options of `lib.data.preprocess`, such as csv, which may be in `source`; its errors, too.
-
-    Returns
-    -------
-    table : DataFrame
-        ``image_id, cluster, distance, spread, far``, one row per image.
-    novelty : Novelty
-    text : str
-        What summary.md holds.
+    `out_dir` gets the preprocessed images in ``images/``, ``assignments.csv`` and ``.parquet``, and
+    ``summary.md``, which names `command`. `reading` are options of `lib.data.preprocess`, whose
+    errors may be raised. Returns the table, ``image_id, cluster, distance, spread, far``, one row
+    per image; the `Novelty`; and the text of summary.md.
     """
     out = Path(out_dir)
-    manifest = data.preprocess(source, out / "images", **reading)
+    manifest = preprocess(source, out / "images", **reading)
     images, metadata = data.load(out / "images")
     _, assignments, novelty = model.look(images)
-    table = pd.DataFrame({"image_id": metadata["image_id"], "cluster": assignments})
-    table = table.assign(distance=novelty.distance, spread=novelty.spread, far=novelty.far)
+    found = {name: getattr(novelty, name) for name in ("distance", "spread", "far")}
+    table = metadata[["image_id"]].assign(cluster=assignments, **found)
     notes = {"attribution": manifest["attribution"], "notice": NOTICE, "run": model.name}
-    with atomic_write(out / "assignments.csv", "w") as handle:
-        table.to_csv(handle, index=False, float_format="%.6g", lineterminator="\n")
-    _write_parquet(out / ASSIGNMENTS, {name: table[name].tolist() for name in table}, notes)
+    _write_parquet(out / ASSIGNMENTS, table, notes)
     text = _summary(table, novelty, model, manifest["attribution"], command)
-    with atomic_write(out / "summary.md", "w") as handle:
-        handle.write(text)
+    csv = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    for name, content in (("assignments.csv", csv), ("summary.md", text)):
+        with atomic_write(out / name, "w") as handle:
+            handle.write(content)
     return table, novelty, text
 
 
@@ -304,21 +262,19 @@ def _summary(
     table: pd.DataFrame, novelty: Novelty, model: Model, attribution: str, command: str
 ) -> str:
     """Markdown of `assign_folder`: the images in each cluster, beside those of the run."""
-    counts = np.bincount(table["cluster"], minlength=len(model.sizes))
-    far = np.bincount(table["cluster"][table["far"]], minlength=len(model.sizes))
-    here, there = counts / counts.sum(), model.sizes / model.sizes.sum()
+    k, of_run = len(model.sizes), model.sizes / model.sizes.sum()
+    here = table.groupby("cluster")["far"].agg(["size", "sum"]).reindex(range(k), fill_value=0)
     rows = ["| cluster | images | share | of these far | share in the run |", "|---" * 5 + "|"]
     rows += [
-        f"| {k} | {counts[k]:,} | {here[k]:.1%} | {far[k]:,} | {there[k]:.1%} |"
-        for k in np.argsort(-counts, kind="stable")
+        f"| {cluster} | {n:,} | {n / len(table):.1%} | {far:,} | {of_run[cluster]:.1%} |"
+        for cluster, n, far in here.sort_values("size", ascending=False, kind="stable").itertuples()
     ]
     made = f" Made by `{command}`." if command else ""
-    return "\n\n".join(
-        [
-            f"# {len(table):,} images in the clusters of {model.name}",
-            f"No network was trained: each image has the run's nearest centroid.{made}",
-            novelty.sentence,
-            "\n".join(rows),
-            f"{attribution.removesuffix(NOTICE).rstrip()} {NOTICE}\n",
-        ]
-    )
+    parts = [
+        f"# {len(table):,} images in the clusters of {model.name}",
+        f"No network was trained: each image has the run's nearest centroid.{made}",
+        novelty.sentence,
+        "\n".join(rows),
+        f"{attribution.removesuffix(NOTICE).rstrip()} {NOTICE}\n",
+    ]
+    return "\n\n".join(parts)

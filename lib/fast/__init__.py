@@ -1,1 +1,130 @@
-"""Optional speed: the Fourier algorithm and its compiled kernel."""
+"""Faster ways to compute the layers of `lib.gconv` on a CPU, equal to rounding.
+
+The folder is optional: without it every layer is computed densely. ``gfourier`` is the method,
+``gfourier.c`` and ``gkernel`` are the compiled kernel, ``operators`` is PyTorch's view of both.
+This module says when they are taken.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from lib.fast import gkernel, operators
+
+# (a, b) by the group's order and whether the compiled kernel is there. Fourier is the faster if
+# a / out_channels + b / (in_channels * k * k) <= 1: all channels share the cost of the transforms,
+# so wide layers gain. From tests/bench/gconv.py --layers, forward and training step.
+FOURIER_FROM = {(8, True): (1, 1), (4, True): (2, 2), (8, False): (24, 40), (4, False): (64, 48)}
+
+
+def faster(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the Fourier transform is the faster way for this group convolution and input."""
+    compiled = gkernel.available()
+    if not possible(layer, x) or (layer.lifting and not compiled):
+        return False
+    a, b = FOURIER_FROM[layer.group.order, compiled]
+    return a / layer.out_channels + b / (layer.in_channels * layer.kernel_size**2) <= 1
+
+
+def possible(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the input is one that the fast ways are made for: on a CPU, in single precision."""
+    if x.device.type != "cpu" or not x.dtype == layer.weight.dtype == torch.float32:
+        return False
+    special = torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting()
+    return not special and not needs_dense(layer, x)
+
+
+def needs_dense(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a transform of `torch.func`, forward differentiation or a tracer is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, *layer.parameters())
+    )
+
+
+def fast_conv(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The group convolution by the Fourier transform, or None if the dense one is to be taken.
+
+    Parameters
+    ----------
+    layer : lib.gconv.GroupConv
+        Its ``algorithm`` is "auto" (take Fourier if `faster`) or "fourier" (take it always).
+    x : Tensor
+        The layer's input.
+
+    Returns
+    -------
+    Tensor or None
+        Of the wider of the dtypes of `x` and the weight; autocast does not narrow it.
+
+    Raises
+    ------
+    NotImplementedError
+        For "fourier" under `torch.func`'s transforms, forward differentiation and TorchScript. In
+        the backward pass, if its gradient is asked for.
+    """
+    if layer.algorithm == "auto":
+        if not faster(layer, x):
+            return None
+    elif needs_dense(layer, x):
+        raise NotImplementedError(f"torch.func, jvp and jit.trace need {operators.DENSE}")
+    dtype = torch.promote_types(x.dtype, layer.weight.dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    geometry = (layer.group.order, layer.stride, layer.padding)
+    return operators.conv(x.to(dtype), layer.weight.to(dtype), bias, *geometry)
+
+
+def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
+    """The block by the compiled kernel, or None if its modules are to be called.
+
+    Parameters
+    ----------
+    block : lib.gconv.GroupBlock
+        Group convolution, `GroupBatchNorm`, ReLU, `GroupAvgBlurPool`. With statistics of the batch
+        the norm's come with the convolution; else the norm is folded into the filters.
+    x : Tensor
+        The convolution's input.
+    """
+    conv, norm, *_ = block
+    hooks = (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in block)
+    parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if (
+        conv.algorithm == "dense"
+        or len(x) == 0
+        or any(tensor is None or tensor.dtype != torch.float32 for tensor in parameters)
+        or (norm.training and conv.bias is not None)  # which the norm takes out again
+        or any(hooks)
+        or torch.compiler.is_compiling()
+        or not gkernel.available()
+        or not (possible if conv.algorithm == "fourier" else faster)(conv, x)
+    ):
+        return None
+    geometry = (conv.group.order, conv.stride, conv.padding)
+    if not norm.training:
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        shift = norm.bias - norm.running_mean * scale
+        if conv.bias is not None:
+            shift = shift + conv.bias * scale
+        folded = conv.weight * scale[:, None, None, None, None]
+        return operators.ReluPool.apply(operators.conv(x, folded, shift, *geometry))
+    out, statistics = operators.Block.apply(
+        x, conv.weight, norm.weight, norm.bias, norm.eps, *geometry
+    )
+    with torch.no_grad():
+        _update(norm, *statistics.float())
+    return out
+
+
+def _update(norm: nn.BatchNorm3d, mean: Tensor, _: Tensor, variance: Tensor) -> None:
+    """Move the norm's running statistics as PyTorch does; with momentum None they are means."""
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 1 / float(norm.num_batches_tracked)
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(variance, momentum)

@@ -1,361 +1,563 @@
-/* Fourier group convolution on a CPU: the fused float32 kernels behind lib/gfourier.py, which explains the method and its symbols.
+/* Group convolution by the Fourier transform of the point group, and the rest of a block (batch
+   norm, ReLU, blur pool), in single precision on a CPU. gfourier.py derives the method, block.py
+   the block. Arrays are contiguous; sizes are in C order.
 
-   Each thread always takes the same run of neighbouring blocks: what it writes is then beside what it wrote, in this call and the last, and
-   not in another core's cache.
+   A layer's output is cut into blocks of a few rows, a block into panels of PANEL pixels. For each
+   block the patches of a slab of channels are gathered and transformed, multiplied by the
+   transformed filters, and the result is transformed back: the patches are never in memory as a
+   whole. Transformed arrays have one matrix per entry, with its rows in tiles:
+   (entries, tiles, panels, rows of a tile, PANEL).
 
-   A block is a few rows of output pixels. For each block the patches P of a slab of channels are gathered and transformed into a buffer that
-   stays in the cache, multiplied by the transformed filters, and the result is transformed back: the patch tensor is never in memory as a
-   whole. Arrays are contiguous float32; `mb` is the number of pixels of a block, `ld` the same rounded up to whole vectors. */
+   Each thread takes jobs from its own run of neighbouring jobs, which stay in its cache, then from
+   the others' runs: a thread that has to wait for a processor does not hold up the rest. Which
+   thread does a job never changes a result. */
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-int omp_get_thread_num(void); /* of the OpenMP that PyTorch has loaded; its header need not be there */
+int omp_get_thread_num(void); /* of the OpenMP that PyTorch has loaded; its header may be missing */
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define TILE 8
+#define TILE 8 /* fields of a tile of the product, which has PANEL pixels and stays in registers */
+#define LOW {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
+#define HIGH {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}
+#define LEFT 4 /* rows and fields of a tile of the filters' gradient: LANES numbers */
+#define RIGHT 4
+#define IN_REGISTER(x) __asm__("" : "+v"(x)) /* or GCC loads x again for each product */
 #elif defined(__AVX2__)
 #define LANES 8
 #define TILE 4
+#define LOW {0, 8, 1, 9, 2, 10, 3, 11}
+#define HIGH {4, 12, 5, 13, 6, 14, 7, 15}
+#define LEFT 4
+#define RIGHT 2
+#define IN_REGISTER(x)
 #else
 #define LANES 4
 #define TILE 4
+#define LOW {0, 4, 1, 5}
+#define HIGH {2, 6, 3, 7}
+#define LEFT 2
+#define RIGHT 2
+#define IN_REGISTER(x)
 #endif
-#define ROUND(n) (((n) + LANES - 1) / LANES * LANES)
-#define STEP(n) ((n) | LANES) /* likewise odd: for multiples of LANES */
-#define WHOLE(n) (((n) + 15) / 16 * 16) /* whole lines of the cache */
-#define BLOCK 256            /* pixels of a block, about */
-#define SLAB 8               /* channels of a slab, at most */
-#define SCRATCH (16L << 20)  /* bytes of transformed gradients held at a time, about */
+#define PANEL (2 * LANES)
+#ifndef BLOCK
+#define BLOCK 128
+#endif
+#ifndef SLAB
+#define SLAB 4
+#endif
+#ifndef GRADIENT_BLOCK
+#define GRADIENT_BLOCK 512
+#endif
+#ifndef GRADIENT_SLAB
+#define GRADIENT_SLAB 16
+#endif
+#ifndef GROUP
+#define GROUP 2
+#endif
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define CEIL(a, b) (((a) + (b) - 1) / (b))
+#define ROUND(a, b) (CEIL(a, b) * (b))
+#define STEP(n) (ROUND(n, 16) | 16) /* odd in lines of the cache, so that entries share no sets */
+#define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int ivec __attribute__((vector_size(4 * LANES)));
 
-/* Mirrored by lib/gkernel.py. */
+/* Mirrored by gkernel.py. */
 typedef struct {
-    int order, lifting, n, channels, fields, taps, height, width, out_height, out_width, stride, padding, kernel_size, threads, parts;
-    const int *offsets; /* (taps, order, 2): row and column of A(u) t, counted from the corner of the window */
+    int order, lifting, n, channels, fields, taps, height, width, out_height, out_width;
+    int stride, padding, kernel_size, threads;
+    long next_field, next_channel; /* floats from one to the next filter of the weight */
+    const int *offsets;   /* (taps, order, 2): row and column of A(u) t in the window */
+    const int *cells;     /* (taps, order): place of phi[t](h) in a filter of the weight */
+    const float *shares;  /* (taps): one over the size of the tap's stabilizer */
+    const float *factors; /* (entries, order): the transform of filters */
 } Layer;
 
-/* c (m, n) += a (m, k) b (k, n), n a multiple of LANES, a[i, l] at i * row + l * next: tiles of c stay in registers. */
-#define GEMM_TILE(M, V)                                                                    \
-    do {                                                                                   \
-        vec acc[M][V];                                                                     \
-        for (int r = 0; r < M; r++)                                                        \
-            for (int v = 0; v < V; v++) acc[r][v] = *(vec *)(c + (i + r) * ldc + j + v * LANES); \
-        for (int l = 0; l < k; l++)                                                        \
-            for (int v = 0; v < V; v++) {                                                  \
-                vec column = *(const vec *)(b + l * ldb + j + v * LANES);                  \
-                for (int r = 0; r < M; r++) acc[r][v] += a[(i + r) * row + l * next] * column;    \
-            }                                                                              \
-        for (int r = 0; r < M; r++)                                                        \
-            for (int v = 0; v < V; v++) *(vec *)(c + (i + r) * ldc + j + v * LANES) = acc[r][v]; \
-    } while (0)
+/* Jobs, by thread. */
+typedef struct {
+    int next, end;
+    char rest_of_the_line[56];
+} Jobs;
 
-static void gemm(int m, int n, int k, const float *restrict a, long row, long next, const float *restrict b, long ldb, float *restrict c, long ldc) {
-#define GEMM_ROWS(M)                                             \
-    for (; i + M <= m; i += M) {                                 \
-        int j = 0;                                               \
-        for (; j + 2 * LANES <= n; j += 2 * LANES) GEMM_TILE(M, 2); \
-        for (; j < n; j += LANES) GEMM_TILE(M, 1);               \
+static void share(Jobs *jobs, int threads, int count) {
+    for (int i = 0; i < threads; i++) {
+        jobs[i].next = (long)count * i / threads;
+        jobs[i].end = (long)count * (i + 1) / threads;
     }
-    int i = 0;
-    GEMM_ROWS(TILE)
-    GEMM_ROWS(2)
-    GEMM_ROWS(1)
 }
 
-/* Scratch memory for all threads, of whole lines, and the next array from it. The calling thread gets it: the memory that another thread
-   gets for itself is given back to the system at the end of each call. */
-static float *scratch(long floats) { return aligned_alloc(64, 4 * floats); }
+static int next_job(Jobs *jobs, int threads) {
+    for (int i = 0; i < threads; i++) {
+        Jobs *of = jobs + (omp_get_thread_num() + i) % threads;
+        if (__atomic_load_n(&of->next, __ATOMIC_RELAXED) >= of->end) continue;
+        int job = __atomic_fetch_add(&of->next, 1, __ATOMIC_RELAXED);
+        if (job < of->end) return job;
+    }
+    return -1;
+}
+#define FOR_JOBS(job) for (int job; (job = next_job(jobs, threads)) >= 0;)
+
+/* The calling thread allocates the scratch memory of all threads, in whole lines of the cache: what
+   another thread allocates is given back to the system at the end of each call. */
+static float *scratch(long floats) { return aligned_alloc(64, 4 * ROUND(floats, 16)); }
 
 static float *take(float **memory, long floats) {
     float *array = *memory;
-    *memory += WHOLE(floats);
+    *memory += ROUND(floats, 16);
     return array;
 }
 
-/* The four butterflies of a group, for rows of n pixels: x[u][pixel * stride] holds element u, e[f * step + pixel] entry f of the transform.
-   lib/gfourier.py derives them; `D` and `E` stand for the sums of x under the rotations and under the mirrored ones that the irrep of
-   dimension 2 sees. ANALYSIS makes s0, s1, D0, D1 (and t0, t1, E0, E1) from x; SYNTHESIS is its transpose. */
-#define INLINE static inline __attribute__((always_inline))
-#define ANALYSIS                                                                                                                   \
-    long i = (long)pixel * stride;                                                                                                 \
-    float s0 = x[0][i] + x[2][i], D0 = x[0][i] - x[2][i], s1 = x[1][i] + x[3][i], D1 = x[1][i] - x[3][i], *o = e + pixel;            \
-    o[0] = s0 + s1, o[step] = s0 - s1;                                                                                             \
-    if (order == 8) {                                                                                                              \
-        float t0 = x[4][i] + x[6][i], t1 = x[5][i] + x[7][i];                                                                      \
-        o[0] = s0 + s1 + (t0 + t1), o[step] = s0 + s1 - (t0 + t1), o[2 * step] = s0 - s1 + (t0 - t1), o[3 * step] = s0 - s1 - (t0 - t1); \
+/* The transforms over the group, of T: one pixel or LANES neighbouring ones. x[u] + at are the
+   elements, o[f * step] the entries: of patches or, if `gradient`, of the output's gradient. D and
+   E are the parts of x that the irrep of dimension 2 sees. */
+#define AT(u) (*(number *)(x[u] + at))
+#define IN(u) (*(const number *)(x[u] + at))
+#define ENTRY(f) (*(number *)(o + (f) * step))
+#define TRANSFORMS(T)                                                                              \
+    INLINE void analyse_##T(int order, int gradient, const float *const *x, long at, float *o,     \
+                            long step) {                                                           \
+        typedef T number;                                                                          \
+        T s0 = IN(0) + IN(2), s1 = IN(1) + IN(3), D0 = IN(0) - IN(2), D1 = IN(1) - IN(3);          \
+        if (order == 4) {                                                                          \
+            ENTRY(0) = s0 + s1, ENTRY(1) = s0 - s1, ENTRY(2) = D0 - D1;                            \
+            ENTRY(3) = gradient ? -D1 : D0, ENTRY(4) = gradient ? D0 : D1;                         \
+            return;                                                                                \
+        }                                                                                          \
+        T t0 = IN(4) + IN(6), t1 = IN(5) + IN(7), E0 = IN(4) - IN(6), E1 = IN(5) - IN(7);          \
+        T a = s0 + s1, b = t0 + t1, c = s0 - s1, d = t0 - t1;                                      \
+        T y00 = D0 - E0, y01 = E1 - D1, y10 = D1 + E1, y11 = D0 + E0;                              \
+        ENTRY(0) = a + b, ENTRY(1) = a - b, ENTRY(2) = c + d, ENTRY(3) = c - d;                    \
+        if (gradient) {                                                                            \
+            ENTRY(4) = 2 * D0, ENTRY(5) = y10 - y11, ENTRY(6) = y01 + y11, ENTRY(7) = y00 + y10;   \
+            ENTRY(8) = y01 - y00, ENTRY(9) = y11, ENTRY(10) = y00;                                 \
+        } else {                                                                                   \
+            ENTRY(4) = D0, ENTRY(5) = y10 + y11, ENTRY(6) = y00, ENTRY(7) = y11;                   \
+            ENTRY(8) = y00 + y01, ENTRY(9) = y10 - y00, ENTRY(10) = y01 - y11;                     \
+        }                                                                                          \
+    }                                                                                              \
+    /* The output from the entries of the products, and sums of its deviations from `centre` and   \
+       of their squares; the group's sums of d0 to e1 and of c and d are zero. */                  \
+    INLINE void synthesise_##T(int order, float *o, long step, float bias, float centre,           \
+                               float *const *x, long at, T *sums) {                                \
+        typedef T number;                                                                          \
+        T a = ENTRY(0) + bias, off = a - centre;                                                   \
+        if (order == 4) {                                                                          \
+            T c = ENTRY(1), d0 = ENTRY(2) + ENTRY(4), d1 = -ENTRY(2) - ENTRY(3);                   \
+            AT(0) = a + c + d0, AT(1) = a - c + d1, AT(2) = a + c - d0, AT(3) = a - c - d1;        \
+            sums[0] += 4 * off, sums[1] += 4 * (off * off + c * c) + 2 * (d0 * d0 + d1 * d1);      \
+            return;                                                                                \
+        }                                                                                          \
+        T b = ENTRY(1), c = ENTRY(2), d = ENTRY(3);                                                \
+        T y00 = ENTRY(4) + ENTRY(7) - ENTRY(8) + ENTRY(10), y01 = ENTRY(6) + ENTRY(8);             \
+        T y10 = ENTRY(5) + ENTRY(7), y11 = ENTRY(4) - ENTRY(5) + ENTRY(6) + ENTRY(9);              \
+        T d0 = y00 + y11, d1 = y10 - y01, e0 = y11 - y00, e1 = y01 + y10;                          \
+        T p = a + b + (c + d), q = a + b - (c + d), r = a - b + (c - d), s = a - b - (c - d);      \
+        AT(0) = p + d0, AT(1) = q + d1, AT(2) = p - d0, AT(3) = q - d1;                            \
+        AT(4) = r + e0, AT(5) = s + e1, AT(6) = r - e0, AT(7) = s - e1;                            \
+        sums[0] += 8 * off;                                                                        \
+        sums[1] += 8 * (off * off + b * b + c * c + d * d) +                                       \
+                   2 * (d0 * d0 + d1 * d1 + e0 * e0 + e1 * e1);                                    \
     }
-#define SYNTHESIS(D0, D1, E0, E1)                                                                                                  \
-    if (order == 8) {                                                                                                              \
-        float a = o[0] + o[step], b = o[0] - o[step], c = o[2 * step] + o[3 * step], d = o[2 * step] - o[3 * step];                 \
-        float d0 = D0, d1 = D1, e0 = E0, e1 = E1;                                                                                  \
-        PUT(0, a + c + d0), PUT(1, a - c + d1), PUT(2, a + c - d0), PUT(3, a - c - d1);                                            \
-        PUT(4, b + d + e0), PUT(5, b - d + e1), PUT(6, b + d - e0), PUT(7, b - d - e1);                                            \
-    }
+TRANSFORMS(vec)
+TRANSFORMS(float)
 
-/* Entries of the patches. */
-INLINE void analyse_x(int order, const float *const *x, long stride, float *restrict e, long step, int n) {
-    for (int pixel = 0; pixel < n; pixel++) {
-        ANALYSIS
-        if (order == 4) {
-            o[2 * step] = D0 - D1, o[3 * step] = D0, o[4 * step] = D1;
-        } else {
-            float E0 = x[4][i] - x[6][i], E1 = x[5][i] - x[7][i], p00 = D0 - E0, p01 = E1 - D1, p10 = D1 + E1, p11 = D0 + E0;
-            o[4 * step] = D0, o[5 * step] = p10 + p11, o[6 * step] = p00, o[7 * step] = p11;
-            o[8 * step] = p00 + p01, o[9 * step] = p10 - p00, o[10 * step] = p01 - p11;
-        }
-    }
+/* n pixels of one panel, from x[u] + at + i * stride. */
+INLINE void analyse(int order, int gradient, const float *const *x, long at, int stride, float *o,
+                    long step, int n) {
+    int i = 0;
+    for (; stride == 1 && i + LANES <= n; i += LANES)
+        analyse_vec(order, gradient, x, at + i, o + i, step);
+    for (; i < n; i++) analyse_float(order, gradient, x, at + (long)i * stride, o + i, step);
 }
 
-/* Entries of the output's gradient. */
-INLINE void analyse_dy(int order, const float *const *x, float *restrict e, long step, int n) {
-    const long stride = 1;
-    for (int pixel = 0; pixel < n; pixel++) {
-        ANALYSIS
-        if (order == 4) {
-            o[2 * step] = D0 - D1, o[3 * step] = -D1, o[4 * step] = D0;
-        } else {
-            float E0 = x[4][i] - x[6][i], E1 = x[5][i] - x[7][i], y00 = D0 - E0, y01 = E1 - D1, y10 = D1 + E1, y11 = D0 + E0;
-            o[4 * step] = 2 * D0, o[5 * step] = y10 - y11, o[6 * step] = y01 + y11, o[7 * step] = y00 + y10;
-            o[8 * step] = y01 - y00, o[9 * step] = y11, o[10 * step] = y00;
-        }
-    }
+INLINE void synthesise(int order, float *o, long step, float bias, float centre, float *const *y,
+                       long at, int n, vec *sums) {
+    float rest[2] = {0};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        synthesise_vec(order, o + i, step, bias, centre, y, at + i, sums);
+    for (; i < n; i++) synthesise_float(order, o + i, step, bias, centre, y, at + i, rest);
+    sums[0][0] += rest[0], sums[1][0] += rest[1];
 }
 
-/* The output, from its entries. */
-INLINE void synthesise_y(int order, const float *restrict e, long step, float *const *x, int n, float bias) {
-#define PUT(u, value) (x[u][pixel] = bias + (value))
-#pragma GCC ivdep
-    for (int pixel = 0; pixel < n; pixel++) {
-        const float *o = e + pixel;
-        if (order == 4) {
-            float even = o[0] + o[step], odd = o[0] - o[step], d0 = o[2 * step] + o[4 * step], d1 = -o[2 * step] - o[3 * step];
-            PUT(0, even + d0), PUT(1, odd + d1), PUT(2, even - d0), PUT(3, odd - d1);
-        } else {
-            float m4 = o[4 * step], m5 = o[5 * step], m6 = o[6 * step], m7 = o[7 * step], m8 = o[8 * step];
-            float y00 = m4 + m7 - m8 + o[10 * step], y01 = m6 + m8, y10 = m5 + m7, y11 = m4 - m5 + m6 + o[9 * step];
-            SYNTHESIS(y00 + y11, y10 - y01, y11 - y00, y01 + y10)
-        }
-    }
-#undef PUT
+/* c (m, PANEL) = or, if add, += the transpose of a (k, TILE) times b (k, PANEL). */
+#define MULTIPLY(M)                                                                                \
+    do {                                                                                           \
+        vec sum[M][2];                                                                             \
+        for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = (vec){0};                              \
+        for (int l = 0; l < k; l++) {                                                              \
+            vec b0 = *(const vec *)(b + l * PANEL), b1 = *(const vec *)(b + l * PANEL + LANES);    \
+            for (int r = 0; r < M; r++)                                                            \
+                sum[r][0] += a[l * TILE + r] * b0, sum[r][1] += a[l * TILE + r] * b1;              \
+        }                                                                                          \
+        for (int r = 0; r < M; r++)                                                                \
+            for (int v = 0; v < 2; v++) {                                                          \
+                vec *to = (vec *)(c + r * PANEL + v * LANES);                                      \
+                if (add) sum[r][v] += *to;                                                         \
+                *to = sum[r][v];                                                                   \
+            }                                                                                      \
+    } while (0)
+
+static void multiply(int m, int k, const float *restrict a, const float *restrict b,
+                     float *restrict c, int add) {
+    if (TILE == 8 && m > 4) MULTIPLY(TILE);
+    else if (m > 2) MULTIPLY(4);
+    else if (m == 2) MULTIPLY(2);
+    else MULTIPLY(1);
 }
 
-/* The input's gradient, from the entries of the patches' gradient, added. */
-INLINE void synthesise_dx(int order, const float *restrict e, long step, float *const *x, long stride, int n) {
-#define PUT(u, value) (x[u][i] += (value))
-#pragma GCC ivdep
-    for (int pixel = 0; pixel < n; pixel++) {
-        const float *o = e + pixel;
-        long i = (long)pixel * stride;
-        if (order == 4) {
-            float even = o[0] + o[step], odd = o[0] - o[step], d0 = o[2 * step] + o[3 * step], d1 = o[4 * step] - o[2 * step];
-            PUT(0, even + d0), PUT(1, odd + d1), PUT(2, even - d0), PUT(3, odd - d1);
-        } else {
-            float m5 = o[5 * step], m8 = o[8 * step], m9 = o[9 * step], m10 = o[10 * step];
-            float p00 = o[6 * step] + m8 - m9, p01 = m8 + m10, p10 = m5 + m9, p11 = m5 + o[7 * step] - m10;
-            SYNTHESIS(p00 + p11 + o[4 * step], p10 - p01, p11 - p00, p01 + p10)
+/* Halves of two vectors added, interleaved: after all rounds lane i is the sum over sum[i]. */
+INLINE vec fold(vec a, vec b) {
+    return __builtin_shuffle(a, b, (ivec)LOW) + __builtin_shuffle(a, b, (ivec)HIGH);
+}
+#define FOLD1(i) fold(sum[i], sum[(i) + LANES / 2])
+#define FOLD2(i) fold(FOLD1(i), FOLD1((i) + LANES / 4))
+#define FOLD3(i) fold(FOLD2(i), FOLD2((i) + LANES / 8))
+#define FOLD4(i) fold(FOLD3(i), FOLD3((i) + LANES / 16))
+
+/* c (LEFT, RIGHT) += the sums over all pixels of a (panels, LEFT, PANEL) times b (panels, RIGHT,
+   PANEL). */
+static void correlate(int panels, const float *a, const float *b, float *c) {
+    vec sum[LANES];
+    for (int i = 0; i < LANES; i++) sum[i] = (vec){0};
+    for (int j = 0; j < panels; j++, a += LEFT * PANEL, b += RIGHT * PANEL)
+        for (int v = 0; v < PANEL; v += LANES) {
+            vec right[RIGHT];
+            for (int i = 0; i < RIGHT; i++) {
+                right[i] = *(const vec *)(b + i * PANEL + v);
+                IN_REGISTER(right[i]);
+            }
+            for (int r = 0; r < LEFT; r++) {
+                vec left = *(const vec *)(a + r * PANEL + v);
+                IN_REGISTER(left);
+                for (int i = 0; i < RIGHT; i++) sum[r * RIGHT + i] += left * right[i];
+            }
         }
-    }
-#undef PUT
+    *(vec *)c += LANES == 16 ? FOLD4(0) : LANES == 8 ? FOLD3(0) : FOLD2(0);
 }
 
-/* One channel's rows under the output rows from `row`, with the border of zeros: pad (maps, rows, width + 2 padding). */
-static void load_window(const Layer *q, const float *x, int row, int rows, float *pad) {
-    int maps = q->lifting ? 1 : q->order, tall = (rows - 1) * q->stride + q->kernel_size, wide = q->width + 2 * q->padding;
-    for (int u = 0; u < maps; u++)
-        for (int r = 0; r < tall; r++) {
-            int source = row * q->stride + r - q->padding;
-            float *to = pad + ((long)u * tall + r) * wide;
-            if (source < 0 || source >= q->height) {
-                memset(to, 0, 4 * wide);
+/* How a layer's output is cut, in blocks of about `pixels`. */
+typedef struct {
+    int maps, entries, rows, blocks, panels, tall, wide;
+    long plane, pixels, window; /* pixels of the input and output; floats of a block's input */
+} Plan;
+
+static Plan plan(const Layer *q, int pixels) {
+    Plan s;
+    s.maps = q->lifting ? 1 : q->order, s.entries = q->order == 8 ? 11 : 5;
+    s.rows = MIN(MAX(pixels / q->out_width, 1), q->out_height);
+    s.blocks = CEIL(q->out_height, s.rows), s.panels = CEIL(s.rows * q->out_width, PANEL);
+    s.tall = (s.rows - 1) * q->stride + q->kernel_size, s.wide = q->width + 2 * q->padding;
+    s.plane = (long)q->height * q->width, s.pixels = (long)q->out_height * q->out_width;
+    s.window = (long)s.maps * s.tall * s.wide;
+    return s;
+}
+
+/* Where row r of panel j is, in tiles of `rows`. */
+INLINE long place(int r, int j, int rows, int panels) {
+    return (((long)(r / rows) * panels + j) * rows + r % rows) * PANEL;
+}
+
+/* One channel under the output rows from `row`, with its border of zeros: (maps, tall, wide). */
+static void load_window(const Layer *q, const Plan *s, const float *x, int row, float *to) {
+    for (int u = 0; u < s->maps; u++)
+        for (int r = 0; r < s->tall; r++, to += s->wide) {
+            int from = row * q->stride + r - q->padding;
+            if (from < 0 || from >= q->height) {
+                memset(to, 0, 4 * s->wide);
                 continue;
             }
             memset(to, 0, 4 * q->padding);
-            memcpy(to + q->padding, x + ((long)u * q->height + source) * q->width, 4 * q->width);
+            memcpy(to + q->padding, x + u * s->plane + (long)from * q->width, 4 * q->width);
             memset(to + q->padding + q->width, 0, 4 * q->padding);
         }
 }
 
-/* Transformed patches of one channel: out[f * step + t * ld + pixel]. */
-static void gather(const Layer *q, const float *pad, int rows, float *out, long step, int ld) {
-    int tall = (rows - 1) * q->stride + q->kernel_size, wide = q->width + 2 * q->padding;
-    for (int t = 0; t < q->taps; t++)
-        for (int r = 0; r < rows; r++) {
+/* Transformed patches, in tiles of k rows, of `width` channels from c0 of one image. */
+static void gather(const Layer *q, const Plan *s, const float *x, int image, int c0, int width,
+                   int row, int rows, float *window, float *p, long step, int k) {
+    x += ((long)image * q->channels + c0) * s->maps * s->plane;
+    for (int c = 0; c < width; c++, x += s->maps * s->plane) {
+        load_window(q, s, x, row, window);
+        for (int t = 0; t < q->taps; t++) {
             const float *in[8];
             for (int u = 0; u < q->order; u++) {
                 const int *at = q->offsets + 2 * (t * q->order + u);
-                in[u] = pad + ((long)(q->lifting ? 0 : u) * tall + r * q->stride + at[0]) * wide + at[1];
+                in[u] = window + ((q->lifting ? 0 : u) * s->tall + at[0]) * s->wide + at[1];
             }
-            float *to = out + (long)t * ld + (long)r * q->out_width;
-            if (q->order == 8 && q->stride == 1) analyse_x(8, in, 1, to, step, q->out_width);
-            else if (q->order == 8) analyse_x(8, in, q->stride, to, step, q->out_width);
-            else analyse_x(4, in, q->stride, to, step, q->out_width);
-        }
-}
-
-/* The transpose of `gather`, added into one channel's padded image of `tall` rows. */
-static void scatter(const Layer *q, const float *in, long step, int ld, int row, int rows, float *pad, int tall) {
-    int wide = q->width + 2 * q->padding;
-    for (int t = 0; t < q->taps; t++)
-        for (int r = 0; r < rows; r++) {
-            float *out[8];
-            for (int u = 0; u < q->order; u++) {
-                const int *at = q->offsets + 2 * (t * q->order + u);
-                out[u] = pad + ((long)(q->lifting ? 0 : u) * tall + (row + r) * q->stride + at[0]) * wide + at[1];
-            }
-            const float *from = in + (long)t * ld + (long)r * q->out_width;
-            if (q->lifting) { /* the rows overlap, being the same map's: one pixel at a time */
-                for (int pixel = 0; pixel < q->out_width; pixel++) {
-                    float value[8] = {0}, *one[8];
-                    for (int u = 0; u < q->order; u++) one[u] = value + u;
-                    if (q->order == 8) synthesise_dx(8, from + pixel, step, one, 1, 1);
-                    else synthesise_dx(4, from + pixel, step, one, 1, 1);
-                    for (int u = 0; u < q->order; u++) out[u][pixel * q->stride] += value[u];
+            for (int r = 0; r < rows; r++)
+                for (int i = 0, n; i < q->out_width; i += n) {
+                    int pixel = r * q->out_width + i, within = pixel % PANEL;
+                    long at = (long)r * q->stride * s->wide + i * q->stride;
+                    float *o = p + place(c * q->taps + t, pixel / PANEL, k, s->panels) + within;
+                    n = MIN(PANEL - within, q->out_width - i);
+                    if (q->order == 4) analyse(4, 0, in, at, q->stride, o, step, n);
+                    else if (q->stride == 1) analyse(8, 0, in, at, 1, o, step, n);
+                    else analyse(8, 0, in, at, q->stride, o, step, n);
                 }
-            } else if (q->order == 8 && q->stride == 1) synthesise_dx(8, from, step, out, 1, q->out_width);
-            else if (q->order == 8) synthesise_dx(8, from, step, out, q->stride, q->out_width);
-            else synthesise_dx(4, from, step, out, q->stride, q->out_width);
         }
-}
-
-/* How a layer's output is cut: blocks of `rows` rows, each stored with `ld` floats a channel; channels in slabs. */
-typedef struct {
-    int maps, rows, count, ld, entries;
-    long k, pixels, plane;
-} Plan;
-
-static Plan plan(const Layer *q) {
-    Plan s;
-    s.maps = q->lifting ? 1 : q->order;
-    s.rows = MIN(MAX(BLOCK / q->out_width, 1), q->out_height);
-    s.count = (q->out_height + s.rows - 1) / s.rows;
-    s.ld = ROUND(s.rows * q->out_width) | LANES; /* odd in vectors, so that rows fall into different sets of the cache */
-    s.entries = q->order == 8 ? 11 : 5;
-    s.k = (long)q->channels * q->taps, s.pixels = (long)q->out_height * q->out_width, s.plane = (long)q->height * q->width;
-    return s;
-}
-
-static int slab_width(const Layer *q, int parallel) { return MIN(MAX(q->channels / parallel, 1), SLAB); }
-
-/* Transformed patches of `width` channels of one image from channel c0: p (order, slab * taps, ld), with `step` floats an irrep's entry. */
-static void gather_slab(const Layer *q, const Plan *s, const float *x, int image, int c0, int width, int row, int rows, float *pad, float *p, long step) {
-    for (int c = 0; c < width; c++) {
-        load_window(q, x + ((long)image * q->channels + c0 + c) * s->maps * s->plane, row, rows, pad);
-        gather(q, pad, rows, p + (long)c * q->taps * s->ld, step, s->ld);
     }
 }
 
-/* y (n, fields, order, out_height, out_width) from x (n, channels, order or none, height, width), w (entries, channels * taps, fields). */
-int forward(const Layer *q, const float *x, const float *w, const float *bias, float *y) {
-    const Plan s = plan(q);
-    int slab = slab_width(q, 1);
-    long step = STEP((long)slab * q->taps * s.ld), ystep = STEP((long)q->fields * s.ld);
-    long psize = s.entries * step, zsize = s.entries * ystep, padded = (long)s.maps * ((s.rows - 1) * q->stride + q->kernel_size) * (q->width + 2 * q->padding);
-    float *memory = scratch(q->threads * (WHOLE(padded) + WHOLE(psize) + WHOLE(zsize)));
-    if (!memory) return 1;
-#pragma omp parallel num_threads(q->threads)
+/* Pointers to the rows from `row` of a field's maps in an output. */
+#define FIELD_ROWS(type, name, y, image, field)                                                    \
+    type *name[8];                                                                                 \
+    for (int u = 0; u < q->order; u++)                                                             \
+        name[u] = y + (((long)(image) * q->fields + (field)) * q->order + u) * s.pixels +          \
+                  (long)row * q->out_width;
+
+/* w (entries, tiles, channels * taps, TILE) from the weight, jobs of a tile and a channel. */
+static void transform_filters(const Layer *q, const Plan *s, const float *weight, int job,
+                              float *w) {
+    const int o = job / q->channels * TILE, c = job % q->channels, tiles = CEIL(q->fields, TILE);
+    for (int t = 0; t < q->taps; t++) {
+        float phi[8][TILE] = {{0}};
+        for (int i = 0; i < MIN(TILE, q->fields - o); i++)
+            for (int h = 0; h < q->order; h++)
+                phi[h][i] = q->shares[t] * weight[(o + i) * q->next_field + c * q->next_channel +
+                                                  q->cells[t * q->order + h]];
+        for (int f = 0; f < s->entries; f++, o) {
+            float sum[TILE] = {0};
+            for (int h = 0; h < q->order; h++)
+                for (int i = 0; i < TILE; i++) sum[i] += q->factors[f * q->order + h] * phi[h][i];
+            long row = (long)(f * tiles + o / TILE) * q->channels * q->taps + c * q->taps + t;
+            memcpy(w + row * TILE, sum, sizeof sum);
+        }
+    }
+}
+
+/* y (n, fields, order, out_height, out_width) from x (n, channels, order or none, height, width)
+   and the weight. statistics (3, fields), if not NULL, gets each field's mean, variance and
+   unbiased variance. */
+int forward(const Layer *q, const float *x, const float *weight, const float *bias, float *y,
+            double *statistics) {
+    const Plan s = plan(q, BLOCK);
+    const int threads = q->threads, slab = MIN(q->channels, SLAB), tiles = CEIL(q->fields, TILE);
+    const int blocks = q->n * s.blocks, k = slab * q->taps;
+    const long step = STEP((long)s.panels * k * PANEL);
+    const long zstep = STEP((long)s.panels * tiles * TILE * PANEL);
+    const long wstep = (long)tiles * q->channels * q->taps * TILE, psize = s.entries * step;
+    const long each = ROUND(s.window, 16) + ROUND(psize, 16) + ROUND(s.entries * zstep, 16);
+    float *memory = scratch(threads * each + s.entries * wstep), *w = memory + threads * each;
+    double *parts = malloc(16L * (blocks + 1) * q->fields);
+    if (!memory || !parts) return 1;
+    Jobs jobs[threads];
+    share(jobs, threads, tiles * q->channels);
+#pragma omp parallel num_threads(threads)
+    FOR_JOBS(job) transform_filters(q, &s, weight, job, w);
+    share(jobs, threads, blocks);
+#pragma omp parallel num_threads(threads)
     {
-        float *mine = memory + omp_get_thread_num() * (WHOLE(padded) + WHOLE(psize) + WHOLE(zsize));
-        float *pad = take(&mine, padded), *p = take(&mine, psize), *z = take(&mine, zsize);
-#pragma omp for schedule(static)
-        for (int job = 0; job < q->n * s.count; job++) {
-            int image = job / s.count, row = job % s.count * s.rows, rows = MIN(q->out_height - row, s.rows), mb = rows * q->out_width;
-            memset(z, 0, 4 * s.entries * ystep);
+        float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
+        float *p = take(&mine, psize), *z = take(&mine, s.entries * zstep);
+        FOR_JOBS(job) {
+            const int image = job / s.blocks, row = job % s.blocks * s.rows;
+            const int rows = MIN(q->out_height - row, s.rows), pixels = rows * q->out_width;
+            const int panels = CEIL(pixels, PANEL);
             for (int c0 = 0; c0 < q->channels; c0 += slab) {
-                int width = MIN(q->channels - c0, slab);
-                gather_slab(q, &s, x, image, c0, width, row, rows, pad, p, step);
-                for (int o = 0; o < q->fields; o += TILE)
-                    for (int f = 0; f < s.entries; f++)
-                        gemm(MIN(q->fields - o, TILE), ROUND(mb), width * q->taps, w + (f * s.k + (long)c0 * q->taps) * q->fields + o, 1, q->fields,
-                             p + f * step, s.ld, z + f * ystep + (long)o * s.ld, s.ld);
+                const int width = MIN(q->channels - c0, slab), depth = width * q->taps;
+                gather(q, &s, x, image, c0, width, row, rows, window, p, step, k);
+                for (int f = 0; f < s.entries; f++)
+                    for (int j = 0; j < panels; j++)
+                        for (int o = 0; o < tiles; o++)
+                            multiply(q->fields - o * TILE, depth,
+                                     w + f * wstep + ((long)o * q->channels + c0) * q->taps * TILE,
+                                     p + f * step + place(0, j, k, s.panels),
+                                     z + f * zstep + place(o * TILE, j, TILE, s.panels), c0 > 0);
             }
             for (int o = 0; o < q->fields; o++) {
-                float *out[8];
-                for (int u = 0; u < q->order; u++) out[u] = y + (((long)image * q->fields + o) * q->order + u) * s.pixels + (long)row * q->out_width;
-                if (q->order == 8) synthesise_y(8, z + (long)o * s.ld, ystep, out, mb, bias ? bias[o] : 0);
-                else synthesise_y(4, z + (long)o * s.ld, ystep, out, mb, bias ? bias[o] : 0);
+                FIELD_ROWS(float, out, y, image, o)
+                const float shift = bias ? bias[o] : 0;
+                const float centre = shift + z[place(o, 0, TILE, s.panels)];
+                vec sums[2] = {{0}};
+                for (int at = 0; at < pixels; at += PANEL) {
+                    float *from = z + place(o, at / PANEL, TILE, s.panels);
+                    const int n = MIN(PANEL, pixels - at);
+                    if (q->order == 8) synthesise(8, from, zstep, shift, centre, out, at, n, sums);
+                    else synthesise(4, from, zstep, shift, centre, out, at, n, sums);
+                }
+                double total[2] = {0}, count = (double)q->order * pixels;
+                for (int i = 0; i < 2 * LANES; i++) total[i / LANES] += sums[i / LANES][i % LANES];
+                double *part = parts + 2 * ((long)job * q->fields + o);
+                part[0] = centre + total[0] / count;
+                part[1] = MAX(total[1] - total[0] * total[0] / count, 0);
             }
         }
     }
-    free(memory);
+    for (int o = 0; statistics && o < q->fields; o++) {
+        double count = 0, mean = 0, squares = 0; /* of deviations; Chan, Golub and LeVeque (1983) */
+        for (int job = 0; job < blocks; job++) {
+            const int row = job % s.blocks * s.rows, rows = MIN(q->out_height - row, s.rows);
+            const double *part = parts + 2 * ((long)job * q->fields + o), off = part[0] - mean;
+            const double more = (double)q->order * rows * q->out_width, share = more / (count + more);
+            mean += off * share, squares += part[1] + off * off * count * share, count += more;
+        }
+        statistics[o] = mean, statistics[q->fields + o] = squares / count;
+        statistics[2 * q->fields + o] = squares / (count - 1);
+    }
+    free(memory), free(parts);
     return 0;
 }
 
-/* Gradients from dy, shaped like y: dx like x if not NULL; dw (parts, entries, channels * taps, fields rounded up to LANES) added to if not NULL.
-   w as for `forward`. */
-int backward(const Layer *q, const float *x, const float *w, const float *dy, float *dx, float *dw) {
-    if (!q->n) return 0;
-    const Plan s = plan(q);
-    int wide = q->width + 2 * q->padding, fields = ROUND(q->fields);
-    int tall = MAX((q->out_height - 1) * q->stride + q->kernel_size, q->height + 2 * q->padding);
-    long padded = (long)s.maps * tall * wide, ystep = STEP((long)q->fields * s.ld), zsize = s.entries * ystep, tstep = STEP((long)s.ld * fields), tsize = s.entries * tstep;
-    int chunk = MIN(MAX((int)(SCRATCH / (4 * zsize * s.count)), q->threads), q->n);
-    int slab = slab_width(q, MAX(q->threads / chunk, 1)), slabs = (q->channels + slab - 1) / slab;
-    int slab_w = slab_width(q, MAX(q->threads / q->parts, 1)), slabs_w = (q->channels + slab_w - 1) / slab_w;
-    long step = STEP((long)slab * q->taps * s.ld), step_w = STEP((long)slab_w * q->taps * s.ld);
-    /* The transformed gradient, z (image, block, order, fields, ld), and its transpose, zt (image, block, order, ld, fields). */
-    long zall = dx ? zsize * chunk * s.count : 0, ztall = dw ? tsize * chunk * s.count : 0, psize = s.entries * MAX(step, step_w);
-    long each = WHOLE(zsize) + WHOLE(padded * slab) + WHOLE(psize);
-    float *memory = scratch(q->threads * each + WHOLE(zall) + WHOLE(ztall)), *rest = memory;
+/* Zero the pixels of the last panel behind the block's last, in tiles of k rows. */
+static void clear_tail(const Plan *s, int rows, int pixels, float *p, long step, int k) {
+    const int used = pixels % PANEL;
+    for (int f = 0; used && f < s->entries; f++)
+        for (int r = 0; r < rows; r++)
+            memset(p + f * step + place(r, pixels / PANEL, k, s->panels) + used, 0,
+                   4 * (PANEL - used));
+}
+
+/* The weight's gradient from x and dy. Jobs are a slab of channels in some of the blocks, a part. */
+int weight_gradient(const Layer *q, const float *x, const float *dy, float *dweight) {
+    const int threads = q->threads, slab = MIN(q->channels, GRADIENT_SLAB);
+    const int slabs = CEIL(q->channels, slab), parts = CEIL(MAX(8, 2 * threads), slabs);
+    const int lefts = CEIL(slab * q->taps, LEFT), rights = CEIL(q->fields, RIGHT);
+    const Plan s = plan(q, GRADIENT_BLOCK);
+    const long step = STEP((long)s.panels * lefts * LEFT * PANEL), psize = s.entries * step;
+    const long zstep = STEP((long)s.panels * rights * RIGHT * PANEL), zsize = s.entries * zstep;
+    const long each = ROUND(s.window, 16) + ROUND(psize, 16) + ROUND(zsize, 16);
+    const long tiles = (long)lefts * rights, dsize = s.entries * tiles * LANES;
+    float *memory = scratch(threads * each + parts * slabs * dsize), *dw = memory + threads * each;
     if (!memory) return 1;
-    float *own = take(&rest, q->threads * each), *z = dx ? take(&rest, zall) : NULL, *zt = dw ? take(&rest, ztall) : NULL;
-#pragma omp parallel num_threads(q->threads)
+    memset(dw, 0, 4 * parts * slabs * dsize);
+    Jobs jobs[threads];
+    share(jobs, threads, parts * slabs);
+#pragma omp parallel num_threads(threads)
     {
-        float *mine = own + omp_get_thread_num() * each;
-        float *local = take(&mine, zsize), *pad = take(&mine, padded * slab), *p = take(&mine, psize);
-        for (int first = 0; first < q->n; first += chunk) {
-            int images = MIN(q->n - first, chunk);
-#pragma omp for schedule(static)
-            for (int job = 0; job < images * s.count; job++) {
-                int image = first + job / s.count, row = job % s.count * s.rows, mb = MIN(q->out_height - row, s.rows) * q->out_width;
-                float *to = z ? z + job * zsize : local;
-                for (int o = 0; o < q->fields; o++) {
-                    const float *in[8];
-                    for (int u = 0; u < q->order; u++) in[u] = dy + (((long)image * q->fields + o) * q->order + u) * s.pixels + (long)row * q->out_width;
-                    if (q->order == 8) analyse_dy(8, in, to + (long)o * s.ld, ystep, mb);
-                    else analyse_dy(4, in, to + (long)o * s.ld, ystep, mb);
-                    for (int f = 0; f < s.entries; f++)
-                        for (int pixel = mb; pixel < s.ld; pixel++) to[f * ystep + (long)o * s.ld + pixel] = 0;
+        float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
+        float *p = take(&mine, psize), *z = take(&mine, zsize);
+        FOR_JOBS(job) for (int at = job / slabs; at < q->n * s.blocks; at += parts) {
+            const int image = at / s.blocks, row = at % s.blocks * s.rows;
+            const int rows = MIN(q->out_height - row, s.rows), pixels = rows * q->out_width;
+            const int panels = CEIL(pixels, PANEL), c0 = job % slabs * slab;
+            gather(q, &s, x, image, c0, MIN(q->channels - c0, slab), row, rows, window, p, step,
+                   LEFT);
+            for (int o = 0; o < q->fields; o++) {
+                FIELD_ROWS(const float, in, dy, image, o)
+                for (int i = 0; i < pixels; i += PANEL) {
+                    float *to = z + place(o, i / PANEL, RIGHT, s.panels);
+                    const int n = MIN(PANEL, pixels - i);
+                    if (q->order == 8) analyse(8, 1, in, i, 1, to, zstep, n);
+                    else analyse(4, 1, in, i, 1, to, zstep, n);
                 }
-                for (int f = 0; zt && f < s.entries; f++)
-                    for (int start = 0; start < mb; start += 16)
-                        for (int o = 0; o < fields; o++)
-                            for (int pixel = start; pixel < MIN(start + 16, mb); pixel++)
-                                zt[job * tsize + f * tstep + (long)pixel * fields + o] = o < q->fields ? to[f * ystep + (long)o * s.ld + pixel] : 0;
             }
-#pragma omp for schedule(static)
-            for (int job = 0; job < (dx ? images * slabs : 0); job++) {
-                int image = first + job / slabs, c0 = job % slabs * slab, width = MIN(q->channels - c0, slab), rows;
-                memset(pad, 0, 4 * padded * width);
-                for (int block = 0, row = 0; row < q->out_height; block++, row += rows) {
-                    const float *from = z + (job / slabs * (long)s.count + block) * zsize;
-                    rows = MIN(q->out_height - row, s.rows);
-                    memset(p, 0, 4 * s.entries * step);
-                    for (int f = 0; f < s.entries; f++)
-                        gemm(width * q->taps, ROUND(rows * q->out_width), q->fields, w + (f * s.k + (long)c0 * q->taps) * q->fields, q->fields, 1,
-                             from + f * ystep, s.ld, p + f * step, s.ld);
-                    for (int c = 0; c < width; c++) scatter(q, p + (long)c * q->taps * s.ld, step, s.ld, row, rows, pad + c * padded, tall);
+            clear_tail(&s, lefts * LEFT, pixels, p, step, LEFT);
+            clear_tail(&s, rights * RIGHT, pixels, z, zstep, RIGHT);
+            for (int f = 0; f < s.entries; f++)
+                for (int group = 0; group < lefts; group += GROUP)
+                    for (int r = 0; r < rights; r++)
+                        for (int l = group; l < MIN(group + GROUP, lefts); l++)
+                            correlate(panels, p + f * step + place(l * LEFT, 0, LEFT, s.panels),
+                                      z + f * zstep + place(r * RIGHT, 0, RIGHT, s.panels),
+                                      dw + job * dsize + (f * tiles + l * rights + r) * LANES);
+        }
+    }
+    memset(dweight, 0, 4L * q->fields * q->next_field);
+    share(jobs, threads, slabs * lefts);
+#pragma omp parallel num_threads(threads)
+    FOR_JOBS(job) for (int r = 0; r < rights; r++) {
+        vec phi[8] = {{0}};
+        for (int f = 0; f < s.entries; f++) {
+            vec sum = {0};
+            for (int part = 0; part < parts; part++)
+                sum += *(vec *)(dw + (part * slabs + job / lefts) * dsize +
+                                (f * tiles + job % lefts * rights + r) * LANES);
+            for (int h = 0; h < q->order; h++) phi[h] += q->factors[f * q->order + h] * sum;
+        }
+        for (int i = 0; i < LANES; i++) {
+            const int row = job % lefts * LEFT + i / RIGHT, o = r * RIGHT + i % RIGHT;
+            const int c = job / lefts * slab + row / q->taps, t = row % q->taps;
+            if (row >= slab * q->taps || c >= q->channels || o >= q->fields) continue;
+            float *to = dweight + o * q->next_field + c * q->next_channel;
+            for (int h = 0; h < q->order; h++)
+                to[q->cells[t * q->order + h]] += q->shares[t] * phi[h][i];
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* The rest of a block. Maps y (n, fields, order, height, width) are normalised, become max(0, .)
+   and are blurred to half the size, (n, fields, order, (height + 1) / 2, (width + 1) / 2). */
+typedef struct {
+    int n, fields, order, height, width, threads;
+    double eps;
+    const float *gamma, *beta;
+    const double *statistics; /* (2, fields): mean and variance; if NULL, y is normalised already */
+} Maps;
+
+/* The norm of a field as scale * y + shift. */
+static void affine(const Maps *q, int field, float *scale, float *shift) {
+    *scale = 1, *shift = 0;
+    if (!q->statistics) return;
+    double factor = q->gamma[field] / sqrt(q->statistics[q->fields + field] + q->eps);
+    *scale = factor, *shift = q->beta[field] - q->statistics[field] * factor;
+}
+
+/* Weights of the blur along one axis: output i has pixels 2 * i - 1 + t, weights w[t * next + i]. */
+static void blur_weights(int size, float *w, int next) {
+    static const float windows[2][4] = {{1, 3, 3, 1}, {1, 2, 1, 0}};
+    for (int i = 0; i < (size + 1) / 2; i++) {
+        float total = 0;
+        for (int t = 0; t < 4; t++) {
+            const int pixel = 2 * i - 1 + t;
+            total += w[t * next + i] = pixel < 0 || pixel >= size ? 0 : windows[size % 2][t];
+        }
+        for (int t = 0; t < 4; t++) w[t * next + i] /= total;
+    }
+}
+
+int pool(const Maps *q, const float *y, float *out) {
+    const int threads = q->threads, width = q->width, half = (width + 1) / 2;
+    const int tall = (q->height + 1) / 2;
+    const long row = ROUND(width + 2, 16) + 16, each = 8 * row; /* rows of the ring, zeros, sums */
+    float *memory = scratch(threads * each + 4 * (tall + half)), *down = memory + threads * each;
+    if (!memory) return 1;
+    float *const across = down + 4 * tall;
+    blur_weights(q->height, down, tall), blur_weights(width, across, half);
+    Jobs jobs[threads];
+    share(jobs, threads, q->n * q->fields);
+#pragma omp parallel num_threads(threads)
+    {
+        float *ring = memory + omp_get_thread_num() * each, *zeros = ring + 4 * row;
+        float *sum = ring + 5 * row, *even = ring + 6 * row, *odd = ring + 7 * row + 1;
+        memset(ring, 0, 4 * each);
+        FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
+            const float *from = y + ((long)job * q->order + u) * q->height * width;
+            float *to = out + ((long)job * q->order + u) * tall * half, scale, shift;
+            affine(q, job % q->fields, &scale, &shift);
+            for (int i = 0, next = 0; i < tall; i++, to += half) {
+                for (; next < MIN(2 * i + 3, q->height); next++, from += width) {
+                    float *z = ring + next % 4 * row;
+#pragma omp simd
+                    for (int x = 0; x < width; x++) {
+                        float value = scale * from[x] + shift;
+                        z[x] = value < 0 ? 0 : value;
+                    }
                 }
-                for (int c = 0; c < width; c++)
-                    for (int u = 0; u < s.maps; u++)
-                        for (int r = 0; r < q->height; r++)
-                            memcpy(dx + (((long)image * q->channels + c0 + c) * s.maps + u) * s.plane + (long)r * q->width,
-                                   pad + c * padded + ((long)u * tall + r + q->padding) * wide + q->padding, 4 * q->width);
-            }
-#pragma omp for schedule(static)
-            for (int job = 0; job < (dw ? q->parts * slabs_w : 0); job++) {
-                int part = job / slabs_w, c0 = job % slabs_w * slab_w, width = MIN(q->channels - c0, slab_w);
-                for (int at = part; at < images * s.count; at += q->parts) {
-                    int row = at % s.count * s.rows, rows = MIN(q->out_height - row, s.rows);
-                    gather_slab(q, &s, x, first + at / s.count, c0, width, row, rows, pad, p, step_w);
-                    for (int f = 0; f < s.entries; f++)
-                        gemm(width * q->taps, fields, rows * q->out_width, p + f * step_w, s.ld, 1, zt + at * tsize + f * tstep, fields,
-                             dw + (((long)part * s.entries + f) * s.k + (long)c0 * q->taps) * fields, fields);
-                }
+                const float *w = down + i, *in[4];
+                for (int t = 0; t < 4; t++)
+                    in[t] = w[t * tall] ? ring + (2 * i - 1 + t) % 4 * row : zeros;
+                const float *in0 = in[0], *in1 = in[1], *in2 = in[2], *in3 = in[3];
+                const float w0 = w[0], w1 = w[tall], w2 = w[2 * tall], w3 = w[3 * tall];
+#pragma omp simd
+                for (int x = 0; x < width; x++)
+                    sum[x] = w0 * in0[x] + w1 * in1[x] + w2 * in2[x] + w3 * in3[x];
+#pragma omp simd
+                for (int x = 0; x < half; x++) even[x] = sum[2 * x], odd[x] = sum[2 * x + 1];
+                w = across;
+#pragma omp simd
+                for (int x = 0; x < half; x++)
+                    to[x] = w[x] * odd[x - 1] + w[half + x] * even[x] + w[2 * half + x] * odd[x] +
+                            w[3 * half + x] * even[x + 1];
             }
         }
     }
@@ -363,4 +565,89 @@ int backward(const Layer *q, const float *x, const float *w, const float *dy, fl
     return 0;
 }
 
-int lanes(void) { return LANES; }
+/* dy, the gradient of y, from that of the pooled maps, dout; and gradients (2, fields), of gamma
+   and beta. The first of two passes sums dz, the gradient of the normalised maps, and its products
+   with y - mean; the second writes dy = a * dz + b * (y - mean) + c. */
+int pool_gradient(const Maps *q, const float *y, const float *dout, float *dy, float *gradients) {
+    const int threads = q->threads, width = q->width, half = (width + 1) / 2;
+    const int tall = (q->height + 1) / 2, next = half + 2, fields = q->fields;
+    const long row = ROUND(width + 2, 16) + 16, each = 7 * row;
+    float *memory = scratch(threads * each + 4 * (tall + next)), *down = memory + threads * each;
+    double *sums = calloc(2L * q->n * fields + 1, 8), (*of_field)[4] = calloc(fields, 32);
+    if (!memory || !sums || !of_field) return 1;
+    float *const across = down + 4 * tall + 1;
+    memset(down, 0, 16 * (tall + next));
+    blur_weights(q->height, down, tall), blur_weights(width, across, next);
+    Jobs jobs[threads];
+    for (int o = 0; o < fields; o++) /* mean, a, b, c */
+        of_field[o][0] = q->statistics ? q->statistics[o] : 0, of_field[o][1] = 1;
+    for (int pass = q->statistics ? 0 : 1; pass < 2; pass++) {
+        share(jobs, threads, q->n * fields);
+#pragma omp parallel num_threads(threads)
+        {
+            float *ring = memory + omp_get_thread_num() * each, *in = ring + 2 * row + 1;
+            float *even = ring + 3 * row, *odd = ring + 4 * row, *ones = ring + 5 * row;
+            float *products = ring + 6 * row, scale, shift;
+            memset(ring, 0, 4 * each);
+            FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
+                const double *of = of_field[job % fields];
+                const float mean = of[0], a = of[1], b = of[2], c = of[3];
+                const float *from = dout + ((long)job * q->order + u) * tall * half;
+                const float *values = y + ((long)job * q->order + u) * q->height * width;
+                float *to = dy + (values - y);
+                affine(q, job % fields, &scale, &shift);
+                for (int r = 0; r < q->height; r++, values += width, to += width) {
+                    /* the pooled rows i and i - 1 have taps t and t + 2 here */
+                    const int i = (r + 1) / 2, t = r - 2 * i + 1;
+                    float *wide = ring + i % 2 * row, *last = ring + (i + 1) % 2 * row;
+                    if (i < tall && (r == 0 || t == 0)) { /* row i at full width */
+                        const float *w = across;
+                        memcpy(in, from + (long)i * half, 4 * half);
+#pragma omp simd
+                        for (int x = 0; x < half; x++) {
+                            even[x] = w[next + x] * in[x] + w[3 * next + x - 1] * in[x - 1];
+                            odd[x] = w[2 * next + x] * in[x] + w[x + 1] * in[x + 1];
+                        }
+#pragma omp simd
+                        for (int x = 0; x < half; x++)
+                            wide[2 * x] = even[x], wide[2 * x + 1] = odd[x];
+                    }
+                    const float w0 = i < tall ? down[t * tall + i] : 0;
+                    const float w1 = i ? down[(t + 2) * tall + i - 1] : 0;
+                    if (pass) {
+#pragma omp simd
+                        for (int x = 0; x < width; x++) {
+                            float dz = w0 * wide[x] + w1 * last[x];
+                            dz = scale * values[x] + shift > 0 ? dz : 0;
+                            to[x] = a * dz + (b * (values[x] - mean) + c);
+                        }
+                    } else {
+#pragma omp simd
+                        for (int x = 0; x < width; x++) {
+                            float dz = w0 * wide[x] + w1 * last[x];
+                            dz = scale * values[x] + shift > 0 ? dz : 0;
+                            ones[x] += dz, products[x] += dz * (values[x] - mean);
+                        }
+                    }
+                }
+                for (int x = 0; !pass && x < width; x++) {
+                    sums[2 * job] += ones[x], sums[2 * job + 1] += products[x];
+                    ones[x] = products[x] = 0;
+                }
+            }
+        }
+        for (int o = 0; !pass && o < fields; o++) {
+            const double count = (double)q->n * q->order * q->height * width;
+            const double inverse = 1 / sqrt(q->statistics[fields + o] + q->eps);
+            double one = 0, product = 0;
+            for (int job = o; job < q->n * fields; job += fields)
+                one += sums[2 * job], product += sums[2 * job + 1];
+            gradients[o] = inverse * product, gradients[fields + o] = one;
+            of_field[o][1] = q->gamma[o] * inverse;
+            of_field[o][2] = -of_field[o][1] * inverse * inverse * product / count;
+            of_field[o][3] = -of_field[o][1] * one / count;
+        }
+    }
+    free(memory), free(sums), free(of_field);
+    return 0;
+}

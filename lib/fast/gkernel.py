@@ -1,9 +1,8 @@
-"""Build, load and call the fused CPU kernel of the Fourier group convolution (``gfourier.c``),
-where a C compiler is there.
+"""Build, load and call the compiled CPU kernel (``gfourier.c``): float32, contiguous arrays.
 
-The source is compiled once for this processor, into the user's cache folder (``$XDG_CACHE_HOME`` or
-``~/.cache``), by ``$CC``, ``cc`` or ``gcc``. Without a working compiler, or on another system than
-Linux, `kernel` returns None and `lib.fast.gfourier` computes the same with PyTorch's operations.
+A C compiler (``$CC``, ``cc`` or ``gcc``) builds it once for this processor, into the user's cache
+folder (``$XDG_CACHE_HOME`` or ``~/.cache``). Without a working compiler, or on another system than
+Linux, `kernel` returns None and PyTorch's operations compute the same.
 """
 
 from __future__ import annotations
@@ -20,42 +19,45 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lib.fast.gfourier import bilinear_algorithm, taps
+
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".c").with_name("gfourier.c")
-FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp"]
+SOURCE = Path(__file__).with_name("gfourier.c")
+FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-march=native"]
+
+
+def _fields(**kinds: str) -> list[tuple[str, type]]:
+    return [(name, getattr(ctypes, kind)) for kind in kinds for name in kinds[kind].split()]
 
 
 class Layer(ctypes.Structure):
     """The C struct of the same name."""
 
-    _fields_ = [
-        *(
-            (name, ctypes.c_int)
-            for name in ("order", "lifting", "n", "channels", "fields", "taps", "height", "width")
-        ),
-        *(
-            (name, ctypes.c_int)
-            for name in (
-                "out_height",
-                "out_width",
-                "stride",
-                "padding",
-                "kernel_size",
-                "threads",
-                "parts",
-            )
-        ),
-        ("offsets", ctypes.c_void_p),
-    ]
+    _fields_ = _fields(
+        c_int="order lifting n channels fields taps height width out_height out_width "
+        "stride padding kernel_size threads",
+        c_long="next_field next_channel",
+        c_void_p="offsets cells shares factors",
+    )
+
+
+class Maps(ctypes.Structure):
+    """The C struct of the same name."""
+
+    _fields_ = _fields(
+        c_int="n fields order height width threads",
+        c_double="eps",
+        c_void_p="gamma beta statistics",
+    )
 
 
 def build() -> Path:
-    """Compile ``gfourier.c`` unless this processor's library is in the cache; return the library's
-    path.
+    """Compile ``gfourier.c`` unless this processor's library is in the cache; return its path.
 
     Raises
     ------
@@ -67,49 +69,29 @@ def build() -> Path:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if not compiler:
         raise OSError("no C compiler found (cc or gcc)")
+    # One library per source, compiler and processor: machines may share a home folder.
     cpuinfo = Path("/proc/cpuinfo")
-    # One library a source, compiler and processor: a home folder may be shared by different
-    # machines.
-    processor = (
-        {
-            line
-            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
-            if line.startswith(("model name", "flags", "Features"))
-        }
-        if cpuinfo.exists()
-        else ""
-    )
-    key = "\0".join(
-        [
-            SOURCE.read_text(encoding="utf-8"),
-            compiler,
-            *FLAGS,
-            platform.machine(),
-            *sorted(processor),
-        ]
-    )
-    folder = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "equivariant-cxr-clustering"
-    )
-    library = folder / f"gfourier-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    processor = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    key = [SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, platform.machine()]
+    digest = hashlib.sha256("\0".join([*key, *sorted(processor)]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    library = cache / "equivariant-cxr-clustering" / f"gfourier-{digest}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         compiled, linked = Path(scratch) / "gfourier.o", Path(scratch) / library.name
         # Linked without -fopenmp, so that OpenMP is the one PyTorch has loaded: two thread pools
         # would wait for each other.
-        commands = [
-            [compiler, *FLAGS, "-march=native", "-c", str(SOURCE), "-o", str(compiled)],
+        for command in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked)],
-        ]
-        for command in commands:
+        ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise OSError(
-                    f"{command[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
-                )
+                said = (done.stderr.strip() or "no message").splitlines()[0]
+                raise OSError(f"{command[0]} failed: {said}")
         os.replace(linked, library)
     return library
 
@@ -118,16 +100,10 @@ def build() -> Path:
 def kernel() -> ctypes.CDLL | None:
     """The compiled kernel, or None; the reason is logged, once."""
     try:
-        library = ctypes.CDLL(str(build()))
+        return ctypes.CDLL(str(build()))
     except OSError as error:
         logger.info("group convolutions use PyTorch operations, not the compiled kernel: %s", error)
         return None
-    for function in (library.forward, library.backward):
-        function.argtypes = [
-            ctypes.POINTER(Layer),
-            *[ctypes.c_void_p] * (4 if function is library.forward else 5),
-        ]
-    return library
 
 
 @torch.compiler.assume_constant_result
@@ -136,83 +112,81 @@ def available() -> bool:
     return kernel() is not None
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _address(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
-def _call(function, layer: Layer, *tensors: Tensor | None) -> None:
-    layer.threads = torch.get_num_threads()
-    if function(ctypes.byref(layer), *map(_address, tensors)):
+def _call(name: str, sizes: ctypes.Structure, *tensors: Tensor | None) -> None:
+    if getattr(kernel(), name)(ctypes.byref(sizes), *map(_address, tensors)):
         raise MemoryError("the group convolution could not allocate its scratch memory")
 
 
+@functools.cache
+def _tables(order: int, kernel_size: int, lifting: bool, transposed: bool) -> tuple:
+    """The arrays that a `Layer` points to, and their addresses."""
+    offsets, cells, shares = taps(order, kernel_size, lifting, transposed)
+    tables = [np.ascontiguousarray(table, np.int32) for table in (offsets, cells)]
+    tables += [np.ascontiguousarray(t, np.float32) for t in (shares, bilinear_algorithm(order)[1])]
+    return tables, [table.ctypes.data for table in tables]
+
+
 def _layer(
-    x: Tensor,
-    filters: Tensor,
-    offsets: Tensor,
-    out_size: tuple[int, int],
-    stride: int,
-    padding: int,
-    kernel_size: int,
+    x: Tensor, weight: Tensor, y: Tensor, stride: int, padding: int, transposed: bool = False
 ) -> Layer:
-    taps, order = offsets.shape[:2]
-    lifting = x.ndim == 4
-    sizes = (
-        order,
-        lifting,
-        len(x),
-        x.shape[1],
-        filters.shape[2],
-        taps,
-        *x.shape[-2:],
-        *out_size,
-        stride,
-        padding,
-        kernel_size,
-        1,
-        1,
-    )
-    return Layer(*sizes, offsets.data_ptr())
+    order, kernel_size, lifting = y.shape[2], weight.shape[-1], x.ndim == 4
+    tables, addresses = _tables(order, kernel_size, lifting, transposed)
+    field, channel, *_ = weight.stride()
+    sizes = (order, lifting, len(x), x.shape[1], y.shape[1], len(tables[0]), *x.shape[-2:])
+    geometry = (*y.shape[-2:], stride, padding, kernel_size, torch.get_num_threads())
+    steps = (channel, field) if transposed else (field, channel)
+    return Layer(*sizes, *geometry, *steps, *addresses)
 
 
 def forward(
-    library: ctypes.CDLL,
     x: Tensor,
-    filters: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    offsets: Tensor,
-    *geometry: int,
+    stride: int,
+    padding: int,
+    statistics: Tensor | None = None,
 ) -> None:
-    """Write the convolution into `y`; arguments as in `lib.fast.gfourier.correlate`, float32,
-    contiguous, on the CPU.
+    """Write the convolution into `y`, and mean, variance and unbiased variance of its fields into
+    `statistics`, a float64 tensor of shape (3, fields).
     """
-    _call(
-        library.forward, _layer(x, filters, offsets, y.shape[-2:], *geometry), x, filters, bias, y
-    )
+    _call("forward", _layer(x, weight, y, stride, padding), x, weight, bias, y, statistics)
 
 
-def backward(
-    library: ctypes.CDLL,
-    x: Tensor,
-    filters: Tensor,
+def input_gradient(dy: Tensor, weight: Tensor, dx: Tensor, padding: int) -> None:
+    """Write the gradient of the input of a layer of stride 1 between group maps into `dx`."""
+    layer = _layer(dy, weight, dx, 1, weight.shape[-1] - 1 - padding, transposed=True)
+    _call("forward", layer, dy, weight, None, dx, None)
+
+
+def weight_gradient(x: Tensor, dy: Tensor, dweight: Tensor, stride: int, padding: int) -> None:
+    """Write the gradient of the weight into `dweight`."""
+    _call("weight_gradient", _layer(x, dweight, dy, stride, padding), x, dy, dweight)
+
+
+def _maps(y: Tensor, norm: tuple | None) -> Maps:
+    gamma, beta, statistics, eps = norm or (None, None, None, 0)
+    pointers = map(_address, (gamma, beta, statistics))
+    return Maps(*y.shape, torch.get_num_threads(), eps, *pointers)
+
+
+def pool(y: Tensor, out: Tensor, norm: tuple[Tensor, Tensor, Tensor, float] | None = None) -> None:
+    """Write the blur pool of relu(norm(y)) into `out`; `norm`: gamma, beta, statistics, eps."""
+    _call("pool", _maps(y, norm), y, out)
+
+
+def pool_gradient(
+    y: Tensor,
+    dout: Tensor,
     dy: Tensor,
-    dx: Tensor,
-    dfilters: Tensor,
-    offsets: Tensor,
-    *geometry: int,
+    norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
+    gradients: Tensor | None = None,
 ) -> None:
-    """Write the gradients into `dx` and `dfilters`, each skipped where it has no elements."""
-    layer = _layer(x, filters, offsets, dy.shape[-2:], *geometry)
-    fields, lanes = filters.shape[2], library.lanes()
-    # Threads share out the channels; where these are too few, also the blocks of pixels, each part
-    # with its own sum.
-    layer.parts = -(-torch.get_num_threads() // x.shape[1])
-    partial = (
-        x.new_zeros(layer.parts, *filters.shape[:2], -(-fields // lanes) * lanes)
-        if dfilters.numel()
-        else None
-    )
-    _call(library.backward, layer, x, filters, dy, dx if dx.numel() else None, partial)
-    if partial is not None:
-        torch.sum(partial[..., :fields], 0, out=dfilters)
+    """Write the gradient of `y`, through `pool` and the statistics, into `dy`, and those of gamma
+    and beta into `gradients`, of shape (2, fields).
+    """
+    _call("pool_gradient", _maps(y, norm), y, dout, dy, gradients)

@@ -1,6 +1,5 @@
 """The clusters of a run one by one: who is in them, who represents them, and which findings, and
-which things that should not matter, they follow. Arrays that do not fit raise a ValueError.
-"""
+which things that should not matter, they follow. Arrays that do not fit raise a ValueError."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import confusion_matrix, pairwise_distances_chunked
+from sklearn.metrics import confusion_matrix, pair_confusion_matrix, pairwise_distances_chunked
 from sklearn.utils import check_consistent_length
 
 from lib.data import finding_matrix, label_set
@@ -21,6 +20,7 @@ CLINICAL, NUISANCE = "finding", "should not matter"
 AGE_BANDS = {"age under 40": 0, "age 40 to 59": 40, "age 60 and over": 60}  # name: from, in years
 QUARTERS = ("darkest quarter", "second quarter", "third quarter", "brightest quarter")
 SEXES = {"F": "female", "M": "male"}
+LEVEL = 0.05  # false-discovery rate at which a property is more frequent in a cluster
 Property = tuple[str, np.ndarray, np.ndarray]  # kind, has (N,) bool, known (N,) bool
 
 
@@ -45,18 +45,15 @@ def _nuisances(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, pd.Serie
 
 def _known(metadata: pd.DataFrame, column: str) -> pd.Series:
     """A column of texts; NaN if it, or a text, is empty."""
-    text = metadata.get(column, pd.Series("", metadata.index)).fillna("").astype(str)
-    return text.where(text != "").astype(object)
+    text = metadata.get(column, pd.Series("", metadata.index)).astype(object)
+    return text.where(text != "")
 
 
 def attributes(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, Property]:
-    """What is known of each image, as properties that it has or has not.
+    """What is known of each image, (N, H, W) uint8, as properties that it has or has not.
 
-    Parameters
-    ----------
-    images : uint8, shape (N, H, W)
-    metadata : DataFrame, N rows
-        ``findings``; ``view_position, sex, age`` if there. Empty text and NaN mean not known.
+    `metadata` has ``findings``, and ``view_position, sex, age`` if known; empty texts and NaN are
+    not known.
 
     Returns
     -------
@@ -65,9 +62,8 @@ def attributes(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, Property
         darkest and brightest quarter); has and known are bool (N,). Properties that no image or
         every image has are left out, and one of two that exclude each other.
     """
-    names, texts = label_set(metadata), metadata["findings"].fillna("")
-    columns = finding_matrix(texts, names).T
-    labelled = (texts != "").to_numpy()
+    texts, names = metadata["findings"], label_set(metadata)
+    columns, labelled = finding_matrix(texts, names).T, (texts != "").to_numpy()
     found = {name: (CLINICAL, has, labelled) for name, has in zip(names, columns, strict=True)}
     for values in _nuisances(images, metadata).values():
         known = values.notna().to_numpy()
@@ -77,21 +73,15 @@ def attributes(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, Property
     return {
         name: (kind, has, known)
         for name, (kind, has, known) in found.items()
-        if known.any() and 0 < has[known].mean() < 1
+        if len(np.unique(has[known])) == 2
     }
 
 
 def enrichment(assignments: np.ndarray, properties: Mapping[str, Property]) -> pd.DataFrame:
-    """Each property in each cluster against all other clusters: Fisher's exact test (1922).
+    """Each of `attributes` in each cluster against all others: Fisher's exact test (1922).
 
     Images of one patient are not independent, so p is too small if patients have many images: read
     `patient_together` beside it. A small p in a large cluster may be a small effect: read the odds.
-
-    Parameters
-    ----------
-    assignments : (N,) int
-    properties : mapping of name to (kind, has, known)
-        See `attributes`.
 
     Returns
     -------
@@ -113,28 +103,24 @@ def enrichment(assignments: np.ndarray, properties: Mapping[str, Property]) -> p
             p = stats.fisher_exact([[a, b], [c, d]]).pvalue
             share, elsewhere = a / n if n else np.nan, c / m if m else np.nan
             rows.append((name, kind, int(cluster), n, share, elsewhere, np.log2(odds), p))
-    columns = ["property", "kind", "cluster", "n", "share", "elsewhere", "log2_odds", "p"]
+    columns = ("property", "kind", "cluster", "n", "share", "elsewhere", "log2_odds", "p")
     frame = pd.DataFrame(rows, columns=columns)
     return frame.assign(q=stats.false_discovery_control(frame["p"]) if rows else [])
 
 
-def reading(
-    tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str], level: float = 0.05
-) -> list[str]:
+def reading(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str]) -> list[str]:
     """What the tables of `enrichment` say, one sentence per arm."""
-    found = []
+    found, names = [], {CLINICAL: "findings", NUISANCE: "properties that should not matter"}
+    rate = f"at a false-discovery rate of {LEVEL:g}"
     for arm, table in tables.items():
         parts = []
-        for kind, name in ((CLINICAL, "findings"), (NUISANCE, "properties that should not matter")):
-            rows = table[table["kind"] == kind]
-            hits, n = rows[rows["q"] <= level], rows["property"].nunique()
-            if n:
-                counts = f"({len(hits)} of {len(rows)} cells)"
-                parts.append(f"{hits['property'].nunique()} of {n} {name} {counts}")
-        text = (
-            f"at a false-discovery rate of {level:g}, clusters differ in {' and in '.join(parts)}"
+        for kind, rows in table.groupby("kind"):
+            hits, n = rows[rows["q"] <= LEVEL], rows["property"].nunique()
+            cells = f"({len(hits)} of {len(rows)} cells)"
+            parts.append(f"{hits['property'].nunique()} of {n} {names[kind]} {cells}")
+        found.append(
+            f"{titles.get(arm, arm)}: {rate}, clusters differ in {' and in '.join(parts)}."
         )
-        found.append(f"{titles.get(arm, arm)}: {text}.")
     return found
 
 
@@ -142,19 +128,11 @@ def patient_together(assignments: np.ndarray, patients: np.ndarray) -> dict[str,
     """Share of the pairs of images of one patient that are in one cluster, and ``expected``, the
     mean if clusters are shuffled among all images: the share of all pairs. NaN without a pair.
     """
-
-    def pairs(*codes: np.ndarray) -> float:
-        sizes = np.unique(np.stack(codes), axis=1, return_counts=True)[1]
-        return float((sizes * (sizes - 1)).sum())
-
-    labels, codes = (np.unique(a, return_inverse=True)[1] for a in (assignments, patients))
-    together, n = pairs(codes), len(codes)
-    if not together:
+    (_, others), (apart, together) = pair_confusion_matrix(patients, assignments).astype(float)
+    pairs, n = together + apart, len(patients)
+    if not pairs:
         return {"share": np.nan, "expected": np.nan}
-    return {
-        "share": pairs(codes, labels) / together,
-        "expected": pairs(labels) / (n * (n - 1)),
-    }
+    return {"share": together / pairs, "expected": (together + others) / (n * (n - 1))}
 
 
 def drivers(
@@ -164,11 +142,9 @@ def drivers(
     (label combinations), ``view_position``, ``sex``, ``age`` (bands), ``brightness`` (quarters) and
     ``patient`` (of several images). NaN if it is not known, or the same for all images.
     """
-    patients = _known(metadata, "patient_id")
-    several = patients.map(patients.value_counts()) > 1
+    patients, values = _known(metadata, "patient_id"), {}
     found = {"findings": _known(metadata, "findings"), **_nuisances(images, metadata)}
-    found["patient"] = patients.where(several)
-    values = {}
+    found["patient"] = patients.where(patients.duplicated(keep=False))
     for name, column in found.items():
         known = column.notna().to_numpy()
         labels = column[known].astype(str)
@@ -180,18 +156,10 @@ def drivers(
 class Cluster:
     """One cluster.
 
-    Attributes
-    ----------
-    number, size : int
-    medoid : int
-        Row of the image whose summed distance to the others is least.
-    nearest : ndarray of int
-        Rows of the images nearest to the centroid, the nearest first, without the medoid.
-    mean : ndarray, shape (H, W), float
-        Of all its images, gray levels 0 to 255.
-    enriched : list of (property, share, elsewhere, q)
-        What is more frequent in it than elsewhere: findings, then what should not matter, each
-        with the largest odds first.
+    ``medoid``: row of the image whose summed distance to the others is least. ``nearest``: rows of
+    the images nearest to the centroid, the nearest first, without the medoid. ``mean`` (H, W) of
+    its images, 0 to 255. ``enriched``: what is more frequent in it than elsewhere, as (property,
+    share, elsewhere, q); findings, then what should not matter, each with the largest odds first.
     """
 
     number: int
@@ -214,45 +182,33 @@ def atlas(
     assignments: np.ndarray,
     properties: Mapping[str, Property],
     n_nearest: int = 7,
-    level: float = 0.05,
 ) -> list[Cluster]:
     """Describe the clusters of a run that have images, the largest first.
 
-    Parameters
-    ----------
-    images : uint8, shape (N, H, W)
-    embedding : ndarray, shape (N, d)
-        What was clustered.
-    assignments : int, shape (N,)
-    properties : mapping
-        See `attributes`.
-    n_nearest : int
-        Images nearest to the centroid, at most.
-    level : float
-        False-discovery rate of what is called more frequent, over all properties and clusters.
+    `images` are uint8 (N, H, W); `embedding` (N, d) was clustered into `assignments` (N,);
+    `properties` are `attributes`. At most `n_nearest` images are nearest to the centroid.
     """
     check_consistent_length(images, embedding, assignments)
     table = enrichment(assignments, properties)
-    more = table[(table["q"] <= level) & (table["log2_odds"] > 0)]
+    more = table[(table["q"] <= LEVEL) & (table["log2_odds"] > 0)]
     more = more.sort_values(["kind", "log2_odds", "property"], ascending=[True, False, True])
     numbers, sizes = np.unique(assignments, return_counts=True)
     found = []
-    for number, size in sorted(zip(numbers, sizes, strict=True), key=lambda pair: -pair[1]):
+    for number in numbers[np.argsort(-sizes, kind="stable")]:
         members = np.flatnonzero(assignments == number)
         points = np.asarray(embedding[members], dtype=np.float64)
         middle = members[medoid(points)]
         away = np.linalg.norm(points - points.mean(axis=0), axis=1)
         order = members[np.argsort(away, kind="stable")]
-        rows = more[more["cluster"] == number]
-        enriched = [(row.property, row.share, row.elsewhere, row.q) for row in rows.itertuples()]
-        nearest = order[order != middle][:n_nearest]
-        mean = images[members].mean(axis=0)
-        found.append(Cluster(int(number), int(size), int(middle), nearest, mean, enriched))
+        nearest, mean = order[order != middle][:n_nearest], images[members].mean(axis=0)
+        rows = more.loc[more["cluster"] == number, ["property", "share", "elsewhere", "q"]]
+        enriched = list(rows.itertuples(index=False, name=None))
+        found.append(Cluster(int(number), len(members), int(middle), nearest, mean, enriched))
     return found
 
 
 def follow(assignments: np.ndarray) -> np.ndarray:
-    """Number clusters, int (epochs, N), through time: each keeps the number of the one it becomes.
+    """Number clusters, int (epochs, N), through time: each gets the number of the one it becomes.
 
     K-means numbers clusters anew at each epoch. From the last epoch backwards, the clusters of an
     epoch are paired with those of the next so that the most images keep their number (Kuhn 1955,
@@ -273,7 +229,6 @@ def stability(assignments: np.ndarray) -> np.ndarray:
     `assignments` are int (epochs, N). Hennig 2007, *Cluster-wise assessment of cluster stability*,
     section 2, with epochs in the place of resamples.
     """
-    assignments = np.asarray(assignments, dtype=np.int64)
     found = []
     for labels in assignments:
         shared = confusion_matrix(labels, assignments[-1], labels=range(assignments.max() + 1))

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.preprocessing import normalize
 from sklearn.utils import check_consistent_length
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib.features import extract
 from lib.models import Backbone
 from lib.study.scores import mean_known
 
+MOST_QUERIES = 1000
+
 
 def regions(size: int, levels: int = 3) -> list[tuple[int, int, int]]:
     """Square regions of a square map, as R-MAC lays them out: (top, left, side) in pixels.
 
-    At level l, l x l squares of side 2 size / (l + 1) are spread evenly over the map (Tolias, Sicre
-    and Jegou 2016, section 3.2). Places are rounded so that the regions are their own mirror image:
-    a map and its turned copy then have the same descriptor.
+    At level l, l x l squares of side 2 size / (l + 1) are spread evenly over the map. Places are
+    rounded so that the regions of a map are those of its turned and mirrored copies.
     """
     found = {}  # in order, and once: on small maps levels share regions
     for level in range(1, levels + 1):
@@ -31,42 +34,29 @@ def regions(size: int, levels: int = 3) -> list[tuple[int, int, int]]:
 
 
 def rmac(maps: Tensor, levels: int = 3) -> Tensor:
-    """Regional maximum activation of convolutions: (N, C, H, H), not negative, to unit vectors (N,
-    C).
+    """Regional maximum activation of convolutions: maps (N, C, H, H) >= 0 to unit vectors (N, C).
 
     The maximum of each channel over each of `regions`, scaled to unit length, summed over regions
     and scaled again (Tolias, Sicre and Jegou 2016, *Particular object retrieval with integral
     max-pooling of CNN activations*, section 3.2). Their PCA-whitening of the regional vectors is
     left out: it would have to be learnt on other images. A map of zeros gives zeros.
     """
-    vectors = [
-        maps[:, :, top : top + side, left : left + side].amax((2, 3))
-        for top, left, side in regions(maps.shape[2], levels)
-    ]
-    unit = nn.functional.normalize
-    return unit(sum(unit(vector, dim=1) for vector in vectors), dim=1)
-
-
-class _Describer(nn.Module):
-    """A network whose features are its R-MAC descriptors, for `lib.features.extract`."""
-
-    def __init__(self, model: Backbone) -> None:
-        super().__init__()
-        self.model = model
-
-    def features(self, x: Tensor) -> Tensor:
-        return rmac(self.model.maps(x))
+    total = torch.zeros_like(maps[:, :, 0, 0])
+    for top, left, side in regions(maps.shape[2], levels):
+        region = maps[:, :, top : top + side, left : left + side]
+        total += F.normalize(region.amax((2, 3)))
+    return F.normalize(total)
 
 
 def describe(model: Backbone, images: np.ndarray, device: str | torch.device = "cpu") -> np.ndarray:
     """R-MAC descriptors (N, C) of images (N, 64, 64) uint8 from the last maps, `centred`."""
-    return centred(extract(_Describer(model), images, device=device))
+    describer = nn.Module()  # `extract` asks a module for its features
+    describer.model, describer.features = model, lambda x: rmac(model.maps(x))
+    return centred(extract(describer, images, device=device))
 
 
 def centred(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (N, C) without their mean, scaled to unit length: activations and pixels are not
-    negative, so that all images would look alike otherwise.
-    """
+    """Vectors (N, C) without their mean, which all images share, scaled to unit length."""
     return normalize(vectors - vectors.mean(axis=0))
 
 
@@ -75,19 +65,8 @@ def nearest(
 ) -> np.ndarray:
     """The k images (Q, k) most similar by cosine to each query, most similar first.
 
-    Parameters
-    ----------
-    descriptors : (N, C) float, unit length
-    queries : (Q,) int
-        Rows of `descriptors`. A query is never its own match.
-    k : int
-    patients : (N,), optional
-        If given, images of the query's own patient are no matches either.
-
-    Returns
-    -------
-    (Q, k) int
-        Rows of `descriptors`; -1 if there are fewer than k others.
+    `queries` (Q,) and the result are rows of `descriptors` (N, C) of unit length; -1 if there are
+    fewer than k. A query is not its own match, nor, with `patients` (N,), another of its patient.
     """
     own = np.arange(len(descriptors)) if patients is None else patients
     found = np.full((len(queries), k), -1)
@@ -102,54 +81,38 @@ def nearest(
 
 
 def precision_at_k(
-    descriptors: np.ndarray,
-    targets: np.ndarray,
-    patients: np.ndarray,
-    k: int = 5,
-    max_queries: int = 1000,
-    seed: int = 0,
+    descriptors: np.ndarray, targets: np.ndarray, patients: np.ndarray, k: int = 5
 ) -> dict[str, np.ndarray | float]:
-    """How often the images retrieved for a query share its findings; hits of the same patient are
-    counted apart.
+    """How often the k images nearest to a query share its findings, or are of the same patient.
 
-    Parameters
-    ----------
-    descriptors : (N, C) float, unit length
-    targets : (N, F) bool
-    patients : (N,)
-    k : int
-        Matches looked at for each query.
-    max_queries, seed : int
-        At most this many images, drawn from `seed`, are queries.
+    At most 1,000 images are queries, drawn at random; `descriptors` (N, C) of unit length,
+    `targets` (N, F) bool, `patients` (N,).
 
     Returns
     -------
     dict
         ``precision`` (F,): of the queries that have a finding, the mean share of the k nearest
-        images *of other patients* that have it; ``chance`` (F,), the same for images of other
-        patients drawn at random; NaN if no query has it. ``same_patient``: of the queries whose
-        patient has other images, the share of the k nearest that are of this patient, if they may
-        be; ``same_patient_chance``, by chance. A method that finds the patient again, by devices,
-        framing or body shape, scores high on these and says nothing of disease.
+        images *of other patients* that have it; ``chance`` (F,), of all images of other patients;
+        NaN if no query has it. ``same_patient``: of the queries whose patient has other images, the
+        mean share of the k nearest that are of this patient; ``same_patient_chance``, of all. To
+        find the patient again, by devices, framing or body shape, says nothing of disease.
     """
     check_consistent_length(descriptors, targets, patients)
-    n, codes = len(descriptors), np.unique(patients, return_inverse=True)[1]
-    queries = np.sort(np.random.default_rng(seed).permutation(n)[:max_queries])
-    others = nearest(descriptors, queries, k, codes)
+    n, by_patient = len(targets), pd.DataFrame(targets).groupby(patients)
+    size = by_patient.transform("size").to_numpy()  # (N,), images of the same patient
+    theirs = by_patient.transform("sum").to_numpy()  # (N, F), those of them with the finding
+    rest = (targets.sum(axis=0) - theirs) / np.maximum(n - size, 1)[:, None]
+    queries = np.sort(np.random.default_rng(0).permutation(n)[:MOST_QUERIES])
+    others = nearest(descriptors, queries, k, patients)
     hits = np.where((others >= 0)[:, :, None], targets[others], np.nan)  # (Q, k, F)
-    shared = mean_known(hits, axis=1)
-    size, of_patient = np.bincount(codes), np.zeros((codes.max() + 1, targets.shape[1]))
-    np.add.at(of_patient, codes, targets)
-    asked = codes[queries]
-    share = (targets.sum(axis=0) - of_patient[asked]) / np.maximum(n - size[asked], 1)[:, None]
-    having = targets[queries] & ~np.isnan(shared)
-    several = queries[size[asked] > 1]
+    precision = np.where(targets[queries], mean_known(hits, axis=1), np.nan)  # (Q, F)
+    chance = np.where(np.isnan(precision), np.nan, rest[queries])
+    several = queries[size[queries] > 1]
     matches = nearest(descriptors, several, k)
-    same = np.where(matches >= 0, codes[matches] == codes[several][:, None], np.nan)
-    chance = (size[codes[several]] - 1) / max(n - 1, 1)
+    same = np.where(matches >= 0, patients[matches] == patients[several][:, None], np.nan)
     return {
-        "precision": mean_known(np.where(having, shared, np.nan), axis=0),
-        "chance": mean_known(np.where(having, share, np.nan), axis=0),
-        "same_patient": float(mean_known(same[None], axis=(1, 2))[0]),
-        "same_patient_chance": float(mean_known(chance[None], axis=1)[0]),
+        "precision": mean_known(precision, axis=0),
+        "chance": mean_known(chance, axis=0),
+        "same_patient": float(mean_known(same)),
+        "same_patient_chance": float(mean_known((size[several] - 1) / (n - 1))),
     }

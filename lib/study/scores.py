@@ -1,10 +1,11 @@
 """How well findings can be read off features or lie together in a map: arrays in, numbers out.
 
-`lib.metrics` holds what needs no findings. A finding that, or whose absence, is missing in the
-training or the test images has no number: it is NaN. Arrays that do not fit raise a ValueError.
-"""
+`lib.metrics` holds what needs no findings. A finding that all or none of the training or of the
+test images have is NaN. Arrays that do not fit raise a ValueError."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import sklearn.manifold
@@ -41,39 +42,30 @@ def finding_scores(
         if 0 < learnt.mean() < 1 and 0 < asked.mean() < 1:
             # findings are rare and faint: the penalty is stronger than that of lib.metrics.probe
             model = LogisticRegression(C=1 / features.shape[1], solver="newton-cholesky")
-            fit_linear(model, x_train, learnt)
-            scores[:, finding] = model.decision_function(x_test)
+            scores[:, finding] = fit_linear(model, x_train, learnt).decision_function(x_test)
     return scores
 
 
 def findings_auroc(
-    features: np.ndarray,
-    targets: np.ndarray,
-    train: ArrayLike,
-    test: ArrayLike,
-    groups: ArrayLike | None = None,
-    seed: int = 0,
+    features: np.ndarray, targets: np.ndarray, train: ArrayLike, test: ArrayLike, **options: Any
 ) -> dict[str, float | np.ndarray]:
     """Area under the ROC curve of each finding, by the classifiers of `finding_scores`.
 
     The area is the probability that an image with the finding scores higher than one without (ties
     count half): 0.5 is chance whatever the prevalence, 1 is perfect. It does not show calibration,
-    nor how useful the alarms of a rare finding are. NIH's findings were read from reports by a
-    program (Wang et al. 2017), not from the images.
+    nor how useful the alarms of a rare finding are. NIH's findings are a program's reading of
+    reports (Wang et al. 2017), not of the images.
 
     Returns
     -------
     dict
         ``per_finding`` (F,); ``mean`` of those that have a number; ``n_findings``, how many have.
     """
-    found = finding_scores(features, targets, train, test, groups, seed)
-    areas = multilabel_scores(found, np.asarray(targets)[test], micro=False)
+    log_odds = finding_scores(features, targets, train, test, **options)
+    areas = multilabel_scores(log_odds, np.asarray(targets)[test], micro=False)
     known = int((~np.isnan(areas["auroc"])).sum())
-    return {
-        "mean": float(areas["auroc_macro"][0]),
-        "per_finding": areas["auroc"][0],
-        "n_findings": known,
-    }
+    mean = float(areas["auroc_macro"][0])
+    return {"mean": mean, "per_finding": areas["auroc"][0], "n_findings": known}
 
 
 def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -87,7 +79,7 @@ def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
     below = downs.sum(axis=1, keepdims=True) - np.cumsum(downs, axis=1)
     pairs = ups.sum(axis=1) * downs.sum(axis=1)
     wins = (ups * (below + downs / 2)).sum(axis=1)
-    return np.divide(wins, pairs, out=np.full(len(wins), np.nan), where=pairs > 0)
+    return wins / np.where(pairs > 0, pairs, np.nan)
 
 
 def weighted_average_precision(
@@ -101,19 +93,18 @@ def weighted_average_precision(
     """
     ups, downs = _runs(scores, positive, weights)
     hits, taken = np.cumsum(ups, axis=1), np.cumsum(ups + downs, axis=1)
-    precision = np.divide(hits, taken, out=np.zeros_like(taken), where=taken > 0)
-    wins, total = (ups * precision).sum(axis=1), ups.sum(axis=1)
-    return np.divide(wins, total, out=np.full(len(wins), np.nan), where=total > 0)
+    precision = hits / np.where(taken > 0, taken, 1)
+    total = ups.sum(axis=1)
+    return (ups * precision).sum(axis=1) / np.where(total > 0, total, np.nan)
 
 
 def _runs(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
     """Weight (B, runs) of positives and of negatives in each run of equal scores, highest first."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(-scores[order], prepend=-np.inf) != 0)
+    sides = positive[order], ~positive[order]
     each = np.asarray(weights, dtype=float)[:, order]
-    return [
-        np.add.reduceat(each * of, starts, axis=1) for of in (positive[order], ~positive[order])
-    ]
+    return [np.add.reduceat(each * side, starts, axis=1) for side in sides]
 
 
 def multilabel_scores(
@@ -126,9 +117,8 @@ def multilabel_scores(
 
     Macro: the mean over labels of the number within each label, so a rare finding counts as much as
     a frequent one, and to know the frequencies helps nothing. Micro: one number over all pairs of
-    image and label, so a guess that only knows how frequent each label is ranks the pairs of
-    frequent labels first and scores high without a look at any image: read it beside
-    `prevalence_guess`.
+    image and label, so a guess that only knows how frequent each label is scores high without a
+    look at any image: read it beside `prevalence_guess`.
 
     Parameters
     ----------
@@ -147,12 +137,11 @@ def multilabel_scores(
     """
     probabilities, targets = np.asarray(probabilities, dtype=float), np.asarray(targets)
     if probabilities.shape != targets.shape or targets.ndim != 2 or targets.dtype != bool:
-        raise ValueError(
-            f"expected (n, F) and bool targets (n, F), got {probabilities.shape}, {targets.shape}"
-        )
+        got = f"{probabilities.shape} and {targets.dtype} {targets.shape}"
+        raise ValueError(f"expected probabilities and bool targets (n, F), got {got}")
     weights = np.ones((1, len(targets))) if weights is None else np.asarray(weights, dtype=float)
     known = ~np.isnan(probabilities).any(axis=0)
-    pairs = (probabilities[:, known].ravel(), targets[:, known].ravel())
+    pairs = probabilities[:, known].ravel(), targets[:, known].ravel()
     found = {}
     for name, measure in (("auroc", weighted_auroc), ("ap", weighted_average_precision)):
         found[name] = np.full((len(weights), len(known)), np.nan)
@@ -160,16 +149,13 @@ def multilabel_scores(
             found[name][:, label] = measure(probabilities[:, label], targets[:, label], weights)
         found[f"{name}_macro"] = mean_known(found[name], axis=1)
         if micro:
-            each = np.repeat(weights, known.sum(), axis=1)
-            found[f"{name}_micro"] = (
-                measure(*pairs, each) if known.any() else np.full(len(weights), np.nan)
-            )
+            found[f"{name}_micro"] = measure(*pairs, np.repeat(weights, known.sum(), axis=1))
     return found
 
 
-def mean_known(values: np.ndarray, axis: int) -> np.ndarray:
+def mean_known(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     """Mean without NaN; NaN, without a warning, if there is nothing else."""
-    return np.ma.masked_invalid(values).mean(axis=axis).filled(np.nan)
+    return np.ma.filled(np.ma.masked_invalid(values).mean(axis=axis), np.nan)
 
 
 def prevalence_guess(targets: np.ndarray, train: ArrayLike, test: ArrayLike) -> np.ndarray:
@@ -207,20 +193,16 @@ def finding_neighbourhood(
 ) -> float:
     """Whether images of one finding lie together in a map `points` (N, d), `targets` (N, F) bool.
 
-    For each finding of at least `least` images: the share of their `n_neighbors` nearest others
-    that have it too, less the share of all others that have it; then the mean over findings. 0 is
-    chance, 1 the most. Images of one patient lie together for other reasons than disease, which
-    this does not take off. NaN if no finding is frequent enough.
+    The mean over findings of at least `least` images: of the share of their `n_neighbors` nearest
+    others that have it too, less the share of all others that have it. 0 is chance, 1 the most, NaN
+    if no finding is frequent enough. Images of one patient may lie together for other reasons.
     """
     points, targets = np.asarray(points), np.asarray(targets)
     check_consistent_length(points, targets)
     nearest = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors()[1]  # without self
-    n, counts = len(targets), targets.sum(axis=0)
-    frequent = np.flatnonzero(counts >= max(least, 1))
-    lifts = [
-        targets[nearest[targets[:, f]], f].mean() - (counts[f] - 1) / (n - 1) for f in frequent
-    ]
-    return float(np.mean(lifts)) if lifts else float("nan")
+    frequent = targets.T[targets.sum(axis=0) >= least]
+    lifts = [has[nearest[has]].mean() - (has.sum() - 1) / (len(has) - 1) for has in frequent]
+    return float(mean_known(np.array(lifts)))
 
 
 def trustworthiness(embedding: np.ndarray, points: np.ndarray, n_neighbors: int = 10) -> float:
@@ -230,16 +212,15 @@ def trustworthiness(embedding: np.ndarray, points: np.ndarray, n_neighbors: int 
     neighbourhoods, nor say that clusters are real. Memory is quadratic in N, and values of
     different N do not compare. `n_neighbors` must be less than N / 2.
     """
-    score = sklearn.manifold.trustworthiness(embedding, points, n_neighbors=n_neighbors)
-    return float(score)
+    return float(sklearn.manifold.trustworthiness(embedding, points, n_neighbors=n_neighbors))
 
 
 def relative_distance(reference: np.ndarray, moved: np.ndarray) -> np.ndarray:
     """How far features (N, D) move under each of T transformations, `moved` (T, N, D): (T,).
 
     Mean over images of |f(image) - f(moved image)|, in units of the mean distance between the
-    features of two different images. 0 is invariant; at 1 a moved image is as far from itself as
-    from any other. NaN if all features are equal.
+    features of two images. 0 is invariant; at 1 a moved image is as far from itself as from any
+    other. NaN if all features are equal.
     """
     reference, moved = np.asarray(reference, dtype=float), np.asarray(moved, dtype=float)
     unit = pdist(reference).mean()

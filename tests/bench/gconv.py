@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lib.fast import gkernel  # noqa: E402
-from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, GroupMaxPool, P4MConvP4M, P4MConvZ2  # noqa: E402
-from lib.memory import freed_memory_kept  # noqa: E402
+from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, P4MConvP4M, P4MConvZ2, group_max_pool  # noqa: E402
+from lib.parallel import freed_memory_kept  # noqa: E402
 
 VARIANTS = (
     "plain",
@@ -86,6 +86,13 @@ class EscnnConv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(1, 2) if x.ndim == 5 else x
         return self.conv(self.wrap(x, self.type_in)).tensor.unflatten(1, (self.fields, 8))
+
+
+class GroupMaxPool(nn.Module):
+    """`group_max_pool` as a module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return group_max_pool(x)
 
 
 def network(variant: str, widths: tuple[int, ...]) -> nn.Module:

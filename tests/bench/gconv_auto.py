@@ -23,9 +23,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from lib import fast  # noqa: E402
 from lib.fast import gkernel  # noqa: E402
 from lib.gconv import GroupConv, P4ConvP4, P4ConvZ2, P4MConvP4M, P4MConvZ2  # noqa: E402
-from lib.memory import freed_memory_kept  # noqa: E402
+from lib.parallel import freed_memory_kept  # noqa: E402
 
 FIELDS = (
     (2, 4),
@@ -78,7 +79,7 @@ def compare(
     for step in (False, True):
         x.requires_grad_(step and not make.lifting)
         with torch.set_grad_enabled(step):
-            taken.append(auto._fourier_is_faster(x))
+            taken.append(fast.faster(auto, x))
         for layer in (dense, fourier):
             seconds(layer, x, step)
         pairs = [(seconds(dense, x, step), seconds(fourier, x, step)) for _ in range(rounds)]

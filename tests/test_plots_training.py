@@ -1,0 +1,231 @@
+"""Figures of training show the numbers they are given, and say what is missing."""
+
+import hashlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import normalized_mutual_info_score, silhouette_score
+
+from lib import paths
+from lib.plots import pipeline, style, training
+from tests.drawing import legend, said
+from tests.figures import (
+    LABEL,
+    PUBLISHED,
+    RUNS,
+    classes,
+    maps,
+    metrics,
+    probes,
+    runs_table,
+    xrays,
+)
+
+
+def lines(axes, width=None):
+    return [line for line in axes.lines if width is None or line.get_linewidth() == width]
+
+
+def test_nmi_of_seeds_their_mean_and_the_published_curve():
+    figure = training.nmi_curves(RUNS, PUBLISHED, {"p4m": 0.05}, LABEL, published_chance=0.22)
+    left, right = figure.axes
+    assert (left.get_title(), right.get_title()) == (
+        "AlexNet\nrotation augmentation",
+        "P4M\nno augmentation",
+    )
+    assert left.get_ylim() == right.get_ylim() == (0, 1)
+    mean = RUNS["p4m"].groupby("epoch")["nmi_prev"].mean().dropna()
+    drawn = next(line for line in right.lines if line.get_marker() == "s")
+    np.testing.assert_allclose(drawn.get_xydata(), np.c_[mean.index, mean])
+    assert len(lines(right, 0.5)) == 3
+    known = PUBLISHED[(PUBLISHED["arm"] == "p4m") & (PUBLISHED["epoch"] <= 6)]
+    dotted = next(line for line in right.lines if line.get_linestyle() == ":")
+    np.testing.assert_array_equal(dotted.get_ydata(), known["nmi_prev"])
+    assert {0.05} in [set(line.get_ydata()) for line in right.lines]
+    assert "published, K = 200 (chance: 0.22)" in legend(figure)
+
+
+def test_the_mean_uses_only_epochs_that_all_seeds_have():
+    run = metrics(2, 6)
+    unfinished = run[~((run["seed"] == 1) & (run["epoch"] > 4))]
+    axes = training.loss_curves({"alexnet": unfinished}, None, 20, LABEL).axes[0]
+    assert next(x for x in axes.lines if x.get_marker() == "o").get_xdata()[-1] == 4
+    assert max(line.get_xdata()[-1] for line in lines(axes, 0.5)) == 6
+
+
+@pytest.mark.parametrize(
+    ("runs", "text"),
+    [({}, "no run"), ({"p4m": metrics(1, 1)}, "too few epochs"), ({"p4m": metrics(1, 2)}, "0.63")],
+)
+def test_curves_of_too_little_say_so_and_draw_nothing(runs, text):
+    figure = training.nmi_curves(runs, PUBLISHED, {"p4m": 0.05}, LABEL)
+    assert text in said(figure)
+    assert len(figure.axes) == 1
+    assert not figure.axes[0].lines
+    assert not figure.legends
+
+
+def test_loss_is_in_units_of_ln_k_for_both_k():
+    figure = training.loss_curves(RUNS, PUBLISHED, 20, LABEL)
+    axes = figure.axes[0]
+    mean = RUNS["alexnet"].groupby("epoch")["loss"].mean()
+    drawn = next(line for line in axes.lines if line.get_marker() == "o")
+    np.testing.assert_allclose(drawn.get_ydata(), mean / np.log(20))
+    dotted = next(line for line in axes.lines if line.get_linestyle() == ":")
+    np.testing.assert_allclose(dotted.get_ydata()[0], 6.31 / np.log(200))
+    assert "3.00 here (K = 20), 5.30 published" in said(figure)
+    with pytest.raises(ValueError, match="at least 2"):
+        training.loss_curves(RUNS, PUBLISHED, 1, LABEL)
+
+
+def test_known_classes_draw_seeds_and_mark_the_untrained_network():
+    panels = {"upright": {"alexnet": classes(), "p4m": classes(1)}, "turned": {"p4m": classes()}}
+    figure = training.known_classes(panels, LABEL, "digit")
+    left, right = figure.axes[:2]
+    assert (left.get_title(), right.get_title()) == ("upright", "turned")
+    assert left.get_ylabel() == "AMI with the digit"
+    assert left.get_ylim()[0] <= 0 <= left.get_ylim()[1] <= 1.02
+    hollow = [x for x in left.lines if x.get_markerfacecolor() == "white"]
+    assert [(x.get_xdata()[0], x.get_color()) for x in hollow] == [(0, "#0072B2"), (0, "#D55E00")]
+    assert hollow[0].get_ydata()[0] == pytest.approx(0.31)
+    mean = classes().groupby("epoch")["ami"].mean()
+    drawn = next(x for x in right.lines if x.get_marker() == "s" and len(x.get_xdata()) > 1)
+    np.testing.assert_allclose(drawn.get_xydata(), np.c_[mean.index, mean])
+    assert len(lines(right, 0.5)) == 3
+    assert {"untrained", "NMI, mean", style.arm("p4m").title} <= set(legend(figure))
+    trained = classes()[lambda t: t["epoch"] > 0].drop(columns="nmi")
+    assert not {"untrained", "NMI, mean"} & set(
+        legend(training.known_classes({"p4m": trained}, LABEL))
+    )
+    with pytest.raises(ValueError, match="no column ami"):
+        training.known_classes({"p4m": metrics()}, LABEL)
+
+
+def test_occupancy_rings_the_runs_that_collapsed():
+    figure = training.occupancy(runs_table(), LABEL)
+    axes = figure.axes[0]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert "2 of 3 collapsed" in names[0]
+    assert "0 of 2 collapsed" in names[1]
+    assert "12 of 20 used, perplexity 19" in names[0]
+    *dots, rings = axes.collections
+    assert sorted(x for d in dots for x, _ in d.get_offsets()) == [0.07, 0.08, 0.08, 0.55, 0.64]
+    assert rings.get_offsets().tolist() == [[0.55, 0], [0.64, 0]]
+    with pytest.raises(ValueError, match="perplexity"):
+        training.occupancy(runs_table().drop(columns="perplexity"), LABEL)
+
+
+def test_tsne_numbers_clusters_and_tells_the_silhouette_of_the_map():
+    points, clusters, findings = maps()
+    figure = training.tsne_maps(points, clusters, findings, LABEL)
+    panels = figure.axes
+    silhouette = silhouette_score(points["alexnet"], clusters["alexnet"])
+    assert panels[0].get_xlabel() == f"12 clusters: silhouette {silhouette:.2f}"
+    assert {text.get_text() for text in panels[0].texts} == {str(i) for i in range(12)}
+    for axes in panels:
+        assert sum(len(dots.get_offsets()) for dots in axes.collections) == len(findings)
+    # a turn: distances stay
+    drawn = panels[0].collections[0].get_offsets()
+    before = np.linalg.norm(points["alexnet"][0] - points["alexnet"][1])
+    assert np.linalg.norm(drawn[0] - drawn[1]) == pytest.approx(before)
+    counts = pd.Series(findings).value_counts()
+    assert legend(figure)[:3] == [
+        f"No Finding ({counts['No Finding']})",
+        f"not stated ({counts['']})",
+        f"several labels ({counts['Effusion|Mass']})",
+    ]
+    assert len(legend(figure)) == 4 + 6
+    with pytest.raises(ValueError, match="do not match"):
+        training.tsne_maps({"p4m": points["p4m"][:5]}, clusters, findings, LABEL)
+    with pytest.raises(ValueError, match="0 to 6"):
+        training.tsne_maps(points, clusters, findings, LABEL, n_findings=7)
+
+
+def test_tsne_of_one_cluster_has_no_silhouette():
+    points, _, findings = maps(30)
+    figure = training.tsne_maps({"p4m": points["p4m"]}, {"p4m": np.zeros(30)}, findings, LABEL)
+    assert "not defined" in figure.axes[0].get_xlabel()
+
+
+def test_samples_prefer_images_with_one_label():
+    images, findings = xrays()
+    images[:] = np.arange(len(images), dtype=np.uint8)[:, None, None]  # pixels tell the image
+    figure = training.samples(images, findings, LABEL, examples_per_finding=12)
+    by_name = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    names = [name for name in by_name if name]
+    assert names == ["No Finding (10)", "Effusion (10)", "Mass (20)", "Nodule (10)"]
+    mass = [int(image.get_array()[0, 0]) for image in by_name["Mass (20)"].images]
+    assert [findings[i] for i in mass] == ["Mass"] * 10 + ["Mass|Nodule"] * 2
+    assert len(set(mass)) == 12
+    assert [text.get_text() for text in by_name["Mass (20)"].texts] == ["+", "+"]
+    again, other = (training.samples(images, findings, LABEL, 12, seed=seed) for seed in (0, 1))
+
+    def chosen(f):
+        return [int(image.get_array()[0, 0]) for axes in f.axes for image in axes.images]
+
+    assert chosen(again) == chosen(figure) != chosen(other)
+    with pytest.raises(ValueError, match="39 findings"):
+        training.samples(images, findings[:-1], LABEL)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        training.samples(images, findings, LABEL, examples_per_finding=0)
+
+
+def test_clusters_show_the_largest_first_and_the_nearest_first():
+    images = np.zeros((9, 64, 64), np.uint8) + np.arange(9, dtype=np.uint8)[:, None, None]
+    embedding = np.array([0, 8, 1, 9, 5, 6, 7, 3, 4])[:, None] ** 2
+    assignments = np.array([4, 4, 4, 4, 4, 1, 1, 1, 2])
+    figure = training.clusters(images, embedding, assignments, LABEL, n_rows=2, per_row=4)
+    pixels = [[float(image.get_array()[0, 0]) for image in axes.images] for axes in figure.axes]
+    assert pixels == [[2], [4], [1], [2], [0], [6], [5], [6], [7], []]
+    assert "2 largest of 3 clusters" in said(figure)
+    with pytest.raises(ValueError, match="differ in length"):
+        training.clusters(images, embedding[:8], np.zeros(9, int), LABEL)
+
+
+def test_probes_have_a_panel_per_target():
+    figure = training.probe_bars(probes(), LABEL)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [
+        "clusters: accuracy",
+        "label combinations: accuracy",
+        "findings: mean AUROC",
+    ]
+    for axes, (_, rows) in zip(figure.axes, probes().groupby("target", sort=False), strict=True):
+        drawn = np.concatenate([line.get_xdata() for line in axes.lines])
+        assert set(rows.iloc[:, 2:8].stack().dropna()) <= set(drawn)
+    assert [t.get_text() for t in figure.axes[2].get_yticklabels()] == ["P4M, untrained"]
+    assert "not defined" in said(figure)
+    assert "1 to 3" in said(figure)
+    plain = training.probe_bars(probes().iloc[:, :6], LABEL)
+    assert len(legend(plain)) == len(legend(figure)) - 2
+    with pytest.raises(ValueError, match="baseline"):
+        training.probe_bars(probes().drop(columns="baseline"), LABEL)
+
+
+def test_pipeline_names_every_step_and_draws_eight_different_poses():
+    figure = pipeline.pipeline(xrays()[0][0])
+    for step in ("Sobel", "rotations", "P4M", "whitening", "L2", "K-means", "cross-entropy"):
+        assert step in said(figure)
+    pictures = [np.asarray(image.get_array()) for image in figure.axes[0].images]
+    assert len({image.tobytes() for image in pictures if image.shape == (5, 5)}) == 8
+    with pytest.raises(ValueError, match="square"):
+        pipeline.pipeline(np.zeros((3, 64, 64), np.uint8))
+
+
+# --- the published numbers that figures show ------------------------------------------------------
+
+
+def test_published_numbers_are_the_facts():
+    values = PUBLISHED.to_csv(index=False, float_format="%.2f", lineterminator="\n")
+    digest = "e3df228c22aebcf53611fdd48fda09babd2e394a16f048e398ae669fee457d33"
+    assert hashlib.sha256(values.encode()).hexdigest() == digest
+    numbers = paths.load_json(paths.ROOT / "data" / "published" / "numbers.json")
+    probe, final = numbers["linear_probe"], numbers["final_assignments"]
+    assert (probe["alexnet"], probe["p4m"]) == (0.5640, 0.5673)
+    assert probe["p4m"] < probe["majority_baseline_recomputed"] == 0.590
+    assert list(final["p4m"].values()) == [16258, 69, 12226]
+    chance = numbers["chance"]
+    random = np.random.default_rng(0).integers(chance["n_clusters"], size=(2, chance["n_images"]))
+    expected = chance["nmi_of_two_random_assignments"]
+    assert normalized_mutual_info_score(*random) == pytest.approx(expected, abs=0.002)
