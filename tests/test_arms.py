@@ -17,15 +17,10 @@ from lib.study.arms import ARMS, GROUPS, choose_arms, finished, state, train_con
 SMOKE = yaml.safe_load(
     (paths.ROOT / "notebooks" / "params" / "smoke.yaml").read_text(encoding="utf-8")
 )
-TINY = {
-    **SMOKE,
-    "alexnet_width": [4, 4, 4, 4, 4, 8],
-    "p4m_width": [1, 2, 4],
-    "n_clusters": 4,
-    "pca_dim": 4,
-    "epochs": 2,
-    "batch_size": 32,
-}
+TINY = SMOKE | {"alexnet_width": [4, 4, 4, 4, 4, 8], "p4m_width": [1, 2, 4], "n_clusters": 4}
+TINY |= {"pca_dim": 4, "epochs": 2, "batch_size": 32}
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def test_arms_are_matched_but_for_what_they_change():
@@ -50,29 +45,26 @@ def test_each_arm_has_a_look_of_its_own():
     assert (ARMS["alexnet"].colour, ARMS["p4m"].colour) == ("#0072B2", "#D55E00")
 
 
-def test_variants_change_one_thing():
-    for backbone in ("alexnet", "p4m"):
+@pytest.mark.parametrize(
+    ("ending", "change"),
+    [
+        ("linear", {"head": "linear"}),
+        ("running", {"bn_statistics": "running"}),
+        ("untrained", {"epochs": 0}),
+    ],
+)
+def test_variants_and_untrained_arms_change_one_thing(ending, change):
+    for backbone in BACKBONES if ending == "untrained" else ("alexnet", "p4m"):
         plain = train_config(backbone, SMOKE, 0)
-        linear, running = (
-            train_config(f"{backbone}-{name}", SMOKE, 0) for name in ("linear", "running")
-        )
-        assert linear == dataclasses.replace(plain, head="linear")
-        assert running == dataclasses.replace(plain, bn_statistics="running")
-
-
-def test_untrained_arms_are_those_that_04_evaluate_makes():
-    for backbone in BACKBONES:
-        config = train_config(backbone, SMOKE, 0)
-        untrained = train_config(f"{backbone}-untrained", SMOKE, 0)
-        assert untrained == dataclasses.replace(config, epochs=0)
+        changed = train_config(f"{backbone}-{ending}", SMOKE, 0)
+        assert changed == dataclasses.replace(plain, **change)
 
 
 def test_published_arms_follow_the_published_code():
     p4m, alexnet = (train_config(arm, SMOKE, 0) for arm in ("p4m-published", "alexnet-published"))
     assert (p4m.pseudo_labels, p4m.pca_dim, p4m.weight_decay) == ("index", 128, 1e-4)
     assert (alexnet.pca_dim, alexnet.weight_decay) == (64, 1e-5)
-    assert {c.head for c in (p4m, alexnet)} == {"linear"}
-    assert {c.bn_statistics for c in (p4m, alexnet)} == {"running"}
+    assert {(c.head, c.bn_statistics) for c in (p4m, alexnet)} == {("linear", "running")}
 
 
 def test_choose_arms():
@@ -94,19 +86,21 @@ def test_cost_counts_the_definition():
     assert arms.cost("p4m", 4, (2, 2, 2))["flops"] > arms.cost("p4", 4, (2, 2, 2))["flops"]
 
 
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """Three arms on 32 pictures, P4M with two seeds."""
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path))
+
+
+def train(arm, seed=0, **changes):
+    """A run on 32 pictures; returns its folder."""
     images = np.random.default_rng(0).integers(0, 256, (32, 64, 64), dtype=np.uint8)
-    for arm, seed in (("p4m", 0), ("p4m", 1), ("p4m-untrained", 0), ("cnn_params", 0)):
-        folder = paths.run_dir("tiny", arm, seed)
-        fit(images, train_config(arm, TINY, seed, "cpu"), folder, progress=False)
-    return images
+    config = dataclasses.replace(train_config(arm, TINY, seed, "cpu"), **changes)
+    return fit(images, config, paths.run_dir("tiny", arm, seed), progress=False).path
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_states_and_what_is_missing(trained):
+def test_states_and_what_is_missing():
+    for arm, seed in (("p4m", 0), ("p4m", 1), ("p4m-untrained", 0)):
+        train(arm, seed)
     config = train_config("p4m", TINY, 0)
     assert state("tiny", "p4m", config) == "done"
     assert state("tiny", "p4m", dataclasses.replace(config, epochs=9)) == "epoch 2 of 9"
@@ -117,23 +111,20 @@ def test_states_and_what_is_missing(trained):
     table = arms.status("tiny", TINY, ["p4m", "p4"], [0, 1])
     assert table.loc["p4m"].tolist() == ["done", "done"]
     assert table.loc["p4"].tolist() == ["missing", "failed: out of luck"]
-    wanted = ["p4m", "p4m-untrained", "p4"]
-    found = arms.missing_runs("tiny", TINY, wanted, [0, 1])
+    found = arms.missing_runs("tiny", TINY, ["p4m", "p4m-untrained", "p4"], [0, 1])
     assert found == [("p4", 0), ("p4m-untrained", 1), ("p4", 1)]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_runs_that_are_not_matched_are_left_out_and_named(trained):
-    other = dataclasses.replace(train_config("p4", TINY, 0, "cpu"), epochs=1, pca_dim=3)
-    fit(trained, other, paths.run_dir("tiny", "p4", 0), progress=False)
-    linear = train_config("p4m-linear", TINY, 0, "cpu")
-    fit(trained, linear, paths.run_dir("tiny", "p4m-linear", 0), progress=False)
-    for text in ('{"epochs": 3}', "{"):
-        broken = paths.run_dir("tiny", "p4", 5 if text == "{" else 4) / "config.json"
+def test_runs_that_are_not_matched_are_left_out_and_named():
+    for arm, seed in (("p4m", 0), ("p4m", 1), ("p4m-untrained", 0), ("p4m-linear", 0)):
+        train(arm, seed)
+    train("p4", epochs=1, pca_dim=3)
+    for seed, text in {4: '{"epochs": 3}', 5: "{"}.items():
+        broken = paths.run_dir("tiny", "p4", seed) / "config.json"
         broken.parent.mkdir(parents=True)
         broken.write_text(text)
     found, left_out = finished("tiny")
-    assert set(found) == {"p4m", "p4m-untrained", "p4m-linear", "cnn_params"}
+    assert set(found) == {"p4m", "p4m-untrained", "p4m-linear"}
     assert list(found["p4m"]) == [0, 1]
     assert left_out == [
         "p4 seed 4: not finished",
@@ -144,17 +135,12 @@ def test_runs_that_are_not_matched_are_left_out_and_named(trained):
         finished("nothing")
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_study_without_the_two_main_arms_is_compared_with_what_it_has(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path))
-    images = np.zeros((32, 64, 64), np.uint8) + np.arange(32, dtype=np.uint8)[:, None, None]
-    folder = paths.run_dir("tiny", "cnn_flops-untrained", 2)
-    fit(images, train_config("cnn_flops-untrained", TINY, 2, "cpu"), folder, progress=False)
-    assert finished("tiny") == ({"cnn_flops-untrained": {2: folder}}, [])
+def test_a_study_without_the_two_main_arms_is_compared_with_what_it_has():
+    run = train("cnn_flops-untrained", 2)
+    assert finished("tiny") == ({"cnn_flops-untrained": {2: run}}, [])
 
 
-def test_settings_that_a_run_does_not_name_are_other_settings(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path))
+def test_settings_that_a_run_does_not_name_are_other_settings():
     path = paths.run_dir("tiny", "p4m", 0) / "config.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"backbone": "p4m", "lr": TINY["lr"]}))

@@ -13,13 +13,9 @@ from lib.study.claims import CLAIMS, MEASURE, MEASURES, compare, detectable, hol
 PRIMARY = [m for m in MEASURES if m.primary]
 # what two arms score on each deciding measure, and how far seeds differ: as on phantoms with the
 # quick preset
-TYPICAL = {
-    "converged_nmi": (6, 1.5),
-    "nmi_sd": (0.02, 0.006),
-    "silhouette": (0.10, 0.02),
-    "auroc_macro": (0.58, 0.02),
-    "kept_free": (0.4, 0.06),
-}
+TYPICAL = {"converged_nmi": (6, 1.5), "nmi_sd": (0.02, 0.006), "silhouette": (0.10, 0.02)}
+TYPICAL |= {"auroc_macro": (0.58, 0.02), "kept_free": (0.4, 0.06)}
+CALLED = {"supported", "reversed"}
 
 
 def simulated_study(rng, n_seeds, effects=None, noise=stats.norm):
@@ -40,24 +36,15 @@ def simulated_study(rng, n_seeds, effects=None, noise=stats.norm):
     return as_results(values)
 
 
-def as_results(values, **arms):
+def as_results(values):
     """Numbers by arm and seed as they are in results.json."""
-    entries = {
-        arm: {
-            "title": arm,
-            "kind": "arm",
-            "seeds": {str(s): {"values": v, "details": {}} for s, v in seeds.items()},
-        }
-        for arm, seeds in (values | arms).items()
-    }
+    entries = {}
+    for arm, seeds in values.items():
+        runs = {str(seed): {"values": of, "details": {}} for seed, of in seeds.items()}
+        entries[arm] = {"title": arm, "kind": "arm", "seeds": runs}
     about = {"label": "test pictures, 10 images", "labels": ["Mass"], "patients": 5, "n_test": 2}
-    about["attribution"] = "None."
-    return {
-        "dataset": about,
-        "settings": {"n_clusters": 20, "epochs": 3},
-        "arms": entries,
-        "missing": [],
-    }
+    found = {"dataset": about | {"attribution": "None."}, "arms": entries, "missing": []}
+    return found | {"settings": {"n_clusters": 20, "epochs": 3}}
 
 
 def verdicts(values):
@@ -72,65 +59,39 @@ def test_a_planted_null_is_not_called():
     200 studies would leave a standard error of 1.5 % on the rate, so 600 of each kind are
     simulated: the rate of all is held to 5 %, and that of each kind to what chance allows above it.
     """
-    rng, called = np.random.default_rng(11), {}
-    for name, noise in {
-        "normal": stats.norm,
-        "long tails": stats.t(3),
-        "skewed": stats.lognorm(1),
-    }.items():
+    rng, called = np.random.default_rng(11), []
+    for noise in (stats.norm, stats.t(3), stats.lognorm(1)):  # the latter: long tails, skewed
         for n_seeds in (3, 5):
-            studies = (
-                verdicts(simulated_study(rng, n_seeds, noise=noise)).values() for _ in range(600)
-            )
-            called[name, n_seeds] = sum(
-                any(v in ("supported", "reversed") for v in study) for study in studies
-            )
-    assert sum(called.values()) / (600 * len(called)) <= 0.05, called
-    assert all(
-        stats.binomtest(count, 600, 0.05, alternative="greater").pvalue > 0.01
-        for count in called.values()
-    ), called
+            studies = [verdicts(simulated_study(rng, n_seeds, noise=noise)) for _ in range(600)]
+            called.append(sum(not CALLED.isdisjoint(study.values()) for study in studies))
+    assert sum(called) / (600 * len(called)) <= 0.05, called
+    tests = [stats.binomtest(count, 600, 0.05, alternative="greater") for count in called]
+    assert all(test.pvalue > 0.01 for test in tests), called
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_seeds", [3, 5])
 def test_a_planted_effect_is_found_with_the_stated_power(n_seeds):
     """An effect of the size that `detectable` states is found in about 80 % of 200 studies, an
-    opposite one is called reversed, and the
-    claims without an effect are still not called."""
-    rng = np.random.default_rng(12)
-    size = detectable(n_seeds)
-    found = [
-        verdicts(simulated_study(rng, n_seeds, {"kept_free": size, "silhouette": -size}))
-        for _ in range(200)
-    ]
+    opposite one is called reversed, and the claims without an effect are still not called.
+    """
+    rng, size = np.random.default_rng(12), detectable(n_seeds)
+    effects = {"kept_free": size, "silhouette": -size}
+    found = [verdicts(simulated_study(rng, n_seeds, effects)) for _ in range(200)]
     assert 0.7 < np.mean([f["invariance"] == "supported" for f in found]) < 0.95
     assert 0.7 < np.mean([f["structure"] == "reversed" for f in found]) < 0.95
-    false = [
-        any(f[c] in ("supported", "reversed") for c in ("convergence", "stability", "transfer"))
-        for f in found
-    ]
-    assert np.mean(false) <= 0.05
+    without = [{f[c] for c in ("convergence", "stability", "transfer")} for f in found]
+    assert np.mean([not CALLED.isdisjoint(called) for called in without]) <= 0.05
 
 
 def test_an_arm_that_is_better_by_construction_is_supported_on_all_claims():
     rng = np.random.default_rng(0)
-    better = {
-        "converged_nmi": -8,
-        "nmi_sd": -0.2,
-        "silhouette": 0.5,
-        "auroc_macro": 0.3,
-        "kept_free": 0.5,
-    }
-    values = {"a": {}, "b": {}}
-    for seed in range(5):
-        values["b"][seed] = {key: mean for key, (mean, _) in TYPICAL.items()}
-        values["a"][seed] = {
-            key: mean + better[key] + 0.01 * abs(better[key]) * rng.normal()
-            for key, (mean, _) in TYPICAL.items()
-        }
-    assert set(verdicts(as_results(values)).values()) == {"supported"}
-    swapped = as_results({"a": values["b"], "b": values["a"]})
+    plain = {key: mean for key, (mean, _) in TYPICAL.items()}
+    better = dict(zip(TYPICAL, (-8, -0.2, 0.5, 0.3, 0.5), strict=True))
+    ours = [{k: plain[k] + d * rng.normal(1, 0.01) for k, d in better.items()} for _ in range(5)]
+    arms = {"a": dict(enumerate(ours)), "b": dict.fromkeys(range(5), plain)}
+    assert set(verdicts(as_results(arms)).values()) == {"supported"}
+    swapped = as_results({"a": arms["b"], "b": arms["a"]})
     assert set(verdicts(swapped).values()) == {"reversed"}
 
 
@@ -143,19 +104,22 @@ def test_few_seeds_decide_nothing():
     assert math.isnan(entry["detectable_g"])
 
 
-def test_verdict_rule():
-    assert verdict(5, 0.5, 0.3, 0.7, 0.01, 0.1) == "supported"
-    assert verdict(5, -0.5, -0.7, -0.3, 0.01, 0.1) == "reversed"
-    assert verdict(5, 0.5, 0.3, 0.7, 0.06, 0.1) == "undecided"
-    assert verdict(5, 0.0, -0.05, 0.05, 0.9, 0.1) == "not supported"
-    assert (
-        verdict(5, 0.05, 0.03, 0.07, 0.001, 0.1) == "not supported"
-    )  # there, but too small to matter
-    assert verdict(5, -0.05, -0.07, -0.03, 0.001, 0.1) == "not supported"
-    assert verdict(2, 0.5, 0.3, 0.7, 0.01, 0.1) == "undecided"
-    assert verdict(5, 0.5, 0.3, 0.7, math.nan, 0.1) == "undecided"
-    for word in ("Supported", "Reversed", "Not supported", "Undecided"):
-        assert word in claims.rule()
+@pytest.mark.parametrize(
+    ("numbers", "wanted"),  # n, mean, low, high, corrected p; 0.1 would matter
+    [
+        ((5, 0.5, 0.3, 0.7, 0.01), "supported"),
+        ((5, -0.5, -0.7, -0.3, 0.01), "reversed"),
+        ((5, 0.5, 0.3, 0.7, 0.06), "undecided"),
+        ((5, 0.0, -0.05, 0.05, 0.9), "not supported"),
+        ((5, 0.05, 0.03, 0.07, 0.001), "not supported"),  # there, but too small to matter
+        ((5, -0.05, -0.07, -0.03, 0.001), "not supported"),
+        ((2, 0.5, 0.3, 0.7, 0.01), "undecided"),
+        ((5, 0.5, 0.3, 0.7, math.nan), "undecided"),
+    ],
+)
+def test_verdict_rule(numbers, wanted):
+    assert verdict(*numbers, smallest=0.1) == wanted
+    assert wanted.capitalize() in claims.rule()
 
 
 def test_paired_is_the_paired_t_test():
@@ -165,12 +129,11 @@ def test_paired_is_the_paired_t_test():
     assert (found["low"], found["high"]) == pytest.approx(known.confidence_interval(0.95))
     assert found["hedges_g"] == pytest.approx((a - b).mean() / (a - b).std(ddof=1) * (1 - 3 / 19))
     flips = stats.permutation_test(
-        (a - b,), np.mean, permutation_type="samples", alternative="two-sided", n_resamples=np.inf
+        (a - b,), np.mean, permutation_type="samples", n_resamples=np.inf
     )
     assert found["sign_flip_p"] == pytest.approx(flips.pvalue)
-    assert (
-        paired([0.1, 0.2, 0.3, 0.4, 0.5])["sign_flip_p"] == 2 / 2**5
-    )  # the least that five seeds can reach
+    # the least that five seeds can reach
+    assert paired([0.1, 0.2, 0.3, 0.4, 0.5])["sign_flip_p"] == 2 / 2**5
 
 
 def test_paired_with_patients_is_wider_and_with_equal_whole_numbers_is_not_certain():
@@ -180,9 +143,7 @@ def test_paired_with_patients_is_wider_and_with_equal_whole_numbers_is_not_certa
     assert paired([1, 1, 1], resolution=1)["p"] > 0.05
     same = paired([0.0, 0.0, 0.0])
     assert (same["p"], same["low"], same["high"]) == (1.0, 0.0, 0.0)
-    assert math.isnan(
-        paired([0.25, 0.25, 0.25])["p"]
-    )  # no spread and no resolution: nothing to test with
+    assert math.isnan(paired([0.25, 0.25, 0.25])["p"])  # no spread and no resolution
     for bad in ([], [math.nan, 1.0]):
         with pytest.raises(ValueError, match="finite"):
             paired(bad)
@@ -206,15 +167,12 @@ def planted_answers(rng, quality, patients):
     n, truth = len(patients), rng.random((len(patients), 14)) < 0.3
     common = {"truth": truth, "test": np.arange(n), "labelled_test": np.arange(n)}
     common |= {"test_patients": patients, "labelled_test_patients": patients}
-    return [
-        common
-        | {
-            "findings": quality * truth + rng.normal(size=(n, 14)),
-            "combinations": rng.random(n) < 0.5,
-            "clusters": rng.random(n) < 0.5,
-        }
-        for _ in range(3)
-    ]
+
+    def seed():
+        right = {name: rng.random(n) < 0.5 for name in ("combinations", "clusters")}
+        return common | right | {"findings": quality * truth + rng.normal(size=(n, 14))}
+
+    return [seed() for _ in range(3)]
 
 
 def test_patients_widen_the_interval_of_the_probe():

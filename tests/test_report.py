@@ -25,17 +25,12 @@ def add(path, notebook, figures, seeds=(0, 1), command="./run_all.sh"):
 def test_captions_stand_once_however_often_they_are_written(summary):
     report.save_summary(summary, "# Summary: x\n\n## Figures\n\n**fig1** One.\n")
     add(summary, "07_explore", {"fig10_atlas": "Old atlas."})
-    once = add(summary, "06_claims", {"fig5_claims": "Old.", "fig6_controls": "Controls."})
-    assert add(summary, "06_claims", {"fig5_claims": "Old.", "fig6_controls": "Controls."}) == once
-    text = add(
-        summary, "06_claims", {"fig5_claims": "New."}, seeds=[0, 3], command="./run_all.sh --study"
-    )
+    two = {"fig5_claims": "Old.", "fig6_controls": "Controls."}
+    assert add(summary, "06_claims", two) == add(summary, "06_claims", two)
+    text = add(summary, "06_claims", {"fig5_claims": "New."}, [0, 3], "./run_all.sh --study")
     assert text.startswith("# Summary: x\n\n## Figures\n\n**fig1** One.\n")
-    assert re.findall(r"^\*\*(\w+)\*\* (\w+)", text, re.MULTILINE) == [
-        ("fig1", "One"),
-        ("fig5_claims", "New"),
-        ("fig10_atlas", "Old"),
-    ]
+    found = re.findall(r"^\*\*(\w+)\*\* (\w+)", text, re.MULTILINE)
+    assert found == [("fig1", "One"), ("fig5_claims", "New"), ("fig10_atlas", "Old")]
     assert f"**fig5_claims** New. Dataset: {LABEL}." in text
     assert "Seeds 0, 3. Made by `./run_all.sh --study`." in text
     assert "Controls" not in text
@@ -47,39 +42,42 @@ def test_a_new_summary_keeps_the_captions_of_the_others(summary):
     add(summary, "06_claims", {"fig5_claims": "Differences."})
     report.save_summary(summary, "# Summary: new\n")
     text = summary.read_text(encoding="utf-8")
-    assert text.startswith(
-        "# Summary: new\n\n<!-- figures of 06_claims -->\n## Figures of 06_claims\n"
-    )
+    begin = "<!-- figures of 06_claims -->\n## Figures of 06_claims\n"
+    assert text.startswith(f"# Summary: new\n\n{begin}")
     assert "old" not in text
     assert text == add(summary, "06_claims", {"fig5_claims": "Differences."})
 
 
 def test_without_a_summary_there_are_captions_and_the_attribution(summary):
-    """A study draws figures 5 to 9 alone."""
     text = add(summary, "06_claims", {"fig5_claims": "Differences."})
-    assert text.startswith(
-        f"# Figures: {LABEL}\n\n{ATTRIBUTION}\n\n<!-- figures of 06_claims -->\n"
-    )
+    head = f"# Figures: {LABEL}\n\n{ATTRIBUTION}\n\n"
+    assert text.startswith(f"{head}<!-- figures of 06_claims -->\n")
     report.save_summary(summary, "# Summary: x\n")
-    assert ATTRIBUTION not in summary.read_text(encoding="utf-8")
-    assert "**fig5_claims**" in summary.read_text(encoding="utf-8")
+    text = summary.read_text(encoding="utf-8")
+    assert ATTRIBUTION not in text
+    assert "**fig5_claims**" in text
+
+
+def page_comparison(n_seeds, effects=None):
+    """Results of P4M and AlexNet, compared."""
+    found = simulated_study(np.random.default_rng(3), n_seeds, effects)
+    found["arms"] = {"p4m": found["arms"]["a"], "alexnet": found["arms"]["b"]}
+    return found | {"comparisons": claims.compare_all(found)}
 
 
 @pytest.fixture
 def results():
     """P4M is better in one claim; one AlexNet of four collapsed; no labels."""
-    found = simulated_study(np.random.default_rng(3), 4, {"kept_free": 30})
-    found["arms"] = {"p4m": found["arms"]["a"], "alexnet": found["arms"]["b"]}
+    found = page_comparison(4, {"kept_free": 30})
     about = {"backbone": "p4m", "rotation": False, "pseudo_labels": "clusters"}
     about |= {"parameters": 10, "feature_dim": 4, "flops": 1000, "title": "P4M"}
-    for arm, entry in found["arms"].items():
+    for entry in found["arms"].values():
         entry |= about
-        for seed, run in entry["seeds"].items():
-            fallen = arm == "alexnet" and seed == "1"
-            run["values"] |= {"largest_cluster": 0.8 if fallen else 0.1, "perplexity": 15.0}
-            run["values"] |= {"auroc_macro": "fewer than 2 classes", "clusters_used": 20}
-    found["comparisons"] = claims.compare_all(found)
-    return found
+        for run in entry["seeds"].values():
+            run["values"] |= {"largest_cluster": 0.1, "perplexity": 15.0, "clusters_used": 20}
+            run["values"] |= {"auroc_macro": "fewer than 2 classes"}
+    found["arms"]["alexnet"]["seeds"]["1"]["values"]["largest_cluster"] = 0.8
+    return found | {"comparisons": claims.compare_all(found)}
 
 
 def rows_of(text, first):
@@ -87,9 +85,7 @@ def rows_of(text, first):
 
 
 def test_numbers_and_spans():
-    assert (report.number(0.1234), report.number(None), report.number(math.inf)) == ("0.123",) + (
-        "–",
-    ) * 2
+    assert [report.number(x) for x in (0.1234, None, math.inf)] == ["0.123", "–", "–"]
     assert report.span(0.1, 0.25, 2) == "0.10 to 0.25"
     assert report.span(math.nan, math.nan) == report.span(None, None) == "–"
 
@@ -134,9 +130,7 @@ def test_verdicts_are_the_numbers(results):
 
 
 def test_few_seeds_are_said_to_be_undecided():
-    found = simulated_study(np.random.default_rng(3), 1)
-    found["arms"] = {"p4m": found["arms"]["a"], "alexnet": found["arms"]["b"]}
-    found["comparisons"] = claims.compare_all(found)
+    found = page_comparison(1)
     assert report.verdict_table(found).count("undecided at n = 1") == len(claims.CLAIMS)
     assert " to " not in report.cell(found, "p4m", "kept_free")
 
@@ -144,11 +138,9 @@ def test_few_seeds_are_said_to_be_undecided():
 def test_pages_hold_the_warning_and_what_is_missing(results):
     results["missing"] = ["p4: no finished run"]
     text = report.claims_page(results, "make it")
-    assert "Not for clinical use" in text
-    assert "p4: no finished run" in text
-    assert "`make it`" in text
-    for word in ("Supported", "Reversed", "Not supported", "Undecided"):
-        assert f"**{word}**" in text
+    verdicts = [f"**{word.capitalize()}**" for word in claims.VERDICTS]
+    for wanted in ("Not for clinical use", "p4: no finished run", "`make it`", *verdicts):
+        assert wanted in text
 
 
 def test_nothing_to_compare():

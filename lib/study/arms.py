@@ -1,12 +1,11 @@
-"""The arms and controls of the study: what each is, how it is named and drawn, and how far its runs
-are.
-"""
+"""The arms of the study: what each is, how it is named and drawn, and how far its runs are."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,22 +23,11 @@ from lib.runs import TrainConfig, is_complete
 class Arm:
     """One arm of the study: how it is drawn, and what differs from the preset's settings.
 
-    Attributes
-    ----------
-    title, colour, marker : str
-        The same in every figure and table.
-    backbone : str
-        A key of ``lib.models.BACKBONES``; empty for a baseline, which is no network.
-    rotation : bool
-        Train on images turned by the preset's ``rotation_degrees``.
-    pseudo_labels : str
-        As in ``TrainConfig``.
-    untrained : bool
-        No epoch of training.
-    kind : {"arm", "variant", "control", "published", "baseline"}
-        ``"published"`` arms follow the published code and need not match the others.
-    changes : tuple of (str, value)
-        Other fields of ``TrainConfig``.
+    `title`, `colour` and `marker` are the same in every figure and table. `backbone` is a key of
+    ``lib.models.BACKBONES``, empty for a baseline. With `rotation` the arm trains on images turned
+    by the preset's ``rotation_degrees``; `untrained` is no epoch. `kind` is arm, variant, control,
+    published (follows the published code and need not match the others) or baseline. `changes` are
+    other fields of ``TrainConfig``.
     """
 
     title: str
@@ -54,48 +42,37 @@ class Arm:
 
 
 # Okabe and Ito's colours (2008), a hue per backbone; what is derived is lighter or darker
+# fmt: off
 _MAIN = {
-    "alexnet": Arm("AlexNet, rotation augmentation", "#0072B2", "o", "alexnet", rotation=True),
+    "alexnet": Arm("AlexNet, rotation augmentation", "#0072B2", "o", "alexnet", True),
     "p4m": Arm("P4M, no augmentation", "#D55E00", "s", "p4m"),
     "alexnet-plain": Arm("AlexNet, no augmentation", "#56B4E9", "v", "alexnet"),
-    "p4m-rotation": Arm("P4M, rotation augmentation", "#8C3D00", "D", "p4m", rotation=True),
+    "p4m-rotation": Arm("P4M, rotation augmentation", "#8C3D00", "D", "p4m", True),
     "p4": Arm("P4, no augmentation", "#CC79A7", "^", "p4"),
     "cnn_params": Arm("plain CNN, P4M's parameters", "#009E73", "P", "cnn_params"),
-    "cnn_params-rotation": Arm(
-        "plain CNN, P4M's parameters, rotation", "#00523C", "X", "cnn_params", rotation=True
-    ),
+    "cnn_params-rotation":
+        Arm("plain CNN, P4M's parameters, rotation", "#00523C", "X", "cnn_params", True),
     "cnn_flops": Arm("plain CNN, P4M's FLOPs", "#E69F00", "<", "cnn_flops"),
-    "cnn_flops-rotation": Arm(
-        "plain CNN, P4M's FLOPs, rotation", "#8A6000", ">", "cnn_flops", rotation=True
-    ),
+    "cnn_flops-rotation":
+        Arm("plain CNN, P4M's FLOPs, rotation", "#8A6000", ">", "cnn_flops", True),
 }
 
 
-def _like(main: str, words: str, colour: str, kind: str = "control", **differs: Any) -> Arm:
-    """An arm that is like another but for `differs`: fields of `Arm` or of ``TrainConfig``."""
-    ours = {f.name for f in dataclasses.fields(Arm)}
-    changes = tuple((name, value) for name, value in differs.items() if name not in ours)
-    title = _MAIN[main].title.removesuffix(", rotation augmentation")
-    return dataclasses.replace(
-        _MAIN[main],
-        title=f"{title.removesuffix(', no augmentation')}, {words}",
-        colour=colour,
-        kind=kind,
-        changes=changes,
-        **{name: value for name, value in differs.items() if name in ours},
-    )
+def _like(
+    main: str, words: str, colour: str, kind: str = "control", changes: Any = (), **differs: Any
+) -> Arm:
+    """An arm that is like another but for `differs`, and for `changes` of ``TrainConfig``."""
+    title = re.sub(", (rotation|no) augmentation$", "", _MAIN[main].title) + f", {words}"
+    changes = tuple(dict(changes).items())
+    return replace(_MAIN[main], title=title, colour=colour, kind=kind, changes=changes, **differs)
 
 
-_PUBLISHED = {"kind": "published", "head": "linear", "bn_statistics": "running"}
+_LINEAR, _RUNNING = {"head": "linear"}, {"bn_statistics": "running"}
 ARMS: dict[str, Arm] = _MAIN | {
-    "alexnet-linear": _like("alexnet", "linear head", "#3C5A99", "variant", head="linear"),
-    "p4m-linear": _like("p4m", "linear head", "#B5381D", "variant", head="linear"),
-    "alexnet-running": _like(
-        "alexnet", "running statistics", "#4A86B8", "variant", bn_statistics="running"
-    ),
-    "p4m-running": _like(
-        "p4m", "running statistics", "#E07B45", "variant", bn_statistics="running"
-    ),
+    "alexnet-linear": _like("alexnet", "linear head", "#3C5A99", "variant", _LINEAR),
+    "p4m-linear": _like("p4m", "linear head", "#B5381D", "variant", _LINEAR),
+    "alexnet-running": _like("alexnet", "running statistics", "#4A86B8", "variant", _RUNNING),
+    "p4m-running": _like("p4m", "running statistics", "#E07B45", "variant", _RUNNING),
     "alexnet-untrained": _like("alexnet", "untrained", "#7FB8D8", untrained=True),
     "p4m-untrained": _like("p4m", "untrained", "#EAAE7F", untrained=True),
     "p4-untrained": _like("p4", "untrained", "#E5BCD3", untrained=True),
@@ -107,37 +84,24 @@ ARMS: dict[str, Arm] = _MAIN | {
     "p4m-shuffled": _like("p4m", "shuffled labels", "#EEBF99", pseudo_labels="shuffled"),
     # the document on deviations says what of the published code these follow, and what not
     "alexnet-published": _like(
-        "alexnet",
-        "after the published code",
-        "#00446B",
-        pseudo_labels="shuffled",
-        pca_dim=64,
-        weight_decay=1e-5,
-        **_PUBLISHED,
-    ),
+        "alexnet", "after the published code", "#00446B", "published",
+        {"pca_dim": 64, "weight_decay": 1e-5, **_LINEAR, **_RUNNING}, pseudo_labels="shuffled"),
     "p4m-published": _like(
-        "p4m",
-        "after the published code",
-        "#803800",
-        pseudo_labels="index",
-        pca_dim=128,
-        weight_decay=1e-4,
-        **_PUBLISHED,
-    ),
+        "p4m", "after the published code", "#803800", "published",
+        {"pca_dim": 128, "weight_decay": 1e-4, **_LINEAR, **_RUNNING}, pseudo_labels="index"),
     "pixels": Arm("raw pixels, PCA", "#000000", "*", kind="baseline"),
     "random": Arm("random assignments", "#999999", ".", kind="baseline"),
     "guess": Arm("guess: how frequent each finding is", "#767676", "d", kind="baseline"),
 }
-_KINDS = {"all": ("arm", "variant", "control"), "arms": ("arm",), "variants": ("variant",)}
-_KINDS |= {"controls": ("control",), "published": ("published",)}
-GROUPS = {
-    group: tuple(name for name, arm in ARMS.items() if arm.kind in kinds)
-    for group, kinds in _KINDS.items()
+# fmt: on
+_KINDS = {"arms": "arm", "variants": "variant", "controls": "control", "published": "published"}
+GROUPS = {"all": tuple(n for n, a in ARMS.items() if a.kind in ("arm", "variant", "control"))} | {
+    group: tuple(name for name, arm in ARMS.items() if arm.kind == kind)
+    for group, kind in _KINDS.items()
 }
 PRESET = ("n_clusters", "pca_dim", "epochs", "batch_size", "lr", "weight_decay")
 # settings in which runs must agree to be compared, except what an arm changes
-MATCHED = ("n_clusters", "pca_dim", "batch_size", "lr", "weight_decay", "clusterer", "head")
-MATCHED += ("bn_statistics", "data")
+MATCHED = (*PRESET[:2], *PRESET[3:], "clusterer", "head", "bn_statistics", "data")
 
 
 def _unknown(name: str) -> ValueError:
@@ -158,16 +122,16 @@ def choose_arms(names: str) -> list[str]:
 def train_config(
     arm: str, preset: Mapping[str, Any], seed: int, device: str | None = None
 ) -> TrainConfig:
-    """Settings of an arm: those of the preset, with what `ARMS` changes.
+    """Settings of an arm: those of a preset (see ``notebooks/params/``), with what `ARMS` changes.
 
-    `preset` are the contents of a file in ``notebooks/params/``; `device` is taken instead of its
-    own. ValueError for an unknown arm, or a value that ``TrainConfig`` refuses.
+    ValueError for an unknown arm, or a value that ``TrainConfig`` refuses.
     """
     if arm not in ARMS or not ARMS[arm].backbone:
         raise _unknown(arm)
     chosen = ARMS[arm]
     width = "alexnet_width" if chosen.backbone == "alexnet" else "p4m_width"
     settings = {name: preset[name] for name in PRESET} | {
+        "epochs": 0 if chosen.untrained else preset["epochs"],
         "backbone": chosen.backbone,
         "width": tuple(preset[width]),
         "rotation_degrees": float(preset["rotation_degrees"]) if chosen.rotation else 0.0,
@@ -175,21 +139,14 @@ def train_config(
         "seed": seed,
         "device": device or preset.get("device", "auto"),
     }
-    if chosen.untrained:
-        settings["epochs"] = 0
     return TrainConfig(**(settings | dict(chosen.changes)))
 
 
 def cost(backbone: str, n_clusters: int, width: Sequence[int] | None = None) -> dict[str, int]:
-    """What a network costs, counted by running it once; arguments as for ``lib.models.build``.
+    """What a network costs: ``parameters`` without the top layer, ``feature_dim`` D and ``flops``.
 
-    Returns
-    -------
-    dict
-        ``parameters`` of the body, without the top layer; ``feature_dim`` D; ``flops`` of the
-        features of one image, forward, two per multiplication and addition (PyTorch's
-        ``FlopCounterMode``). Group convolutions count as dense ones, so the number does not depend
-        on the device.
+    FLOPs are those of the features of one image, forward, two per multiplication and addition
+    (PyTorch's ``FlopCounterMode``), and on every device those of dense group convolutions.
     """
     model = build(backbone, n_clusters, width).eval()
     for module in model.modules():
@@ -218,38 +175,35 @@ def state(dataset: str, arm: str, config: TrainConfig) -> str:
     ``missing``.
     """
     folder = paths.run_dir(dataset, arm, config.seed)
-    stored = paths.load_json(folder / "config.json") if (folder / "config.json").exists() else None
-    if stored is not None:
+    begun = (folder / "config.json").exists()
+    if begun:
+        stored = paths.load_json(folder / "config.json")
         wanted = dataclasses.asdict(config) | {"width": list(config.width or ())}
         if any(stored.get(k) != v for k, v in wanted.items() if k not in ("device", "epochs")):
             return "other settings"
         if is_complete(folder, config):
             return "done"
     log = log_path(dataset, arm, config.seed)
-    said = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    last = next((line for line in reversed(said) if line.strip()), "")
+    said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    last = said.rstrip().rsplit("\n", 1)[-1]
     if last.startswith("error: "):
         return f"failed: {last.removeprefix('error: ')}"
-    if stored is not None and (folder / "metrics.csv").exists():
+    if begun and (folder / "metrics.csv").exists():
         return f"epoch {len(pd.read_csv(folder / 'metrics.csv'))} of {config.epochs}"
     return "missing"
 
 
 def status(
-    dataset: str, preset: Mapping[str, Any], arms: Iterable[str], seeds: Iterable[int]
+    dataset: str, preset: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[int]
 ) -> pd.DataFrame:
     """`state` of every run of a study: one row per arm, one column per seed."""
-    arms = list(arms)
-    return pd.DataFrame(
-        {
-            seed: {arm: state(dataset, arm, train_config(arm, preset, seed)) for arm in arms}
-            for seed in seeds
-        }
-    )
+    configs = {(arm, s): train_config(arm, preset, s) for s in seeds for arm in arms}
+    states = {run: state(dataset, run[0], config) for run, config in configs.items()}
+    return pd.Series(states).unstack(sort=False)
 
 
 def missing_runs(
-    dataset: str, preset: Mapping[str, Any], arms: Iterable[str], seeds: Iterable[int]
+    dataset: str, preset: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[int]
 ) -> list[tuple[str, int]]:
     """Arm and seed of each run that is not done, one seed of all arms after the other: a study that
     is stopped can be compared as far as it got.
@@ -258,38 +212,30 @@ def missing_runs(
     return [(arm, seed) for seed in table for arm in table.index if table.at[arm, seed] != "done"]
 
 
+def _complete(folder: Path) -> dict[str, Any] | None:
+    """Settings of a finished run; None if it is not finished or a file is broken."""
+    try:
+        config = paths.load_json(folder / "config.json")
+        return config if is_complete(folder, SimpleNamespace(epochs=config["epochs"])) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
-    """The finished runs of a dataset that can be compared, and what is left out.
+    """The finished runs of a dataset that can be compared (arm -> seed -> folder, in the order of
+    `ARMS`), and one line per run that is left out, with the reason.
 
     Runs are compared with the first finished one of P4M or AlexNet, or of any arm if these have
     none. They must agree in `MATCHED`, and in the number of epochs unless they are untrained; all
     but AlexNets must agree in width, and so must AlexNets. Published arms need not agree.
-
-    Returns
-    -------
-    runs : dict of arm to dict of seed to Path
-        In the order of `ARMS`.
-    left_out : list of str
-        One line per run that is unfinished or not matched, with the reason.
-
-    Raises
-    ------
-    FileNotFoundError
-        No finished run.
+    FileNotFoundError if no run is finished.
     """
     root, left_out = paths.runs_dir(dataset), []
     stored: dict[tuple[str, int], dict[str, Any]] = {}
     for arm in ARMS:
-        folders = [f for f in (root / arm).glob("seed*") if (f / "config.json").exists()]
-        numbers = sorted(int(f.name[4:]) for f in folders if f.name[4:].isdecimal())
-        for seed in numbers:
-            folder = root / arm / f"seed{seed}"
-            try:
-                config = paths.load_json(folder / "config.json")
-                complete = is_complete(folder, SimpleNamespace(epochs=config["epochs"]))
-            except (OSError, ValueError, KeyError):  # a broken file is an unfinished run
-                complete = False
-            if complete:
+        folders = (file.parent for file in (root / arm).glob("seed*/config.json"))
+        for seed in sorted(int(f.name[4:]) for f in folders if f.name[4:].isdecimal()):
+            if config := _complete(root / arm / f"seed{seed}"):
                 stored[arm, seed] = config
             else:
                 left_out.append(f"{arm} seed {seed}: not finished")
@@ -297,18 +243,15 @@ def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
         where = paths.show(root)
         raise FileNotFoundError(f"{where} holds no finished run: run 02_train_alexnet first")
     first = min(stored, key=lambda run: ("p4m", "alexnet", *ARMS).index(run[0]))
-    widths = {
-        ARMS[arm].backbone == "alexnet": c["width"] for (arm, _), c in [*stored.items()][::-1]
-    }
-    runs: dict[str, dict[int, Path]] = {}
+    fixed, widths, runs = stored[first], {}, {}
     for (arm, seed), config in stored.items():
-        fixed, names = stored[first], set(MATCHED) - {name for name, _ in ARMS[arm].changes}
-        differ = [n for n in MATCHED if n in names and config.get(n) != fixed.get(n)]
-        if not ARMS[arm].untrained and config["epochs"] != fixed["epochs"]:
-            differ.append("epochs")
-        if config["width"] != widths[ARMS[arm].backbone == "alexnet"]:
+        known = ARMS[arm]
+        compared = [n for n in MATCHED if n not in dict(known.changes)]
+        compared += [] if known.untrained else ["epochs"]
+        differ = [n for n in compared if config.get(n) != fixed.get(n)]
+        if config["width"] != widths.setdefault(known.backbone == "alexnet", config["width"]):
             differ.append("width")
-        if differ and ARMS[arm].kind != "published":
+        if differ and known.kind != "published":
             than = f"{first[0]} seed {first[1]}"
             left_out.append(f"{arm} seed {seed}: other {', '.join(differ)} than {than}")
         else:

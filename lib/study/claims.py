@@ -156,28 +156,27 @@ Answers = Mapping[str, np.ndarray]  # of the probes of a run, see lib.study.meas
 # --- reading the results --------------------------------------------------------------------------
 
 
+def _seeds(results: Results, arm: str) -> Mapping[str, Any]:
+    return results["arms"][arm]["seeds"] if arm in results["arms"] else {}
+
+
 def values_of(results: Results, arm: str, key: str) -> dict[str, float]:
     """A measure by seed, without the seeds that have no number."""
-    seeds = results["arms"].get(arm, {"seeds": {}})["seeds"]
-    found = {seed: entry["values"].get(key) for seed, entry in seeds.items()}
-    return {
-        s: float(v) for s, v in found.items() if isinstance(v, int | float) and math.isfinite(v)
-    }
+    found = {seed: run["values"].get(key) for seed, run in _seeds(results, arm).items()}
+    numbers = {seed: float(v) for seed, v in found.items() if isinstance(v, int | float)}
+    return {seed: v for seed, v in numbers.items() if math.isfinite(v)}
 
 
 def reason(results: Results, arm: str, key: str) -> str:
     """Why a measure has no number, such as "fewer than 2 classes"; empty if nothing is known."""
-    for entry in results["arms"].get(arm, {"seeds": {}})["seeds"].values():
-        if isinstance(entry["values"].get(key), str):
-            return entry["values"][key]
-    return ""
+    found = (run["values"].get(key) for run in _seeds(results, arm).values())
+    return next((value for value in found if isinstance(value, str)), "")
 
 
 def collapsed(results: Results, arm: str) -> list[str]:
     """Seeds of the runs that collapsed: most images in one cluster, or few clusters in use."""
-    largest, perplexity = (
-        values_of(results, arm, key) for key in ("largest_cluster", "perplexity")
-    )
+    largest = values_of(results, arm, "largest_cluster")
+    perplexity = values_of(results, arm, "perplexity")
     least = LEAST_PERPLEXITY * results["settings"]["n_clusters"]
     return [s for s in largest if largest[s] > LARGEST_CLUSTER or perplexity.get(s, least) < least]
 
@@ -205,10 +204,9 @@ def overview(results: Results) -> dict[str, Any]:
         measures = {}
         for key in dict.fromkeys(key for run in entry["seeds"].values() for key in run["values"]):
             if by_seed := values_of(results, arm, key):
-                numbers = zip(
-                    ("mean", "low", "high"), seed_interval(list(by_seed.values())), strict=True
-                )
-                measures[key] = {**dict(numbers), "n": len(by_seed), "by_seed": by_seed}
+                mean, low, high = seed_interval(list(by_seed.values()))
+                numbers = {"mean": mean, "low": low, "high": high, "n": len(by_seed)}
+                measures[key] = numbers | {"by_seed": by_seed}
         about = {"title": entry["title"], "kind": entry["kind"], "seeds": list(entry["seeds"])}
         arms[arm] = {**about, "collapsed": collapsed(results, arm), "measures": measures}
     return {
@@ -226,42 +224,31 @@ def overview(results: Results) -> dict[str, Any]:
 def paired(
     differences: ArrayLike, extra_se: float = 0.0, resolution: float = 0.0
 ) -> dict[str, float]:
-    """Mean of paired differences, one per seed, with interval, test and effect size.
+    """Mean of paired differences (n,), one per seed, with interval, test and effect size.
 
     Student's t: with three to five seeds no test without an assumption on the distribution can
     reach a corrected level (the exact sign-flip test has p of at least 2 / 2^n, 0.0625 for five).
     It assumes that the differences under the same seed are roughly normal; without a difference
     between the arms they are symmetric about 0, where t errs on the safe side for long tails.
 
-    Parameters
-    ----------
-    differences : (n,) float
-    extra_se : float
-        Standard error from a source that all seeds share, such as which patients were tested. It is
-        added in quadrature; degrees of freedom by Welch and Satterthwaite, with this part taken as
-        known. The interval is too wide rather than too narrow.
-    resolution : float
-        Step of the measure. The standard deviation is taken to be at least that of rounding both
-        arms, resolution / sqrt(6): three equal whole numbers are no proof of no spread.
+    `extra_se` is the standard error from a source that all seeds share, such as which patients were
+    tested. It is added in quadrature; degrees of freedom by Welch and Satterthwaite, with this part
+    taken as known. The interval is too wide rather than too narrow.
+
+    `resolution` is the step of the measure. The standard deviation is taken to be at least that of
+    rounding both arms, resolution / sqrt(6): three equal whole numbers are no proof of no spread.
 
     Returns
     -------
     dict
         ``n``, ``mean``, ``low``, ``high`` (95 %), ``p`` (two-sided), ``sign_flip_p`` (exact),
         ``hedges_g``: mean over standard deviation, times 1 - 3 / (4 n - 5) (Hedges 1981). NaN if n
-        is too small.
-
-    Raises
-    ------
-    ValueError
-        No difference, or one that is not finite.
+        is too small. ValueError for no difference, or one that is not finite.
     """
     differences = np.asarray(differences, dtype=float)
     n = differences.size
     if differences.ndim != 1 or n == 0 or not np.isfinite(differences).all():
-        raise ValueError(
-            f"expected finite differences (n,) of at least one seed, got {differences}"
-        )
+        raise ValueError(f"expected finite differences (n,), n at least 1, got {differences}")
     mean = float(differences.mean())
     found = {"n": n, "mean": mean}
     found |= dict.fromkeys(("low", "high", "p", "sign_flip_p", "hedges_g"), math.nan)
@@ -333,10 +320,11 @@ def detectable(n: int, power: float = 0.8) -> float:
     if n < LEAST_SEEDS:
         return math.nan
     critical = stats.t.ppf(1 - ALPHA / (2 * len(CLAIMS)), n - 1)
-    root = math.sqrt(n)
-    return float(
-        optimize.brentq(lambda d: stats.nct.sf(critical, n - 1, d * root) - power, 0.01, 200)
-    )
+
+    def excess(d: float) -> float:
+        return stats.nct.sf(critical, n - 1, d * math.sqrt(n)) - power
+
+    return float(optimize.brentq(excess, 0.01, 200))
 
 
 def _resampled(measure: Measure, answers: Answers, weights: np.ndarray) -> np.ndarray:
@@ -365,10 +353,8 @@ def patient_se(
         raise ValueError("the two arms were tested on different images")
     samples = []
     for weights in bootstrap_weights(everyone[0][f"{part}_patients"], n_boot, seed=0):
-        ours, theirs = (
-            [_resampled(measure, answers, weights) for answers in arm]
-            for arm in (treatment, reference)
-        )
+        values = [_resampled(measure, answers, weights) for answers in everyone]
+        ours, theirs = values[: len(treatment)], values[len(treatment) :]
         samples.append(np.mean(ours, axis=0) - np.mean(theirs, axis=0))
     sample = np.concatenate([np.empty(0), *samples])
     sample = sample[~np.isnan(sample)]
@@ -383,18 +369,9 @@ def compare(
     answers: Mapping[str, Mapping[str, Answers]] | None = None,
     n_boot: int = 300,
 ) -> dict[str, Any]:
-    """Two arms on every measure of every claim, over the seeds that both have.
-
-    Parameters
-    ----------
-    results : mapping
-        Contents of results.json.
-    treatment, reference : str
-        Arms; a positive difference speaks for the claim about `treatment`.
-    purpose : str
-        What the comparison is for.
-    answers : mapping of arm to mapping of seed to answers, optional
-        For the bootstrap over patients.
+    """Two arms on every measure of every claim, over the seeds that both have; a positive
+    difference speaks for the claim about `treatment`. `purpose` says what the comparison is for;
+    `answers` (arm -> seed -> answers) are for the bootstrap over patients.
 
     Returns
     -------
@@ -431,12 +408,8 @@ def compare(
     ours, theirs = (results["arms"][arm]["seeds"] for arm in arms)
     seeds = [seed for seed in ours if seed in theirs]
     about = {"treatment": treatment, "reference": reference, "purpose": purpose, "seeds": seeds}
-    measures = list(entries.values())
-    return about | {
-        "detectable_g": detectable(len(seeds)),
-        "verdicts": verdicts,
-        "measures": measures,
-    }
+    about |= {"detectable_g": detectable(len(seeds)), "verdicts": verdicts}
+    return about | {"measures": list(entries.values())}
 
 
 def compare_all(

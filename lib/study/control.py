@@ -19,17 +19,10 @@ from lib.runs import Run, TrainConfig
 
 
 def agreement(run: Run, classes: np.ndarray) -> pd.DataFrame:
-    """NMI and AMI of the clusters with known `classes` (N,), one row per epoch from 0, the
-    untrained network.
-    """
-    clusters = [*run.assignments, run.final_assignments]
-    return pd.DataFrame(
-        {
-            "epoch": range(len(clusters)),
-            "nmi": [metrics.nmi(found, classes) for found in clusters],
-            "ami": [metrics.ami(found, classes) for found in clusters],
-        }
-    )
+    """NMI and AMI of the clusters with `classes` (N,) by epoch from 0, the untrained network."""
+    clusters = enumerate([*run.assignments, run.final_assignments])
+    rows = [(epoch, metrics.nmi(c, classes), metrics.ami(c, classes)) for epoch, c in clusters]
+    return pd.DataFrame(rows, columns=["epoch", "nmi", "ami"])
 
 
 def on_digits(
@@ -39,23 +32,11 @@ def on_digits(
     turned: bool = False,
     n: int = 1797,
 ) -> dict[str, pd.DataFrame]:
-    """Train arms on digits, or read finished runs, and compare their clusters with the classes.
+    """Train arms on `n` digits (up to 1,797), or read finished runs, and compare their clusters
+    with the classes; with `turned` each digit is turned by a random angle, drawn once.
 
-    Parameters
-    ----------
-    configs : mapping of arm to TrainConfig
-        Settings of other runs; K becomes 20 if it is larger, and no image is rotated.
-    seeds : iterable of int
-    epochs : int
-    turned : bool
-        Each digit turned by a random angle, drawn once.
-    n : int
-        Digits, up to 1,797.
-
-    Returns
-    -------
-    dict of arm to DataFrame
-        Columns ``epoch`` (0: untrained), ``nmi``, ``ami`` and ``seed``.
+    The settings are those of other runs, but K is at most 20 and no image is rotated. Returns per
+    arm the columns ``epoch`` (0: untrained), ``nmi``, ``ami`` and ``seed``.
     """
     images, table = make_digits(turned, n=n)
     dataset = f"control-digits{'-turned' * turned}-{n}"

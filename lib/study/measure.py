@@ -45,21 +45,10 @@ PROCESS_BYTES = 900e6  # per process that measures: 0.6 GB measured, and room
 def of_run(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict[str, Any]:
     """Measure a finished run, or read what was measured before.
 
-    Parameters
-    ----------
-    arm : str
-        Of the run; or ``"pixels"``, ``"random"``: baselines with PCA size, K and seed of `config`.
-    folder : Path
-        Of the run; where the numbers are kept.
-    config : TrainConfig
-    material : Material
-
-    Returns
-    -------
-    dict
-        ``values`` (per measure a number, or a text that says why there is none), ``details``
-        (curves and tables), ``of`` (what was measured). Written to measures.json, with the answers
-        of the probes in scores.npz.
+    The arm ``"pixels"`` or ``"random"`` is a baseline with PCA size, K and seed of `config`. In
+    `folder`, that of the run, ``measures.json`` keeps the numbers and ``scores.npz`` the answers of
+    the probes. Returns ``values`` (per measure a number, or a text that says why there is none),
+    ``details`` (curves and tables) and ``of`` (what was measured).
     """
     of = _identity(arm, folder, config, material)
     if (found := _stored(folder, of)) is not None:
@@ -140,14 +129,7 @@ def turned_phantoms(dataset: str, pictures: np.ndarray) -> np.ndarray | None:
 
 def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, Any]:
     """Numbers of all finished runs of a data set and of the baselines; what was measured before is
-    read.
-
-    Parameters
-    ----------
-    dataset : str
-    jobs : int
-        Processes that measure; fewer if memory is limited.
-    effort : Effort
+    read. At most `jobs` processes measure; fewer if memory is limited.
 
     Returns
     -------
@@ -156,12 +138,7 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
         ``settings``; ``code`` (versions that trained the runs); ``arms``: arm -> title, kind,
         backbone, rotation, pseudo_labels, parameters, feature_dim, flops and ``seeds``: seed (as
         text) -> ``values``, ``details`` of `of_run`; ``missing`` (one line per run that is left out
-        and per arm without a run).
-
-    Raises
-    ------
-    FileNotFoundError
-        As `lib.study.arms.finished`.
+        and per arm without a run). FileNotFoundError if no run is finished.
     """
     pictures, metadata = data.load(paths.dataset_dir(dataset))
     material = Material(pictures, metadata, effort=effort)
@@ -182,8 +159,8 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
     for (arm, folder, config), numbers in zip(tasks, found, strict=True):
         if arm not in arms:
             arms[arm] = _about(arm, config) | {"seeds": {}}
-        seed = {name: numbers[name] for name in ("values", "details")}
-        arms[arm]["seeds"][folder.name.removeprefix("seed")] = seed
+        numbers.pop("of")
+        arms[arm]["seeds"][folder.name.removeprefix("seed")] = numbers
     reference = configs[first, next(iter(runs[first]))]
     codes = {paths.load_json(tasks[k][1] / "config.json").get("code") for k in range(len(configs))}
     absent = [f"{a}: no finished run ({ARMS[a].title})" for a in GROUPS["all"] if a not in runs]
@@ -221,8 +198,8 @@ def _about(arm: str, config: TrainConfig) -> dict[str, Any]:
         return about | {"parameters": 0, "feature_dim": 4096, "flops": 0}
     about["rotation"] = config.rotation_degrees > 0 and config.epochs > 0
     about["pseudo_labels"] = config.pseudo_labels if config.epochs else "nothing"
-    spent = cost(config.backbone, config.n_clusters, config.width)
-    return about | {"backbone": config.backbone, "width": config.width} | spent
+    about |= {"backbone": config.backbone, "width": config.width}
+    return about | cost(config.backbone, config.n_clusters, config.width)
 
 
 # --- the file of results --------------------------------------------------------------------------
@@ -244,12 +221,12 @@ def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndar
     (n,), right or not; ``labelled_test`` (m,), ``combinations`` (m,), right or not, ``findings``
     (m, F), log-odds, ``truth`` (m, F) bool; ``test_patients`` and ``labelled_test_patients``.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {arm: {} for arm in results["arms"]}
     for arm, entry in results["arms"].items():
         for seed in entry["seeds"]:
             folder = paths.run_dir(results["dataset"]["name"], arm, int(seed))
             with np.load(folder / ANSWERS) as file:
-                found.setdefault(arm, {})[seed] = dict(file)
+                found[arm][seed] = dict(file)
     return found
 
 
@@ -260,10 +237,9 @@ def curves(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     found = {}
     for arm, entry in results["arms"].items():
         tables = {seed: run["details"].get("curves") for seed, run in entry["seeds"].items()}
-        frames = [
-            pd.DataFrame(t).assign(seed=int(s)) for s, t in tables.items() if t and t["epoch"]
-        ]
-        if frames:
+        there = {seed: table for seed, table in tables.items() if table and table["epoch"]}
+        if there:
+            frames = [pd.DataFrame(table).assign(seed=int(s)) for s, table in there.items()]
             found[arm] = pd.concat(frames, ignore_index=True)
     return found
 
@@ -272,14 +248,16 @@ def known(results: Mapping[str, Any]) -> dict[str, dict[str, pd.DataFrame]]:
     """Factor (see `lib.study.parts.factors`) -> trained arm -> ``seed, epoch, ami``; ``epoch`` is
     how long the network behind the clusters was trained, 0 for the untrained one.
     """
-    found: dict[str, dict[str, pd.DataFrame]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for arm in curves(results):
         for seed, run in results["arms"][arm]["seeds"].items():
             for factor, amis in run["details"]["known"].items():
                 table = pd.DataFrame({"seed": int(seed), "epoch": range(len(amis)), "ami": amis})
-                earlier = found.setdefault(factor, {}).get(arm)
-                found[factor][arm] = pd.concat([earlier, table], ignore_index=True)
-    return found
+                found.setdefault(factor, {}).setdefault(arm, []).append(table)
+    return {
+        factor: {arm: pd.concat(tables, ignore_index=True) for arm, tables in arms.items()}
+        for factor, arms in found.items()
+    }
 
 
 def roc_curves(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:

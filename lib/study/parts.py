@@ -185,10 +185,9 @@ def _probe(
         return {f"probe_{name}": reason}, {}
     options = {"groups": material.patients, "seed": subject.seed, "n_boot": material.effort.n_boot}
     answer = metrics.probe(subject.features, labels, *rows, **options)
+    numbers = ("low", "high", "majority", "chance", "n_classes")
     found = {f"probe_{name}": answer["accuracy"], name: answer["correct"]}
-    for key in ("low", "high", "majority", "chance", "n_classes"):
-        found[f"probe_{name}_{key}"] = answer[key]
-    return found, answer
+    return found | {f"probe_{name}_{key}": answer[key] for key in numbers}, answer
 
 
 def cluster_probe(subject: Subject, material: Material) -> Found:
@@ -235,8 +234,8 @@ def label_probe(subject: Subject, material: Material) -> Found:
     for name in ("auroc_macro", "auroc_micro", "ap_macro", "ap_micro"):
         found |= {name: float(ours[name][0]), f"{name}_prevalence": float(blind[name][0])}
     found["by_label"] = {name: ours[name][0] for name in ("auroc", "ap")}
-    found["roc"] = scores.roc_curves(probabilities, asked, RATES)
-    found["roc_guess"] = scores.roc_curves(guess, asked, RATES)
+    for name, some in {"roc": probabilities, "roc_guess": guess}.items():
+        found[name] = scores.roc_curves(some, asked, RATES)
     return found | {"findings": log_odds, "truth": asked}
 
 
@@ -312,9 +311,8 @@ def laterality(subject: Subject, material: Material) -> Found:
 def effusion_side(subject: Subject, material: Material) -> Found:
     """Can a linear classifier tell a left from a right effusion?
 
-    Each image is used twice, as it is and mirrored (side swapped). Otherwise left and right
-    effusions would be of different patients, and a probe could separate them without seeing the
-    side.
+    Each image is used twice, as it is and mirrored (side swapped): otherwise left and right
+    effusions are of different patients, and a probe could separate these without seeing the side.
     """
     side, (train, test) = material.metadata.get("side"), material.rows()
     if side is None or "Effusion" not in material.labels:
@@ -358,9 +356,8 @@ def found_again(subject: Subject, material: Material) -> Found:
     lift = answer["precision"] - answer["chance"]
     found: Found = {"retrieval": {name: answer[name] for name in ("precision", "chance")}}
     found["retrieval_lift"] = float(scores.mean_known(lift[None], axis=1)[0])
-    for key in ("same_patient", "same_patient_chance"):
-        found[f"retrieval_{key}"] = answer[key]
-    return found
+    same = ("same_patient", "same_patient_chance")
+    return found | {f"retrieval_{key}": answer[key] for key in same}
 
 
 CURVES = ("epoch", "nmi_prev", "ami_prev", "loss", "largest_cluster", "clusters_used", "perplexity")
@@ -412,12 +409,10 @@ def known(subject: Network, material: Material) -> Found:
     """
     rows, there = [*subject.run.assignments, subject.assignments], factors(material)
     curves = {name: [metrics.ami(row, of) for row in rows] for name, of in there.items()}
-    if "classes" not in there:
-        return {"known": curves} | dict.fromkeys(
-            ("ami_classes", "nmi_classes"), "no single classes"
-        )
-    nmi = metrics.nmi(subject.assignments, there["classes"])
-    return {"known": curves, "ami_classes": curves["classes"][-1], "nmi_classes": nmi}
+    ami = nmi = "no single classes"
+    if "classes" in there:
+        ami, nmi = curves["classes"][-1], metrics.nmi(subject.assignments, there["classes"])
+    return {"known": curves, "ami_classes": ami, "nmi_classes": nmi}
 
 
 def agreement_by_chance(subject: Random, material: Material) -> Found:

@@ -131,17 +131,20 @@ def _note(text: str) -> str:
     return f"{text}\n\n{COLLAPSED}" if "†" in text else text
 
 
+def _shown(results: Results, arms: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
+    return {arm: of for arm, of in results["arms"].items() if arms is None or arm in arms}
+
+
 def measure_table(
     results: Results, columns: Mapping[str, str], arms: Sequence[str] | None = None
 ) -> str:
     """One row per arm, one column per measure, see `cell`; arms without a number are left out."""
     rows, reasons = [], {}
-    for arm, entry in results["arms"].items():
-        if arms is None or arm in arms:
-            cells = [cell(results, arm, key) for key in columns]
-            if any(values_of(results, arm, key) for key in columns):
-                rows.append([entry["title"], *cells, str(len(entry["seeds"]))])
-            reasons |= dict.fromkeys(cells)
+    for arm, entry in _shown(results, arms).items():
+        cells = [cell(results, arm, key) for key in columns]
+        if any(values_of(results, arm, key) for key in columns):
+            rows.append([entry["title"], *cells, str(len(entry["seeds"]))])
+        reasons |= dict.fromkeys(cells)
     if not rows:
         return "; ".join(why for why in reasons if why != "–") or "No run has these numbers."
     return _note(table(["arm", *columns.values(), "seeds"], rows))
@@ -159,17 +162,14 @@ def frame(results: Results) -> pd.DataFrame:
 
 def occupancy_table(results: Results, arms: Sequence[str] | None = None) -> str:
     """Are the images spread over the clusters? One row per arm, one value per seed."""
-    rows = []
-    for arm, entry in results["arms"].items():
-        if arms is None or arm in arms:
-            keys = {"largest_cluster": 2, "clusters_used": 0, "perplexity": 1}
-            cells = [
-                ", ".join(number(v, digits) for v in values_of(results, arm, key).values())
-                for key, digits in keys.items()
-            ]
-            fallen = ", ".join(collapsed(results, arm))
-            rows.append([entry["title"], *cells, f"seed {fallen} †" if fallen else "none"])
-    k = results["settings"]["n_clusters"]
+    rows, k = [], results["settings"]["n_clusters"]
+    for arm, entry in _shown(results, arms).items():
+        cells = []
+        for key, digits in {"largest_cluster": 2, "clusters_used": 0, "perplexity": 1}.items():
+            values = values_of(results, arm, key).values()
+            cells.append(", ".join(number(value, digits) for value in values))
+        fallen = ", ".join(collapsed(results, arm))
+        rows.append([entry["title"], *cells, f"seed {fallen} †" if fallen else "none"])
     header = ["arm", "largest cluster, share of the images", f"clusters in use, of {k}"]
     return _note(table([*header, f"perplexity, at most {k}", "collapsed"], rows))
 
@@ -182,19 +182,18 @@ TARGETS = {  # what a probe predicts: measure, name
     "label_combinations": ("probe_combinations", "label combinations"),
     "findings": ("auroc_macro", "labels, mean AUROC"),
 }
+BESIDE = {"patients_low": "low", "patients_high": "high", "baseline": "majority"}
+BESIDE |= {"chance": "chance", "n_classes": "n_classes"}
 
 
 def linear_probe_table(results: Results, published: Mapping[str, Any]) -> pd.DataFrame:
     """Table 1: the probes of each arm over its seeds, beside majority and published value.
 
-    Returns
-    -------
-    DataFrame
-        ``target, arm, n_seeds, accuracy`` (or mean AUROC); ``seeds_low, seeds_high`` (95 %,
-        Student's t; NaN over a mixture of collapsed and whole runs); ``patients_low,
-        patients_high`` (95 % bootstrap over test patients); ``ci_low, ci_high`` (the wider of
-        both); ``baseline`` (majority; 0.5 for AUROC), ``chance, n_classes, collapsed`` (seeds),
-        ``published, published_baseline``. No row for what is not defined.
+    Columns are ``target, arm, n_seeds, accuracy`` (or mean AUROC); ``seeds_low, seeds_high`` (95 %,
+    Student's t; NaN over a mixture of collapsed and whole runs); ``patients_low, patients_high``
+    (95 % bootstrap over test patients); ``ci_low, ci_high`` (the wider of both); ``baseline``
+    (majority; 0.5 for AUROC), ``chance, n_classes, collapsed`` (seeds), ``published,
+    published_baseline``. There is no row for what is not defined.
     """
     rows, known = [], published["linear_probe"]
     for target, (key, _) in TARGETS.items():
@@ -206,18 +205,17 @@ def linear_probe_table(results: Results, published: Mapping[str, Any]) -> pd.Dat
             seeds = [math.nan] * 2 if 0 < fallen < len(values) else np.clip(seeds, 0, 1).tolist()
             row |= {"n_seeds": len(values), "accuracy": mean, "collapsed": fallen}
             row |= {"seeds_low": seeds[0], "seeds_high": seeds[1]}
-            names = ("patients_low", "patients_high", "baseline", "chance", "n_classes")
-            for name, ending in zip(
-                names, ("low", "high", "majority", "chance", "n_classes"), strict=True
-            ):
+            for name, ending in BESIDE.items():
                 beside = list(values_of(results, arm, f"{key}_{ending}").values())
                 row[name] = np.mean(beside) if beside else 0.5 if target == "findings" else math.nan
             row["ci_low"] = np.nanmin([seeds[0], row["patients_low"], mean])
             row["ci_high"] = np.nanmax([seeds[1], row["patients_high"], mean])
-            shown, majority = arm in known and target != "findings", "majority_baseline_recomputed"
-            row["published"] = known[arm] if shown else math.nan
-            shown = shown and target == "label_combinations"
-            rows.append(row | {"published_baseline": known[majority] if shown else math.nan})
+            row |= {"published": math.nan, "published_baseline": math.nan}
+            if arm in known and target != "findings":
+                row["published"] = known[arm]
+                if target == "label_combinations":
+                    row["published_baseline"] = known["majority_baseline_recomputed"]
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -435,9 +433,10 @@ def save_captions(
     section that replaces an earlier one of `notebook`, such as ``"06_claims"``. A file that is not
     there begins with a title and `attribution`.
     """
-    path, blocks = Path(path), [f"## Figures of {notebook}"]
-    text = f"# Figures: {label}\n\n{attribution}\n"
-    text = path.read_text(encoding="utf-8") if path.exists() else text
+    path, text = Path(path), f"# Figures: {label}\n\n{attribution}\n"
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+    blocks = [f"## Figures of {notebook}"]
     blocks += [f"Seeds {', '.join(map(str, seeds))}. Made by `{command}`."]
     blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in figures.items()]
     begin, end = (f"<!-- {slash}figures of {notebook} -->\n" for slash in ("", "/"))
