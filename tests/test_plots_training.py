@@ -142,13 +142,15 @@ def test_samples_prefer_images_with_one_label():
 
 
 def test_clusters_show_the_largest_first_and_the_nearest_first():
-    images = np.zeros((9, 64, 64), np.uint8) + np.arange(9, dtype=np.uint8)[:, None, None]
-    embedding = np.array([0, 8, 1, 9, 5, 6, 7, 3, 4])[:, None] ** 2
-    assignments = np.array([4, 4, 4, 4, 4, 1, 1, 1, 2])
-    figure = training.clusters(images, embedding, assignments, LABEL, n_rows=2, per_row=4)
+    images = np.zeros((14, 64, 64), np.uint8) + np.arange(14, dtype=np.uint8)[:, None, None]
+    embedding = np.array([0, 8, 1, 9, 5, 6, 7, 3, *range(10, 16)])[:, None] ** 2
+    assignments = np.array([4, 4, 4, 4, 4, 1, 1, 1, 2, 3, 5, 6, 7, 8])
+    figure = training.clusters(images, embedding, assignments, LABEL)
     pixels = [[float(image.get_array()[0, 0]) for image in axes.images] for axes in figure.axes]
-    assert pixels == [[2], [4], [1], [2], [0], [6], [5], [6], [7], []]
-    assert "2 largest of 3 clusters" in said(figure)
+    assert len(pixels) == 6 * 11
+    assert pixels[:7] == [[2], [4], [1], [2], [0], [3], []]
+    assert pixels[11:16] == [[6], [5], [6], [7], []]
+    assert "6 largest of 8 clusters" in said(figure)
 
 
 def test_probes_have_a_panel_per_target():

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from lib.plots import style
 from lib.plots.style import CHANCE, DARK, LIGHT, LINES, NO_FINDING, PALETTE
 
+Arms = Mapping[str, Mapping[str, Any]]
+Curves = Mapping[str, Mapping[str, Sequence[float]]]
 PRICES = {
     "tells_mirrored": "mirrored\nfilm",
     "tells_upside_down": "upside-down\nfilm",
@@ -33,7 +35,15 @@ def _dots(axes: Axes, look: style.Look, values: Sequence, mean: tuple, flat: boo
     x, y = (values, [mean[1]] * len(values)) if flat else ([mean[0]] * len(values), values)
     axes.plot(x, y, "o", color=look.colour, markersize=2, alpha=0.6)
     edge = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 4}
-    axes.plot(*mean, color=look.colour, marker=look.marker, **edge)
+    axes.plot(*mean, **look.line, **edge)
+
+
+def _differences(arms: Arms, comparison: Mapping, measure: Mapping, seeds: Sequence) -> list[float]:
+    """Treatment minus reference of each seed, positive if it speaks for the claim."""
+    both = (arms[comparison[side]]["measures"] for side in ("treatment", "reference"))
+    a, b = (measures.get(measure["key"], {}).get("by_seed", {}) for measures in both)
+    sign = 1 if measure["higher_is_better"] else -1
+    return [sign * (a[seed] - b[seed]) for seed in map(str, seeds)]
 
 
 @style.context()
@@ -89,17 +99,6 @@ def forest(result: Mapping[str, Any]) -> Figure:
     return style.finish(figure, result["dataset_label"], *notes)
 
 
-def _differences(
-    arms: Mapping, comparison: Mapping, measure: Mapping, seeds: Sequence[int]
-) -> list[float]:
-    """Treatment minus reference of each seed, positive if it speaks for the claim."""
-    both = (arms[comparison[side]]["measures"] for side in ("treatment", "reference"))
-    found = (measures.get(measure["key"], {}).get("by_seed", {}) for measures in both)
-    a, b = ({str(seed): value for seed, value in by_seed.items()} for by_seed in found)
-    sign = 1 if measure["higher_is_better"] else -1
-    return [sign * (a[seed] - b[seed]) for seed in map(str, seeds)]
-
-
 @style.context()
 def control_curves(
     curves: Mapping[str, pd.DataFrame], chance: Mapping[str, float], dataset_label: str
@@ -139,11 +138,7 @@ def control_curves(
 
 @style.context()
 def roc(
-    curves: Mapping[str, Mapping[str, Sequence[float]]],
-    arms: Mapping[str, Mapping[str, Any]],
-    false_positive_rates: Sequence[float],
-    dataset_label: str,
-    n_test: int,
+    curves: Curves, arms: Arms, rates: Sequence[float], dataset_label: str, n_test: int
 ) -> Figure:
     """ROC curves of the probe of findings, macro- and micro-averaged, at most 6 with those of a
     guess that looks at no image.
@@ -153,6 +148,8 @@ def roc(
     curves : mapping of arm to mapping
         ``macro`` and ``micro``: true positive rates. Areas are the measures ``auroc_<average>``;
         those of the arm ``guess`` are ``auroc_<average>_prevalence`` of the first arm.
+    rates : sequence
+        False positive rates.
     n_test : int
         Images tested.
     """
@@ -167,7 +164,7 @@ def roc(
             of, key = (names[0], "_prevalence") if name == "guess" else (name, "")
             area = arms[of]["measures"].get(f"auroc_{average}{key}", {"mean": None})["mean"]
             label = "–" if area is None else f"{area:.3f}"
-            axes.plot(false_positive_rates, curves[name][average], label=label, **line)
+            axes.plot(rates, curves[name][average], label=label, **line)
         axes.plot([0, 1], [0, 1], **CHANCE)
         axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", title=HEADINGS[average])
         axes.grid()
@@ -184,11 +181,7 @@ def roc(
 
 @style.context()
 def invariance(
-    curves: Mapping[str, Mapping[str, Sequence[float]]],
-    arms: Mapping[str, Mapping[str, Any]],
-    angles: Sequence[float],
-    dataset_label: str,
-    n_images: int,
+    curves: Curves, arms: Arms, angles: Sequence[float], dataset_label: str, n_images: int
 ) -> Figure:
     """Agreement of clusters and distance of features against the angle of a turn (degrees); below,
     what a probe can no longer tell; for at most 5 arms.
@@ -196,21 +189,17 @@ def invariance(
     Parameters
     ----------
     curves : mapping of arm to mapping
-        ``ami`` (of the clusters before and after; without it ``kept``, the share that keeps its
-        cluster) and ``distance``: a value per angle, means over seeds, None if not defined.
+        ``ami`` (of the clusters before and after) and ``distance``: a value per angle, means over
+        seeds, None if not defined.
     n_images : int
         Images turned.
     """
     names = list(curves)[:5]
     looks = [style.arm(name) for name in names]
-    figure = style.new_figure(3.5, "What does a turn change?")
+    figure, keys = style.new_figure(3.5, "What does a turn change?"), {}
     grid = figure.add_gridspec(2, 2, height_ratios=[1.15, 1])
-    labels = {"distance": "distance features move\n(1: to another image)"}
-    if all("ami" in curves[name] for name in names):
-        labels = {"ami": "AMI of clusters\nbefore and after"} | labels
-    else:
-        labels = {"kept": "share keeping\ntheir cluster"} | labels
-    keys = {}
+    labels = {"ami": "AMI of clusters\nbefore and after"}
+    labels |= {"distance": "distance features move\n(1: to another image)"}
     for column, (key, label) in enumerate(labels.items()):
         axes = figure.add_subplot(grid[0, column])
         for name, look, line in zip(names, looks, LINES, strict=False):
@@ -227,7 +216,7 @@ def invariance(
         for at, key in enumerate(prices):
             if entry := arms[name]["measures"].get(key):
                 place = at + 0.15 * (number - (len(names) - 1) / 2)
-                each = [value for value in entry["by_seed"].values() if value is not None]
+                each = list(entry["by_seed"].values())
                 _dots(axes, look, each, (place, entry["mean"]), flat=False)
     axes.axhline(0.5, **CHANCE)
     axes.set_xticks(range(len(prices)), [PRICES[key] for key in prices])

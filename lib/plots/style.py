@@ -187,7 +187,7 @@ def blank_panels(figure: Figure, rows: int, columns: int, **look: Any) -> np.nda
 def rows_of(axes: Axes, names: Sequence[str]) -> None:
     """Names one below the other as the y axis, the first at the top."""
     axes.set_yticks(range(len(names)), names)
-    axes.set(ylim=(max(len(names), 1) - 0.5, -0.5), ylabel="")
+    axes.set(ylim=(len(names) - 0.5, -0.5), ylabel="")
     axes.tick_params(axis="y", length=0)
 
 

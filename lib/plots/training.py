@@ -19,13 +19,14 @@ from sklearn.metrics import silhouette_score
 from lib.plots import style
 from lib.plots.style import CHANCE, DARK, GRAY, LIGHT, MARKERS, PALETTE, SEEDS
 
+Tables, Arrays = Mapping[str, pd.DataFrame], Mapping[str, np.ndarray]
 PUBLISHED_K = 200
 PUBLISHED = {"color": DARK, "linestyle": ":", "linewidth": 0.8}
 DASHED = {"linestyle": "--", "linewidth": 0.9}
 
 
 def _curves(
-    title: str, runs: Mapping[str, pd.DataFrame], column: str, published: pd.DataFrame
+    title: str, runs: Tables, column: str, published: pd.DataFrame
 ) -> tuple[Figure, dict[str, Axes]]:
     """The seeds of each arm and the published curve up to the arm's last epoch; and the panels that
     have a curve.
@@ -48,7 +49,7 @@ def _curves(
 
 @style.context()
 def nmi_curves(
-    runs: Mapping[str, pd.DataFrame],
+    runs: Tables,
     published: pd.DataFrame,
     chance: Mapping[str, float],
     dataset_label: str,
@@ -76,10 +77,7 @@ def nmi_curves(
 
 @style.context()
 def loss_curves(
-    runs: Mapping[str, pd.DataFrame],
-    published: pd.DataFrame,
-    n_clusters: int,
-    dataset_label: str,
+    runs: Tables, published: pd.DataFrame, n_clusters: int, dataset_label: str
 ) -> Figure:
     """Mean training loss per epoch in units of ln K, a panel per arm.
 
@@ -100,9 +98,7 @@ def loss_curves(
 
 
 @style.context()
-def known_classes(
-    panels: Mapping[str, Mapping[str, pd.DataFrame]], dataset_label: str, what: str
-) -> Figure:
+def known_classes(panels: Mapping[str, Tables], dataset_label: str, what: str) -> Figure:
     """AMI of the clusters with known classes against the epoch: does the loop find what is there?
 
     Parameters
@@ -158,8 +154,6 @@ def occupancy(table: pd.DataFrame, dataset_label: str, collapsed: float) -> Figu
     height = 0.7 + 0.38 * max(len(arms), 2)
     figure = style.new_figure(height, "Do all images fall into one cluster?")
     axes = figure.subplots()
-    if not arms:
-        style.absent(axes, "no run yet")
     look = {"palette": {arm: style.arm(arm).colour for arm in arms}, "size": 4.5, "alpha": 0.8}
     named = {"x": "largest_cluster", "y": "arm", "hue": "arm", "order": arms, "legend": False}
     sns.stripplot(table, **named, **look, jitter=False, ax=axes)
@@ -212,10 +206,7 @@ def _groups(findings: Sequence[str]) -> tuple[np.ndarray, dict[str, tuple]]:
 
 @style.context()
 def tsne_maps(
-    points: Mapping[str, np.ndarray],
-    clusters: Mapping[str, np.ndarray],
-    findings: Sequence[str],
-    dataset_label: str,
+    points: Arrays, clusters: Arrays, findings: Sequence[str], dataset_label: str
 ) -> Figure:
     """t-SNE maps, a column per arm: coloured by cluster above, by label below.
 
@@ -298,31 +289,26 @@ def samples(
 
 @style.context()
 def clusters(
-    images: np.ndarray,
-    embedding: np.ndarray,
-    assignments: np.ndarray,
-    dataset_label: str,
-    n_rows: int = 6,
-    per_row: int = 10,
+    images: np.ndarray, embedding: np.ndarray, assignments: np.ndarray, dataset_label: str
 ) -> Figure:
-    """The `n_rows` largest clusters, a row each: the mean image, then the `per_row` images nearest
-    to the centroid of the `embedding`, shape (N, d); `assignments` are N cluster numbers.
+    """The six largest clusters, a row each: the mean image, then the ten images nearest to the
+    centroid of the `embedding`, shape (N, d); `assignments` are N cluster numbers.
     """
     numbers, sizes = np.unique(assignments, return_counts=True)
-    order = np.argsort(-sizes, kind="stable")[:n_rows]
+    order = np.argsort(-sizes, kind="stable")[:6]
     figure = style.new_figure(0.4 + 0.62 * len(order), "What do the largest clusters hold?", 2)
-    grid = style.blank_panels(figure, len(order), per_row + 1)
+    grid = style.blank_panels(figure, len(order), 11)
     for row, place in zip(grid, order, strict=True):
         members = np.flatnonzero(assignments == numbers[place])
         distance = np.linalg.norm(embedding[members] - embedding[members].mean(axis=0), axis=1)
-        nearest = members[np.argsort(distance, kind="stable")[:per_row]]
+        nearest = members[np.argsort(distance, kind="stable")[:10]]
         mean = np.asarray(images[members]).mean(axis=0)
         for axes, image in zip(row, [mean, *images[nearest]], strict=False):
             style.picture(axes, image)
         left = {"transform": row[0].transAxes, "ha": "right", "va": "center", "fontsize": 6}
         row[0].text(-0.1, 0.5, f"{sizes[place]:,}", **left)
     grid[0, 0].set_title("mean", fontsize=6)
-    grid[0, min(1, per_row)].set_title("nearest:", loc="left", fontsize=6)
+    grid[0, 1].set_title("nearest:", loc="left", fontsize=6)
     note = f"{len(order)} largest of {len(numbers)} clusters; at the left: images in each"
     return style.finish(figure, dataset_label, f"{note}; nearest: to the centroid")
 
