@@ -63,10 +63,7 @@ def xrays(n=40):
 
 def people(n=40):
     patients, ages = [str(i // 3) for i in range(n)], np.linspace(20, 80, n)
-    sexes, views = (
-        [("F", "M", "", "O")[i % 4] for i in range(n)],
-        [("PA", "AP")[i % 2] for i in range(n)],
-    )
+    sexes, views = ["F", "M", "", "O"] * (n // 4), ["PA", "AP"] * (n // 2)
     table = {"patient_id": patients, "age": ages, "sex": sexes, "view_position": views}
     return pd.DataFrame(table)
 
@@ -92,7 +89,7 @@ def arms():
         names = ("auroc_macro", "auroc_micro", "auroc_macro_prevalence", "auroc_micro_prevalence")
         names += ("kept", "steady", "tells_mirrored", "tells_quarter_turn")
         measures = dict.fromkeys(names, measure)
-        found[name] = {"title": f"title of {name}", "seeds": [0, 1, 2], "measures": measures}
+        found[name] = {"seeds": [0, 1, 2], "measures": measures}
     return found
 
 
@@ -117,16 +114,11 @@ def result(n_seeds=3):
 def enrichment(n_clusters=4):
     """Mass in cluster 1 only; Hernia too rare to say; AP view below the line."""
     rows = []
-    for name, kind, n in (
-        ("Mass", "finding", 25),
-        ("Hernia", "finding", 25),
-        ("AP view", "no", 25),
-    ):
+    for name, kind in {"Mass": "finding", "Hernia": "finding", "AP view": "no"}.items():
         for number in range(n_clusters):
             found = name == "Mass" and number == 1
             share, odds, q = (0.8, 3.0, 0.001) if found else (0.1, 0.5, 0.9)
             share = 0.04 if name == "Hernia" else share
-            rows.append((name, kind, number, n + number, share, odds, q))
-    return pd.DataFrame(
-        rows, columns=["property", "kind", "cluster", "n", "share", "log2_odds", "q"]
-    )
+            rows.append((name, kind, number, 25 + number, share, odds, q))
+    columns = ["property", "kind", "cluster", "n", "share", "log2_odds", "q"]
+    return pd.DataFrame(rows, columns=columns)

@@ -26,63 +26,46 @@ def pages(
     dataset_label: str,
     rows: int = 20,
 ) -> Iterator[Figure]:
-    """The atlas of a run, page by page: `rows` clusters each.
+    """The atlas of a run, which `title` names, page by page: `rows` clusters each.
 
     Parameters
     ----------
-    images : uint8, shape (N, H, W)
     clusters : sequence
         Each with ``number, size, medoid`` and ``nearest`` (rows of `images`), ``mean`` (H, W) and
         ``enriched``: tuples of property, share in the cluster, share elsewhere, q.
     n_images : int
         Images that were clustered: shares are of these.
-    title : str
-        Names the run.
-
-    Raises
-    ------
-    ValueError
-        No cluster, or `rows` < 1.
     """
-    if not clusters:
-        raise ValueError("there is no cluster to show: clusters is empty")
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
     sizes = [cluster.size for cluster in clusters]
     overall = np.average([cluster.mean for cluster in clusters], axis=0, weights=sizes)
     for first in range(0, len(clusters), rows):
         part = clusters[first : first + rows]
         place = f"{first + 1} to {first + len(part)} of {len(clusters)}, the largest first"
-        figure = _page(images, part, overall, n_images, f"{title}: clusters {place}")
         with style.context():
+            figure = style.new_figure(0.5 + 0.52 * len(part), f"{title}: clusters {place}", 2)
+            _fill(figure, images, part, overall, n_images)
             style.finish(figure, dataset_label, *NOTES)
         yield figure
 
 
-@style.context()
-def _page(
-    images: np.ndarray, clusters: Sequence[Any], overall: np.ndarray, n_images: int, title: str
-) -> Figure:
-    figure = style.new_figure(0.5 + 0.52 * len(clusters), title, 2)
+def _fill(
+    figure: Figure, images: np.ndarray, clusters: Sequence[Any], overall: np.ndarray, n_images: int
+) -> None:
+    """Fill a page, a row per cluster."""
     count = max(len(cluster.nearest) for cluster in clusters)
     widths = [1.3, 1, 1, *[1] * count, 3]
-    grid = figure.subplots(len(clusters), count + 4, squeeze=False, width_ratios=widths)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for cluster, (name, mean, medoid, *nearest, words) in zip(clusters, grid, strict=True):
+    grid = style.blank_panels(figure, len(clusters), count + 4, width_ratios=widths)
+    for cluster, (name, mean, *pictures, words) in zip(clusters, grid, strict=True):
         size = f"{cluster.size:,} ({cluster.size / n_images:.1%})"
         name.text(0, 0.5, f"{cluster.number}", fontsize=8, fontweight="bold", va="bottom")
         name.text(0, 0.45, size, fontsize=6, color=GRAY, va="top")
         style.picture(mean, cluster.mean - overall, cmap="PuOr_r", vmin=-60, vmax=60)
-        for axes, index in zip(
-            (medoid, *nearest), (cluster.medoid, *cluster.nearest), strict=False
-        ):
+        for axes, index in zip(pictures, (cluster.medoid, *cluster.nearest), strict=False):
             style.picture(axes, images[index])
-        style.frame(medoid, PALETTE[1], 1.4)
+        style.frame(pictures[0], PALETTE[1], 1.4)
         more = [f"{style.shown(name)} {a:.0%} / {b:.0%}" for name, a, b, _ in cluster.enriched]
         more[3:] = [f"and {len(more) - 3} more"] if len(more) > 3 else []
         color = DARK if more else GRAY
         words.text(0, 0.5, "\n".join(more) or "none", fontsize=6, color=color, va="center")
     for column, head in HEADS.items():
         grid[0, column].set_title(head, loc="left", fontsize=6, pad=3)
-    return figure

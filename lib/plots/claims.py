@@ -1,6 +1,6 @@
 """Figures of the claims, from the numbers of all runs; `lib.plots.style` says what their arguments
-are. `arms` maps the name of an arm to its ``title``, ``seeds`` and ``measures``: by key, each with
-``mean`` and ``by_seed``. `most` is how many comparisons, arms or clusters are drawn."""
+are. `arms` maps the name of an arm to its ``seeds`` and ``measures``: by key, each with ``mean``
+and ``by_seed``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from matplotlib.figure import Figure
 from lib.plots import style
 from lib.plots.style import CHANCE, DARK, LIGHT, LINES, NO_FINDING, PALETTE
 
+Arms = Mapping[str, Mapping[str, Any]]
+Curves = Mapping[str, Mapping[str, Sequence[float]]]
 PRICES = {
     "tells_mirrored": "mirrored\nfilm",
     "tells_upside_down": "upside-down\nfilm",
     "tells_quarter_turn": "quarter\nturn",
     "tells_effusion_side": "effusion left\nor right (AUROC)",
 }
+LEVEL, LEAST = 0.05, 5  # of a discovery; images of a property
 HEADINGS = {"macro": "macro: mean of\nthe findings", "micro": "micro: all image-\nfinding pairs"}
-
-
-def _seeds(counts: Sequence[int]) -> str:
-    """``"seeds per arm: 1 to 5"``."""
-    return f"seeds per arm: {' to '.join(str(n) for n in sorted({min(counts), max(counts)}))}"
 
 
 def _dots(axes: Axes, look: style.Look, values: Sequence, mean: tuple, flat: bool) -> None:
@@ -37,12 +35,21 @@ def _dots(axes: Axes, look: style.Look, values: Sequence, mean: tuple, flat: boo
     x, y = (values, [mean[1]] * len(values)) if flat else ([mean[0]] * len(values), values)
     axes.plot(x, y, "o", color=look.colour, markersize=2, alpha=0.6)
     edge = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 4}
-    axes.plot(*mean, color=look.colour, marker=look.marker, **edge)
+    axes.plot(*mean, **look.line, **edge)
+
+
+def _differences(arms: Arms, comparison: Mapping, measure: Mapping, seeds: Sequence) -> list[float]:
+    """Treatment minus reference of each seed, positive if it speaks for the claim."""
+    both = (arms[comparison[side]]["measures"] for side in ("treatment", "reference"))
+    a, b = (measures.get(measure["key"], {}).get("by_seed", {}) for measures in both)
+    sign = 1 if measure["higher_is_better"] else -1
+    return [sign * (a[seed] - b[seed]) for seed in map(str, seeds)]
 
 
 @style.context()
-def forest(result: Mapping[str, Any], most: int = 6) -> Figure:
-    """Paired differences of the deciding measures: a panel per claim, in the measure's unit.
+def forest(result: Mapping[str, Any]) -> Figure:
+    """Paired differences of the deciding measures of at most 6 comparisons: a panel per claim, in
+    the measure's unit.
 
     To the right speaks for the claim. The gray band is the smallest difference that matters.
 
@@ -53,7 +60,7 @@ def forest(result: Mapping[str, Any], most: int = 6) -> Figure:
         ``comparisons`` (``treatment, reference``, ``measures`` with ``measure, seeds, mean, low,
         high``, and a verdict per claim: ``measure, verdict, n``) and ``dataset_label``.
     """
-    comparisons, claims = result["comparisons"][:most], result["claims"]
+    comparisons, claims = result["comparisons"][:6], result["claims"]
     measures = {measure["key"]: measure for measure in result["measures"]}
     height = 0.3 + len(claims) * (0.72 + 0.11 * len(comparisons))
     figure = style.new_figure(height, "Which claims hold?")
@@ -84,32 +91,17 @@ def forest(result: Mapping[str, Any], most: int = 6) -> Figure:
         axes.set_xlabel("\n".join(textwrap.wrap(measure["title"], 62)), fontsize=6)
     keys = {}
     for comparison in comparisons:
-        treatment = result["arms"][comparison["treatment"]]["title"].split(",")[0]
-        title, colour, marker = style.arm(comparison["reference"])
-        keys[f"{treatment} against {title}"] = {"color": colour, "marker": marker}
+        treatment, reference = (style.arm(comparison[s]) for s in ("treatment", "reference"))
+        keys[f"{treatment.title.split(',')[0]} against {reference.title}"] = reference.line
     style.legend_below(figure, keys, ncols=1)
     notes = ["right of 0: for the claim; small dots: seeds; lines: 95 % intervals, cut at the edge"]
     notes += ["gray: differences too small to matter; verdict: on the first comparison"]
     return style.finish(figure, result["dataset_label"], *notes)
 
 
-def _differences(
-    arms: Mapping, comparison: Mapping, measure: Mapping, seeds: Sequence[int]
-) -> list[float]:
-    """Treatment minus reference of each seed, positive if it speaks for the claim."""
-    both = (arms[comparison[side]]["measures"] for side in ("treatment", "reference"))
-    found = (measures.get(measure["key"], {}).get("by_seed", {}) for measures in both)
-    a, b = ({str(seed): value for seed, value in by_seed.items()} for by_seed in found)
-    sign = 1 if measure["higher_is_better"] else -1
-    return [sign * (a[seed] - b[seed]) for seed in map(str, seeds)]
-
-
 @style.context()
 def control_curves(
-    curves: Mapping[str, pd.DataFrame],
-    chance: Mapping[str, float],
-    titles: Mapping[str, str],
-    dataset_label: str,
+    curves: Mapping[str, pd.DataFrame], chance: Mapping[str, float], dataset_label: str
 ) -> Figure:
     """NMI of consecutive epochs of each backbone on its own clusters and on labels that mean
     nothing: is a steady clustering a good one?
@@ -121,7 +113,6 @@ def control_curves(
         are drawn with ``<backbone>``.
     chance : mapping of arm to float
         NMI of unrelated clusterings of its sizes.
-    titles : mapping of arm to str
     """
     kinds = {
         "": ("trained on its clusters", {"marker": "o"}),
@@ -130,53 +121,50 @@ def control_curves(
     }
     figure = style.new_figure(2.1, "Is a steady clustering a good one?")
     for backbone, axes in style.epoch_panels(figure, ("alexnet", "p4m")).items():
-        axes.set_title(titles.get(backbone, style.arm(backbone).title).replace(", ", "\n", 1))
         if not {backbone + "-index", backbone + "-shuffled"} & set(curves):
             style.absent(axes, "no control with meaningless\nlabels was trained")
             continue
         for suffix, (_, look) in kinds.items():
             if (arm := backbone + suffix) in curves:
-                table = style.by_seed(curves[arm], arm, "nmi_prev")
+                table = style.by_seed(curves[arm], "nmi_prev")
                 style.seed_lines(axes, table, color=style.arm(arm).colour, **look)
         if backbone in chance:
             axes.axhline(chance[backbone], **CHANCE)
     figure.axes[0].set(ylim=(0, 1), ylabel="NMI of consecutive epochs")
     style.legend_below(figure, {**dict(kinds.values()), "chance": CHANCE})
-    seeds = _seeds([curves[arm]["seed"].nunique() for arm in curves] or [0])
+    seeds = style.seeds_per_arm(table["seed"].nunique() for table in curves.values())
     return style.finish(figure, dataset_label, f"thick: mean, thin: one seed; {seeds}")
 
 
 @style.context()
 def roc(
-    curves: Mapping[str, Mapping[str, Sequence[float]]],
-    arms: Mapping[str, Mapping[str, Any]],
-    false_positive_rates: Sequence[float],
-    dataset_label: str,
-    n_test: int,
-    most: int = 6,
+    curves: Curves, arms: Arms, rates: Sequence[float], dataset_label: str, n_test: int
 ) -> Figure:
-    """ROC curves of the probe of findings, macro- and micro-averaged, with those of a guess that
-    looks at no image.
+    """ROC curves of the probe of findings, macro- and micro-averaged, at most 6 with those of a
+    guess that looks at no image.
 
     Parameters
     ----------
     curves : mapping of arm to mapping
         ``macro`` and ``micro``: true positive rates. Areas are the measures ``auroc_<average>``;
         those of the arm ``guess`` are ``auroc_<average>_prevalence`` of the first arm.
+    rates : sequence
+        False positive rates.
     n_test : int
         Images tested.
     """
-    names = list(curves)[:most]
-    lines = {name: {"color": style.arm(name).colour} for name in names}
-    for line, look in zip(lines.values(), LINES, strict=False):
-        line["linestyle"] = look
+    names = list(curves)[:6]
+    lines = {
+        name: {"color": style.arm(name).colour, "linestyle": line}
+        for name, line in zip(names, LINES, strict=False)
+    }
     figure = style.new_figure(2.1, "What do probes of the findings tell?")
     for axes, average in zip(figure.subplots(1, 2, sharey=True), HEADINGS, strict=True):
         for name, line in lines.items():
             of, key = (names[0], "_prevalence") if name == "guess" else (name, "")
             area = arms[of]["measures"].get(f"auroc_{average}{key}", {"mean": None})["mean"]
             label = "–" if area is None else f"{area:.3f}"
-            axes.plot(false_positive_rates, curves[name][average], label=label, **line)
+            axes.plot(rates, curves[name][average], label=label, **line)
         axes.plot([0, 1], [0, 1], **CHANCE)
         axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", title=HEADINGS[average])
         axes.grid()
@@ -185,49 +173,40 @@ def roc(
         else:
             style.absent(axes, "no findings to test on")
     figure.axes[0].set_ylabel("true positive rate")
-    titles = {name: arms.get(name, {}).get("title", style.arm(name).title) for name in names}
-    style.legend_below(figure, {titles[name]: line for name, line in lines.items()}, ncols=1)
-    seeds = _seeds([len(arms[name]["seeds"]) for name in names if name in arms] or [0])
+    keys = {style.arm(name).title: line for name, line in lines.items()}
+    style.legend_below(figure, keys, ncols=1)
+    seeds = style.seeds_per_arm(len(arms[name]["seeds"]) for name in names if name in arms)
     return style.finish(figure, dataset_label, f"{n_test:,} test images; means; {seeds}")
 
 
 @style.context()
 def invariance(
-    curves: Mapping[str, Mapping[str, Sequence[float]]],
-    arms: Mapping[str, Mapping[str, Any]],
-    angles: Sequence[float],
-    dataset_label: str,
-    n_images: int,
-    most: int = 5,
+    curves: Curves, arms: Arms, angles: Sequence[float], dataset_label: str, n_images: int
 ) -> Figure:
     """Agreement of clusters and distance of features against the angle of a turn (degrees); below,
-    what a probe can no longer tell.
+    what a probe can no longer tell; for at most 5 arms.
 
     Parameters
     ----------
     curves : mapping of arm to mapping
-        ``ami`` (of the clusters before and after; without it ``kept``, the share that keeps its
-        cluster) and ``distance``: a value per angle, means over seeds, None if not defined.
+        ``ami`` (of the clusters before and after) and ``distance``: a value per angle, means over
+        seeds, None if not defined.
     n_images : int
         Images turned.
     """
-    names = list(curves)[:most]
+    names = list(curves)[:5]
     looks = [style.arm(name) for name in names]
-    figure = style.new_figure(3.5, "What does a turn change?")
+    figure, keys = style.new_figure(3.5, "What does a turn change?"), {}
     grid = figure.add_gridspec(2, 2, height_ratios=[1.15, 1])
-    labels = {"distance": "distance features move\n(1: to another image)"}
-    if all("ami" in curves[name] for name in names):
-        labels = {"ami": "AMI of clusters\nbefore and after"} | labels
-    else:
-        labels = {"kept": "share keeping\ntheir cluster"} | labels
-    keys = {}
+    labels = {"ami": "AMI of clusters\nbefore and after"}
+    labels |= {"distance": "distance features move\n(1: to another image)"}
     for column, (key, label) in enumerate(labels.items()):
         axes = figure.add_subplot(grid[0, column])
         for name, look, line in zip(names, looks, LINES, strict=False):
-            drawn = {"color": look.colour, "linestyle": line, "marker": look.marker}
-            keys[arms[name]["title"]] = drawn | {"linewidth": 1, "markersize": 2.5}
+            drawn = {**look.line, "linestyle": line, "linewidth": 1, "markersize": 2.5}
+            keys[look.title] = drawn
             values = np.array([*curves[name][key], curves[name][key][0]], dtype=float)
-            axes.plot([*angles, 360], values, **keys[arms[name]["title"]])
+            axes.plot([*angles, 360], values, **drawn)
         axes.set(xlabel="turn, degrees", ylabel=label, xticks=range(0, 361, 90))
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if key == "ami" else 0)
         axes.grid()
@@ -237,7 +216,7 @@ def invariance(
         for at, key in enumerate(prices):
             if entry := arms[name]["measures"].get(key):
                 place = at + 0.15 * (number - (len(names) - 1) / 2)
-                each = [value for value in entry["by_seed"].values() if value is not None]
+                each = list(entry["by_seed"].values())
                 _dots(axes, look, each, (place, entry["mean"]), flat=False)
     axes.axhline(0.5, **CHANCE)
     axes.set_xticks(range(len(prices)), [PRICES[key] for key in prices])
@@ -245,32 +224,23 @@ def invariance(
     if not prices:
         style.absent(axes, "no patients to test on")
     style.legend_below(figure, keys, ncols=1)
-    seeds = _seeds([len(arms[name]["seeds"]) for name in names] or [0])
+    seeds = style.seeds_per_arm(len(arms[name]["seeds"]) for name in names)
     note = f"{n_images:,} images turned, black corners, quarter turns exact; {seeds}"
     return style.finish(figure, dataset_label, note)
 
 
 @style.context()
-def enrichment_maps(
-    tables: Mapping[str, pd.DataFrame],
-    titles: Mapping[str, str],
-    dataset_label: str,
-    most: int = 20,
-    level: float = 0.05,
-    least: int = 5,
-) -> Figure:
-    """What is more or less frequent in which cluster: findings above the line, below it what should
-    not matter.
+def enrichment_maps(tables: Mapping[str, pd.DataFrame], dataset_label: str) -> Figure:
+    """What is more or less frequent in which of the 20 largest clusters: findings above the line,
+    below it what should not matter.
+
+    A dot marks q at or below `LEVEL`. A property of fewer than `LEAST` images is gray: its odds
+    ratios mean nothing.
 
     Parameters
     ----------
     tables : mapping of arm to DataFrame
         A row per property and cluster: ``property, kind, cluster, n, share, log2_odds, q``.
-    titles : mapping of arm to str
-    level : float
-        A dot marks q at or below it.
-    least : int
-        A property of fewer images is gray: its odds ratios mean nothing.
     """
     rows = pd.concat(tables.values()) if tables else pd.DataFrame(columns=["property", "kind"])
     kinds = rows.sort_values("kind", kind="stable").drop_duplicates("property")
@@ -281,18 +251,18 @@ def enrichment_maps(
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad=LIGHT)
     for axes, (arm, table) in zip(panels, tables.items(), strict=False):
         sizes = table.groupby("cluster")["n"].max().sort_values(ascending=False, kind="stable")
-        some = sizes.index[:most]
+        some = sizes.index[:20]
         grids = table.pivot(index="property", columns="cluster", values=["log2_odds", "q"])
         odds, q = (grids[name].reindex(kinds.index)[some] for name in ("log2_odds", "q"))
         images = (table["share"] * table["n"]).groupby(table["property"]).sum()
-        odds[images.reindex(kinds.index) < least - 0.5] = np.nan
+        odds[images.reindex(kinds.index) < LEAST - 0.5] = np.nan
         drawn = axes.imshow(odds, cmap=colours, vmin=-4, vmax=4, aspect="auto")
         for dark, colour in ((True, "white"), (False, DARK)):
-            places = np.nonzero(((q <= level) & ((odds.abs() > 2) == dark)).to_numpy())
+            places = np.nonzero(((q <= LEVEL) & ((odds.abs() > 2) == dark)).to_numpy())
             axes.plot(places[1], places[0], "o", color=colour, markersize=1.8)
-        follows = (q <= level).any(axis=1).groupby(kinds, sort=False).agg(["sum", "size"])
+        follows = (q <= LEVEL).any(axis=1).groupby(kinds, sort=False).agg(["sum", "size"])
         counts = "; ".join(f"{kind}: {n} of {size}" for kind, (n, size) in follows.T.items())
-        axes.set_title(f"{titles.get(arm, style.arm(arm).title)}\n{counts}")
+        axes.set_title(f"{style.arm(arm).title}\n{counts}")
         axes.set_xticks(range(len(some)), sizes[some].astype(str), rotation=90)
         axes.set_xlabel(f"images in each of {len(some)} of {len(sizes)} clusters")
         axes.set_yticks(range(len(kinds)), map(style.shown, kinds.index))
@@ -304,8 +274,8 @@ def enrichment_maps(
         figure.colorbar(drawn, ax=list(panels), label="log2 of the odds ratio", **bar)
     else:
         style.absent(panels[0], "no clusters with known properties")
-    notes = [f"first seed; dots: false-discovery rate at most {level:g} (Fisher's exact test)"]
-    notes += [f"below the line: what should not matter; gray: fewer than {least} images"]
+    notes = [f"first seed; dots: false-discovery rate at most {LEVEL:g} (Fisher's exact test)"]
+    notes += [f"below the line: what should not matter; gray: fewer than {LEAST} images"]
     return style.finish(figure, dataset_label, *notes)
 
 
@@ -316,7 +286,6 @@ def retrieval_panels(
     matches: Mapping[str, np.ndarray],
     findings: Sequence[str],
     patients: Sequence[Any],
-    titles: Mapping[str, str],
     dataset_label: str,
 ) -> Figure:
     """Queries and the images nearest to them, a row per query and arm.
@@ -328,15 +297,12 @@ def retrieval_panels(
     matches : mapping of arm to int array, shape (Q, k)
         Rows of `images`, nearest first; -1 is none.
     patients : sequence of N
-    titles : mapping of arm to str
     """
     k = max((found.shape[1] for found in matches.values()), default=1)
     rows = [(query, matches[arm][i], arm) for i, query in enumerate(queries) for arm in matches]
     figure = style.new_figure(0.4 + 1.3 * max(len(rows), 1), "What lies nearest?", 2)
-    grid = figure.subplots(max(len(rows), 1), k + 1, squeeze=False)
+    grid = style.blank_panels(figure, max(len(rows), 1), k + 1)
     sets = [set(text.split("|")) - {NO_FINDING, ""} for text in findings]
-    for axes in grid.flat:
-        axes.set_axis_off()
     for (query, found, arm), line in zip(rows, grid, strict=False):
         for axes, index in zip(line, (query, *found), strict=False):
             if index < 0:
@@ -355,7 +321,7 @@ def retrieval_panels(
             else:
                 style.frame(axes, LIGHT, 0.8)
             axes.set_xlabel("\n".join(textwrap.wrap(text, 20)), fontsize=6, labelpad=1.5)
-        line[0].set_ylabel(titles.get(arm, style.arm(arm).title).replace(", ", "\n", 1), fontsize=6)
+        line[0].set_ylabel(style.arm(arm).heading, fontsize=6)
     for column, axes in enumerate(grid[0] if rows else []):
         axes.set_title(f"nearest: {column}" if column else "query", fontsize=7)
     note = "first seed, R-MAC of the last maps; green: shares a finding, dashed: the same patient"

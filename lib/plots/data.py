@@ -24,18 +24,14 @@ def cooccurrence(findings: Sequence[str], dataset_label: str) -> Figure:
     how many have that of the column.
 
     Numbers are images, colour is their share; a row of fewer than `LEAST` images is left blank.
-    Without any label other than No Finding it is a ValueError.
     """
     parts = [set(text.split("|")) for text in findings]
     names = [name for name in style.label_names(findings) if name != NO_FINDING]
-    if not names:
-        raise ValueError("no image has a finding, so none come together")
     matrix = np.array([[name in part for name in names] for part in parts], np.int64)
     counts = matrix.T @ matrix  # (F, F)
     totals = np.diag(counts)
     left_out = np.eye(len(names), dtype=bool) | (totals < LEAST)[:, None]
-    title = "Which labels come together?"
-    figure = style.new_figure(1.4 + 0.22 * len(names), title, 2)
+    figure = style.new_figure(1.4 + 0.22 * len(names), "Which labels come together?", 2)
     axes = figure.subplots()
     rows = [f"{style.shown(name)} ({total:,})" for name, total in zip(names, totals, strict=True)]
     look = {"xticklabels": False, "yticklabels": rows, "cmap": "cividis"}
@@ -94,7 +90,7 @@ def mean_images(images: np.ndarray, findings: Sequence[str], dataset_label: str)
 
     A difference is drawn for labels of at least `LEAST` images.
     """
-    members = style.members(images, findings)
+    members = style.members(findings)
     means = {name: images[has].mean(axis=0) for name, has in members.items() if has.any()}
     reference = means[NO_FINDING] if NO_FINDING in means else images.mean(axis=0)
     differences = {
@@ -105,9 +101,7 @@ def mean_images(images: np.ndarray, findings: Sequence[str], dataset_label: str)
     top = max([1.0, *(float(np.percentile(np.abs(d), 99.5)) for d in differences.values())])
     n_rows = -(-len(means) // 5)
     figure = style.new_figure(n_rows * 0.9 + 0.85, "How do labels differ on average?", 2)
-    grid = figure.subplots(n_rows, 10, squeeze=False, gridspec_kw={"wspace": 0.03})
-    for axes in grid.ravel():
-        axes.set_axis_off()
+    grid = style.blank_panels(figure, n_rows, 10, gridspec_kw={"wspace": 0.03})
     for (name, mean), (left, right) in zip(means.items(), grid.reshape(-1, 2), strict=False):
         style.picture(left, mean, f"{style.shown(name)} ({members[name].sum():,})")
         if name in differences:
@@ -122,15 +116,13 @@ def mean_images(images: np.ndarray, findings: Sequence[str], dataset_label: str)
 
 @style.context()
 def brightness(
-    images: np.ndarray, limits: tuple[float, float, float], dataset_label: str, examples: int = 4
+    images: np.ndarray, limits: tuple[float, float, float], dataset_label: str
 ) -> Figure:
-    """Mean and spread of the gray levels of each image, and the darkest and brightest `examples`.
+    """Mean and spread of the gray levels of each image, and the four darkest and brightest.
 
     An image is flagged if its mean is below the first of `limits` or above the second, or its
     standard deviation is below the third.
     """
-    if images.ndim != 3 or not len(images):
-        raise ValueError(f"images must be (N, H, W), got {images.shape}")
     dark, bright, constant = limits
     mean, deviation = np.array([(image.mean(), image.std()) for image in images]).T
     outside = (mean < dark) | (mean > bright) | (deviation < constant)
@@ -147,7 +139,7 @@ def brightness(
     axes.set(xlim=(0, 255), ylim=(0, max(deviation.max() * 1.08, 10)))
     axes.set_title(f"{outside.sum():,} of {len(images):,} images are flagged (X)", loc="left")
     order = np.argsort(mean, kind="stable")
-    grid = right.subplots(2, min(examples, len(images)), squeeze=False)
+    grid = right.subplots(2, min(4, len(images)), squeeze=False)
     for row, name, chosen in zip(grid, ("darkest", "brightest"), (order, order[::-1]), strict=True):
         for panel, index in zip(row, chosen, strict=False):
             style.picture(panel, images[index], f"{mean[index]:.0f}")
@@ -160,11 +152,9 @@ def texture_by_finding(table: pd.DataFrame, dataset_label: str) -> Figure:
     """Statistics of the images of each label: the median and the middle half.
 
     `table` has a row per image and label: ``finding``, and a panel for each numeric column (but
-    ``image``); without either it is a ValueError.
+    ``image``).
     """
     measures = [name for name in table.select_dtypes("number") if name != "image"]
-    if table.empty or not measures:
-        raise ValueError("the table of texture has no rows, or no numeric column beside finding")
     names, counts = style.label_names(table["finding"]), table["finding"].value_counts()
     figure = style.new_figure(0.85 + 0.17 * len(names), "Does texture differ by label?", 2)
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
@@ -175,11 +165,9 @@ def texture_by_finding(table: pd.DataFrame, dataset_label: str) -> Figure:
             middle = table.loc[table["finding"] == NO_FINDING, measure].median()
             axes.axvline(middle, color=GRAY, lw=0.7, ls="--")
         sns.pointplot(table, x=measure, y="finding", ax=axes, **look)
-        axes.set(title=measure, xlabel="", ylabel="", ylim=(len(names) - 0.5, -0.5))
+        style.rows_of(axes, [f"{style.shown(name)} ({counts[name]:,})" for name in names])
+        axes.set(title=measure, xlabel="")
         axes.xaxis.set_major_locator(MaxNLocator(3))
-        axes.tick_params(axis="y", length=0)
-    texts = [f"{style.shown(name)} ({counts[name]:,})" for name in names]
-    panels[0].set_yticks(range(len(names)), texts)
     note = "dot: median; bar: middle half of the images; dashed: median of No Finding"
     return style.finish(figure, dataset_label, note)
 
@@ -187,8 +175,6 @@ def texture_by_finding(table: pd.DataFrame, dataset_label: str) -> Figure:
 @style.context()
 def sobel(images: np.ndarray, titles: Sequence[str], dataset_label: str) -> Figure:
     """1 to 8 images above, their edges by Sobel's filter below, on one scale."""
-    if images.ndim != 3 or not 1 <= len(images) <= 8 or len(images) != len(titles):
-        raise ValueError(f"need 1 to 8 images (n, H, W), got {images.shape}; {len(titles)} titles")
     edges = [sobel_filter(image / 255) for image in images]
     top = max(float(np.percentile(edges, 99.5)), 1e-6)
     height = 2 * min(6.6 / len(images), 2.4) + 0.55

@@ -137,12 +137,10 @@ def _clustering(axes: Axes) -> None:
 
 
 @context()
-def pipeline(image: np.ndarray, dataset_label: str | None = None) -> Figure:
+def pipeline(image: np.ndarray, dataset_label: str) -> Figure:
     """The method at a glance: two backbones, one clustering loop. Every small picture is computed,
     from the square `image`, uint8 (H, H), or from toy points.
     """
-    if image.ndim != 2 or image.shape[0] != image.shape[1]:
-        raise ValueError(f"image must be one square gray image (H, H), got shape {image.shape}")
     figure = Figure(figsize=(COLUMN_INCHES[2], 3.75))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -158,7 +156,7 @@ def pipeline(image: np.ndarray, dataset_label: str | None = None) -> Figure:
         _text(axes, x, y, words, **look)
     for arrow in ARROWS:
         _arrow(axes, *arrow)
-    source = f"X-ray: {dataset_label}; " if dataset_label else ""
-    _text(axes, 0.1, 0.08, f"{source}dots: toy data", ha="left", color=GRAY, fontsize=6)
+    source = f"X-ray: {dataset_label}; dots: toy data"
+    _text(axes, 0.1, 0.08, source, ha="left", color=GRAY, fontsize=6)
     axes.set(xlim=(0, COLUMN_INCHES[2]), ylim=(0, 3.75))
     return figure

@@ -1,9 +1,8 @@
 """The look of all figures and the parts they share: arrays and tables in, a `Figure` out.
 
 In all figures, `images` are uint8 (N, H, W), 0 to 255; `findings` are N texts, the labels of each
-image joined by ``|``; `dataset_label` names the data in the small print. It is a ValueError if that
-is empty, if lengths or shapes do not match, or if a number is out of its range. A figure is 3.3 in
-wide, one column of a journal, or 7 in if it shows many images.
+image joined by ``|``; `dataset_label` names the data in the small print. A figure is 3.3 in wide,
+one column of a journal, or 7 in if it shows many images.
 Colours are Okabe and Ito's (2008, *Color Universal Design*); a marker or a line style says the same
 a second time, so that a figure reads in gray."""
 
@@ -60,6 +59,16 @@ class Look(NamedTuple):
     colour: str
     marker: str
 
+    @property
+    def line(self) -> dict[str, str]:
+        """The look of its lines."""
+        return {"color": self.colour, "marker": self.marker}
+
+    @property
+    def heading(self) -> str:
+        """The title on two lines, for a narrow panel."""
+        return self.title.replace(", ", "\n", 1)
+
 
 def arm(name: str) -> Look:
     """Title, colour and marker of an arm; one that the study does not know is gray."""
@@ -79,13 +88,7 @@ def context() -> AbstractContextManager:
 
 
 def save(figure: Figure, path: Path | str) -> list[Path]:
-    """Write ``<path>.png`` (300 dpi) and ``<path>.svg``, each atomically; return the two paths.
-
-    Raises
-    ------
-    OSError
-        Folder not writable or disk full (see `lib.paths.atomic_write`).
-    """
+    """Write ``<path>.png`` (300 dpi) and ``<path>.svg``, each atomically; return the two paths."""
     path, written = Path(path), []
     # no version, no date: they would change the bytes and say nothing of the figure
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
@@ -132,9 +135,6 @@ def new_figure(height: float, title: str, columns: int = 1) -> Figure:
 
 def finish(figure: Figure, dataset_label: str, *notes: str) -> Figure:
     """Add the small print, dataset first, below all else, and settle the layout."""
-    if not isinstance(dataset_label, str) or not dataset_label.strip():
-        example = "'synthetic phantom, 2,000 images'"
-        raise ValueError(f"dataset_label must name the data, e.g. {example}: got {dataset_label!r}")
     width, height = figure.get_size_inches()
     texts = (textwrap.wrap(text, int(23 * width)) for text in (dataset_label, *notes))
     lines = [line for text in texts for line in text]
@@ -166,14 +166,29 @@ def legend_below(figure: Figure, keys: Mapping[str, Mapping], ncols: int = 2, **
 def epoch_panels(figure: Figure, names: Sequence[str]) -> dict[str, Axes]:
     """At most two panels per row, titled with arms or other names, with epochs below."""
     rows, columns = max(-(-len(names) // 2), 1), min(max(len(names), 1), 2)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for axes in grid[len(names) :]:
-        axes.set_axis_off()
-    for axes, name in zip(grid, names, strict=False):
+    grid = blank_panels(figure, rows, columns, sharey=True).ravel()
+    panels = dict(zip(names, grid, strict=False))
+    for name, axes in panels.items():
+        axes.set_axis_on()
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
-        axes.set(xlabel="epoch", title=arm(name).title.replace(", ", "\n", 1))
-    return dict(zip(names, grid, strict=False))
+        axes.set(xlabel="epoch", title=arm(name).heading)
+    return panels
+
+
+def blank_panels(figure: Figure, rows: int, columns: int, **look: Any) -> np.ndarray:
+    """A grid (rows, columns) of panels without axes, for pictures."""
+    grid = figure.subplots(rows, columns, squeeze=False, **look)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    return grid
+
+
+def rows_of(axes: Axes, names: Sequence[str]) -> None:
+    """Names one below the other as the y axis, the first at the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set(ylim=(len(names) - 0.5, -0.5), ylabel="")
+    axes.tick_params(axis="y", length=0)
 
 
 def absent(axes: Axes, text: str) -> None:
@@ -197,40 +212,43 @@ def frame(axes: Axes, color: str, width: float, line: str = "-") -> None:
     axes.spines[:].set(visible=True, color=color, linewidth=width, linestyle=line)
 
 
+def seeds_per_arm(counts: Iterable[int]) -> str:
+    """``"seeds per arm: 1 to 5"``."""
+    counts = [int(n) for n in counts] or [0]
+    return f"seeds per arm: {' to '.join(str(n) for n in sorted({min(counts), max(counts)}))}"
+
+
 def shown(name: str) -> str:
     """A label as it is printed."""
     return name.replace("_", " ") or "not stated"
 
 
-def label_names(findings: Iterable[str], most: int = 24) -> list[str]:
-    """The `most` frequent labels: No Finding first, as the reference, then by name."""
+def label_names(findings: Iterable[str]) -> list[str]:
+    """The 24 most frequent labels: No Finding first, as the reference, then by name."""
     counts = Counter(name for text in findings for name in dict.fromkeys(text.split("|")) if name)
-    names = [name for name, _ in counts.most_common(most)]
+    names = [name for name, _ in counts.most_common(24)]
     return sorted(names, key=lambda name: (name != NO_FINDING, name))
 
 
-def members(images: np.ndarray, findings: Sequence[str]) -> dict[str, np.ndarray]:
+def members(findings: Sequence[str]) -> dict[str, np.ndarray]:
     """Which images have each of `label_names`, bool (N,); ``""`` if none has any."""
-    if images.ndim != 3 or len(images) != len(findings):
-        raise ValueError(f"{len(findings)} findings for images of shape {images.shape} (N, H, W)")
     parts = [set(text.split("|")) for text in findings]
     names = label_names(findings) or [""]
     return {name: np.array([name in part for part in parts], dtype=bool) for name in names}
 
 
-def by_seed(table: pd.DataFrame, name: str, column: str) -> pd.DataFrame:
-    """`column` as epoch x seed, without the epochs at which no seed has a value; ValueError if a
-    column is missing or an epoch of a seed is there twice.
-    """
-    if missing := {"epoch", "seed", column} - set(table.columns):
-        raise ValueError(f"the table of {name!r} has no column {', '.join(sorted(missing))}")
+def by_seed(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """`column` as epoch x seed, without the epochs at which no seed has a value."""
     return table.pivot(index="epoch", columns="seed", values=column).dropna(how="all")
 
 
 def seed_lines(axes: Axes, table: pd.DataFrame, **look: Any) -> None:
-    """Each seed of an epoch x seed table as a thin line; their mean, over the epochs that all seeds
-    have, as a thick one.
-    """
+    """Each seed of an epoch x seed table as a thin line, and their mean as a thick one."""
     if table.shape[1] > 1:
         axes.plot(table.index, table, **{**look, "marker": "", "linewidth": 0.5, "alpha": 0.6})
+    mean_line(axes, table, **look)
+
+
+def mean_line(axes: Axes, table: pd.DataFrame, **look: Any) -> None:
+    """The mean over the seeds, of the epochs that all seeds have."""
     axes.plot(table.dropna().mean(axis=1), **look)
