@@ -39,9 +39,8 @@ COMMANDS: dict[str, str] = {
     "python -m lib reuse RUN --export DIR": (
         "PYTHON -m lib reuse phantom-smoke/p4m/seed0 --export exported"
     ),
-    "./run_all.sh --study --preset study --data PATH": STUDY,
     "./run_all.sh --study --arms published": STUDY + " --status",
-    "./run_all.sh --study": STUDY + " --no-claims",
+    "./run_all.sh --study": STUDY,
     "./run_all.sh --help": "./run_all.sh --help",
     "python -m lib run": "PYTHON -m lib run --preset smoke",
     "torchrun --nnodes 2": (
@@ -67,6 +66,7 @@ COMMANDS: dict[str, str] = {
     "python tests/bench/clusterers.py": BENCH,
     "python tests/bench/switches.py": BENCH,
     "python tests/bench/gconv.py": BENCH,
+    "python tests/bench/learning.py --jobs 2": BENCH,
     "%cd companion/notebooks": CLOUD,
     "%run 00_download.ipynb": CLOUD,
     "%run 01_preprocess.ipynb": CLOUD,

@@ -88,11 +88,9 @@ def test_begins_with_title_question_and_badges(path):
     assert all(word in header for word in ("Reads:", "Writes:", "Takes:"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     name = project["urls"]["Repository"].removeprefix("https://github.com/")
-    colab = "https://colab.research.google.com/github"
+    colab, binder = "https://colab.research.google.com/github", "https://mybinder.org/v2/gh"
     assert f"({colab}/{name}/blob/main/notebooks/{path.name})" in header
-    assert (
-        f"(https://mybinder.org/v2/gh/{name}/main?urlpath=lab/tree/notebooks/{path.name})" in header
-    )
+    assert f"({binder}/{name}/main?urlpath=lab/tree/notebooks/{path.name})" in header
 
 
 @each_notebook
@@ -103,12 +101,12 @@ def test_parameters_are_the_third_code_cell_and_literals(path):
 
 
 @each_notebook
-def test_is_short(path):
-    cells = code_cells(path)
-    lines = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in cells]
-    assert max(lines) <= 25
+def test_is_short_and_checks_its_results(path):
+    for cell in code_cells(path):
+        assert len(list(filter(str.strip, cell.source.splitlines()))) <= 25
     assert path.stat().st_size <= 300_000
     assert not nodes(path, ast.ClassDef), "classes belong in lib"
+    assert nodes(path, ast.Assert)
 
 
 def test_no_function_is_defined_in_two():
@@ -120,22 +118,17 @@ def test_no_function_is_defined_in_two():
 
 
 @each_notebook
-def test_imports_nothing_that_it_does_not_use(path):
+def test_uses_what_it_imports_and_no_parameter_takes_its_place(path):
     assert imported(path) - {node.id for node in nodes(path, ast.Name)} == set()
+    assert not set(read_parameters(path)) & imported(path)
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if "_train_" in p.name], ids=lambda p: p.stem
-)
-def test_training_opens_no_label(path):
-    source = "\n".join(cell.source for cell in code_cells(path)[1:])
+@pytest.mark.parametrize("name", ["02_train_alexnet", "03_train_p4m"])
+def test_training_opens_no_label(name):
+    cells = code_cells(ROOT / "notebooks" / f"{name}.ipynb")[1:]
+    source = "\n".join(cell.source for cell in cells)
     assert "data.load_images(" in source
     assert not re.search(r"data\.load\(|metadata|manifest|findings|read_metadata", source)
-
-
-@each_notebook
-def test_checks_its_results(path):
-    assert nodes(path, ast.Assert)
 
 
 @each_notebook
@@ -175,7 +168,6 @@ def test_says_nothing_of_the_machine_it_ran_on(path):
     ("pattern", "text", "expected"),
     [
         (MACHINE_PATH, "saved to " + "/".join(["", "home", "ann", "x.png"]), True),
-        (MACHINE_PATH, "('" + "/".join(["", "Users", "ann", "x"]) + "')", True),
         (MACHINE_PATH, "\\\\".join(["C:", "Users", "ann"]), True),
         (MACHINE_PATH, "data/runs/phantom and figures/usr/", False),
         (MACHINE_PATH, "https://example.org/home/x", False),
@@ -191,11 +183,6 @@ def test_presets_have_the_same_keys_and_only_those_of_the_notebooks():
     assert sorted(p.stem for p in (ROOT / "notebooks" / "params").glob("*.yaml")) == PRESETS
     keys = [set(read_preset(name)) for name in PRESETS]  # raises for one that no notebook has
     assert all(each == keys[0] for each in keys)
-
-
-@each_notebook
-def test_no_parameter_takes_the_place_of_an_import(path):
-    assert not set(read_parameters(path)) & imported(path)
 
 
 @each_notebook
