@@ -112,7 +112,8 @@ def main() -> None:
                 for k, stride, side, images in shapes
             ]
             print(
-                f"\n{make.__name__}, {'with' if compiled else 'without'} the compiled kernel\n\n| fields | {' | '.join(heads)} |"
+                f"\n{make.__name__}, {'with' if compiled else 'without'} the compiled kernel\n\n"
+                f"| fields | {' | '.join(heads)} |"
             )
             print("| --- " * (len(heads) + 1) + "|")
             for pair in fields:
