@@ -317,7 +317,8 @@ def measure(options: argparse.Namespace, kept: bool) -> None:
         ]
         shares = " | ".join(f"{peak / peaks[0]:.2f}" for peak in peaks[1:])
         print(
-            f"| {'/'.join(map(str, widths))} | peak memory | {peaks[0] / 2**20:.0f} MiB | {shares} | "
+            f"| {'/'.join(map(str, widths))} | peak memory | {peaks[0] / 2**20:.0f} MiB | "
+            f"{shares} | "
             f"{1.3 * peaks[1] / peaks[0]:.2f} | |",
             flush=True,
         )
