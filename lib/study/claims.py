@@ -313,9 +313,8 @@ def rule() -> str:
 
 @lru_cache
 def detectable(n: int, power: float = 0.8) -> float:
-    """Standardised difference (mean over standard deviation of the differences) that n seeds find
-    with `power` at Holm's strictest level, from the noncentral t distribution; NaN for fewer than
-    `LEAST_SEEDS`.
+    """Standardised difference (mean over standard deviation) that n seeds find with `power` at
+    Holm's strictest level, by the noncentral t distribution; NaN for fewer than `LEAST_SEEDS`.
     """
     if n < LEAST_SEEDS:
         return math.nan
@@ -339,11 +338,11 @@ def _resampled(measure: Measure, answers: Answers, weights: np.ndarray) -> np.nd
 def patient_se(
     treatment: Sequence[Answers], reference: Sequence[Answers], measure: Measure, n_boot: int = 300
 ) -> float:
-    """Standard error that the choice of test patients gives to a mean difference of probes.
+    """Standard error that the choice of test patients gives to a mean difference of probes, from
+    the answers of each seed: patients are drawn with replacement, the same for all runs.
 
-    Patients of the test set are drawn with replacement; all seeds of both arms see the same draw.
-    `treatment` and `reference` are the answers of each seed. 0 if there is one patient only, or
-    answers are missing; ValueError if two runs were tested on different images.
+    0 if there is one patient only, or answers are missing; ValueError if two runs were tested on
+    different images.
     """
     everyone = [*treatment, *reference]
     if not measure.scores or not all(measure.scores in answers for answers in everyone):

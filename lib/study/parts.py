@@ -99,8 +99,8 @@ class Material:
 
 
 class Network:
-    """A finished run: ``features`` (N, D), which probes read; ``embedding`` (N, d), which was
-    clustered; ``assignments`` (N,). `Pixels` and `Random` are measured in the same way.
+    """A finished run: ``features`` (N, D) for probes, the clustered ``embedding`` (N, d),
+    ``assignments`` (N,). `Pixels` and `Random` are measured in the same way.
     """
 
     def __init__(self, run: Run) -> None:
@@ -301,9 +301,9 @@ def laterality(subject: Subject, material: Material) -> Found:
         return {f"tells_{name}": reason for name in MOVES}
     here, both, found = subject.extract(chosen), np.tile(test, 2), {}
     options = {"groups": np.tile(material.patients[index], 2), "seed": subject.seed, "n_boot": 0}
+    moved = np.repeat([0, 1], len(index))
     for name, move in MOVES.items():
         features = np.concatenate([here, subject.extract(images.moved(chosen, *move))])
-        moved = np.repeat([0, 1], len(index))
         found[f"tells_{name}"] = metrics.probe(features, moved, ~both, both, **options)["accuracy"]
     return found
 

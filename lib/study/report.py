@@ -280,9 +280,9 @@ def verdict_table(results: Results) -> str:
     for claim, decided, entry in _decided(comparison):
         measure, p = MEASURE[decided["measure"]], entry.get("p_holm")
         about = f"{measure.title}; smallest that matters: {measure.smallest:g}"
+        corrected = "< 0.001" if p is not None and p < 0.001 else number(p)
         numbers = [number(entry.get(key)) for key in (*SIDES, "mean")]
-        numbers += [span(entry.get("low"), entry.get("high"))]
-        numbers += ["< 0.001" if p is not None and p < 0.001 else number(p)]
+        numbers += [span(entry.get("low"), entry.get("high")), corrected]
         numbers += [number(entry.get("hedges_g"), 1)]
         verdict = f"**{verdict_text(results, comparison, decided)}**"
         verdict += f": {MEANING[decided['verdict']]}" * bool(decided["n"])
@@ -335,11 +335,6 @@ def glance(results: Results) -> str:
     titles = [ARMS[arm].title for arm in MAIN[:2]]
     header = [results["dataset"]["label"], *titles, "baseline (AlexNet / P4M)"]
     return _note(table(header, rows, figures=True))
-
-
-def claims_glance(studies: Sequence[Results]) -> str:
-    """README's claims at a glance: the table of verdicts of each study."""
-    return "\n\n".join(f"{r['dataset']['label']}:\n\n{verdict_table(r)}" for r in studies)
 
 
 # --- pages ----------------------------------------------------------------------------------------
