@@ -6,9 +6,7 @@ from lib.plots import style
 
 
 def drawn_texts(figure):
-    """Texts that are drawn, each with its box in pixels; none is cut off by the figure's edge or
-    smaller than 6 points.
-    """
+    """Texts that are drawn, with their boxes in pixels; none is cut off, or below 6 points."""
     drawn, draw = {}, Text.draw
 
     def note(text, renderer):
@@ -40,3 +38,8 @@ def said(figure):
 def legend(figure):
     """Entries of the legend of the whole figure."""
     return [text.get_text() for text in figure.legends[0].get_texts()] if figure.legends else []
+
+
+def rows(axes):
+    """Names along the y axis."""
+    return [text.get_text() for text in axes.get_yticklabels()]

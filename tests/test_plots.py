@@ -25,12 +25,9 @@ RATES = {name: {"macro": [0, 0.6, 1], "micro": [0, 0.7, 1]} for name in (*made.a
 FOUND = {name: np.array([[1, 2, 3, -1], [4, 5, 6, 7]]) for name in ("alexnet", "p4m")}
 TABLES = {name: made.enrichment() for name in ("alexnet", "p4m")}
 CONTROLS = {**RUNS, "p4m-index": RUNS["p4m"], "p4m-shuffled": RUNS["alexnet"]}
-CLASSES = {
-    "digits": {"p4m": made.classes()},
-    "digits, turned": {"alexnet": made.classes()},
-    "views": {},
-}
+CLASSES = {"one": {"p4m": made.classes()}, "one, turned": {"alexnet": made.classes()}, "none": {}}
 UNKNOWN = {"age": np.nan, "sex": "", "view_position": "", "patient_id": ""}
+ATLAS = [made.cluster(3), made.cluster(5)]
 ROWS = FINDINGS, range(40), LABEL
 FIGURES = {
     "pipeline": lambda: pipeline.pipeline(IMAGES[0], LABEL),
@@ -69,9 +66,7 @@ FIGURES = {
     "enrichment, nothing": lambda: claims.enrichment_maps({}, LABEL),
     "retrieval": lambda: claims.retrieval_panels(IMAGES, [0, 9], FOUND, *ROWS),
     "retrieval, nothing": lambda: claims.retrieval_panels(IMAGES, [], {}, *ROWS),
-    "atlas": lambda: next(
-        atlas.pages(IMAGES, [made.cluster(3), made.cluster(5)], 40, "P4M", LABEL)
-    ),
+    "atlas": lambda: next(atlas.pages(IMAGES, ATLAS, 40, "P4M", LABEL)),
 }
 
 
@@ -143,7 +138,7 @@ def test_save_keeps_the_old_file_when_drawing_fails(tmp_path, monkeypatch):
 
 def test_drawing_leaves_the_settings_of_the_user_alone():
     before = dict(matplotlib.rcParams)
-    list(atlas.pages(IMAGES, [made.cluster(3)], 40, "P4M", LABEL))
+    FIGURES["atlas"]()
     FIGURES["loss"]()
     assert dict(matplotlib.rcParams) == before
 

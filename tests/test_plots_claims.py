@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.plots import atlas, claims, style
-from tests.drawing import legend, said
+from tests.drawing import legend, rows, said
 from tests.figures import ANGLES, LABEL, arms, cluster, enrichment, metrics, result
 
 
@@ -73,8 +73,7 @@ def test_roc_names_every_arm_the_guess_and_the_areas():
 def test_enrichment_marks_discoveries_and_hides_what_is_too_rare():
     figure = claims.enrichment_maps({"p4m": enrichment()}, LABEL)
     axes = figure.axes[0]
-    names = [text.get_text() for text in axes.get_yticklabels()]
-    assert names == ["Mass", "Hernia", "AP view"]
+    assert rows(axes) == ["Mass", "Hernia", "AP view"]
     light, dark = axes.lines[:2]  # the largest cluster, number 3, is the first column
     assert (light.get_color(), dark.get_color()) == ("white", style.DARK)
     assert light.get_xydata().tolist() == [[2, 0]]

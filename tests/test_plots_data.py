@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.plots import data
-from tests.drawing import said
+from tests.drawing import rows, said
 from tests.figures import LABEL, people, textures
 
 
@@ -12,8 +12,7 @@ def test_cooccurrence_counts_images_and_leaves_rare_labels_blank():
     findings = ["Mass|Hernia"] * 10 + ["Mass"] * 5 + ["Edema|Mass", "No Finding", ""]
     figure = data.cooccurrence(findings, LABEL)
     axes = figure.axes[0]
-    rows = [text.get_text() for text in axes.get_yticklabels()]
-    assert rows == ["Edema (1)", "Hernia (10)", "Mass (16)"]
+    assert rows(axes) == ["Edema (1)", "Hernia (10)", "Mass (16)"]
     drawn = axes.collections[0].get_array()
     np.testing.assert_array_equal(drawn.mask, [[1, 1, 1], [0, 1, 0], [0, 0, 1]])
     np.testing.assert_allclose(drawn.compressed(), [0, 1, 1 / 16, 10 / 16])
@@ -51,8 +50,7 @@ def test_brightness_counts_what_is_flagged():
 def test_texture_has_a_panel_per_number_and_the_median_of_each_label():
     figure = data.texture_by_finding(textures(), LABEL)
     assert [axes.get_title() for axes in figure.axes] == ["contrast", "energy"]
-    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert names == ["No Finding (9)", "7 (1)", "Mass (3)"]
+    assert rows(figure.axes[0]) == ["No Finding (9)", "7 (1)", "Mass (3)"]
     dots = next(line for line in figure.axes[0].lines if line.get_marker() == "o")
     np.testing.assert_allclose(np.sort(dots.get_xdata()), [4, 10, 12])
 

@@ -1,7 +1,5 @@
 """The cluster atlas: a row per cluster, for print."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

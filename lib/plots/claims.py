@@ -2,8 +2,6 @@
 are. `arms` maps the name of an arm to its ``seeds`` and ``measures``: by key, each with ``mean``
 and ``by_seed``."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -106,13 +104,9 @@ def control_curves(
     """NMI of consecutive epochs of each backbone on its own clusters and on labels that mean
     nothing: is a steady clustering a good one?
 
-    Parameters
-    ----------
-    curves : mapping of arm to DataFrame
-        Columns ``epoch``, ``seed``, ``nmi_prev``. ``<backbone>-index`` and ``<backbone>-shuffled``
-        are drawn with ``<backbone>``.
-    chance : mapping of arm to float
-        NMI of unrelated clusterings of its sizes.
+    `curves` map an arm to a table of ``epoch``, ``seed``, ``nmi_prev``; ``<backbone>-index`` and
+    ``<backbone>-shuffled`` are drawn with ``<backbone>``. `chance` maps an arm to the NMI of
+    unrelated clusterings of its sizes.
     """
     kinds = {
         "": ("trained on its clusters", {"marker": "o"}),
@@ -235,12 +229,8 @@ def enrichment_maps(tables: Mapping[str, pd.DataFrame], dataset_label: str) -> F
     below it what should not matter.
 
     A dot marks q at or below `LEVEL`. A property of fewer than `LEAST` images is gray: its odds
-    ratios mean nothing.
-
-    Parameters
-    ----------
-    tables : mapping of arm to DataFrame
-        A row per property and cluster: ``property, kind, cluster, n, share, log2_odds, q``.
+    ratios mean nothing. `tables` map an arm to a row per property and cluster: ``property, kind,
+    cluster, n, share, log2_odds, q``.
     """
     rows = pd.concat(tables.values()) if tables else pd.DataFrame(columns=["property", "kind"])
     kinds = rows.sort_values("kind", kind="stable").drop_duplicates("property")
@@ -290,13 +280,8 @@ def retrieval_panels(
 ) -> Figure:
     """Queries and the images nearest to them, a row per query and arm.
 
-    Parameters
-    ----------
-    queries : sequence of Q int
-        Rows of `images`.
-    matches : mapping of arm to int array, shape (Q, k)
-        Rows of `images`, nearest first; -1 is none.
-    patients : sequence of N
+    `queries` are Q rows of `images`; `matches` map an arm to the rows nearest to each, nearest
+    first, shape (Q, k), where -1 is none; `patients` are N.
     """
     k = max((found.shape[1] for found in matches.values()), default=1)
     rows = [(query, matches[arm][i], arm) for i, query in enumerate(queries) for arm in matches]

@@ -1,7 +1,5 @@
 """Figures of a data set before any training; `lib.plots.style` says what their arguments are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import cycle
 

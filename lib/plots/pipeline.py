@@ -1,7 +1,5 @@
 """The method at a glance, drawn by hand: coordinates are inches from the lower left corner."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

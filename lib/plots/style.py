@@ -6,8 +6,6 @@ one column of a journal, or 7 in if it shows many images.
 Colours are Okabe and Ito's (2008, *Color Universal Design*); a marker or a line style says the same
 a second time, so that a figure reads in gray."""
 
-from __future__ import annotations
-
 import io
 import textwrap
 from collections import Counter

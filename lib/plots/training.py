@@ -3,8 +3,6 @@
 `runs` map an arm to a table with ``epoch``, ``seed`` and the column that is drawn; `published` has
 ``arm``, ``epoch`` and that column."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -101,13 +99,9 @@ def loss_curves(
 def known_classes(panels: Mapping[str, Tables], dataset_label: str, what: str) -> Figure:
     """AMI of the clusters with known classes against the epoch: does the loop find what is there?
 
-    Parameters
-    ----------
-    panels : mapping of panel title to mapping of arm to DataFrame
-        Columns ``seed``, ``epoch`` (epochs of training behind the clusters; 0 is the untrained
-        network), ``ami`` (1 for the classes themselves, 0 for chance) and, if known, ``nmi``.
-    what : str
-        What the classes are, e.g. ``"digit classes"``.
+    `panels` map a title to a table per arm: ``seed``, ``epoch`` (epochs of training behind the
+    clusters; 0 is the untrained network), ``ami`` (1 for the classes themselves, 0 for chance) and,
+    if known, ``nmi``. `what` says what the classes are, e.g. ``"digit classes"``.
     """
     title, panels = "Does the loop find classes that are there?", panels or {"": {}}
     figure = style.new_figure(0.6 + 1.55 * -(-len(panels) // 2), title)
@@ -140,14 +134,9 @@ def known_classes(panels: Mapping[str, Tables], dataset_label: str, what: str) -
 def occupancy(table: pd.DataFrame, dataset_label: str, collapsed: float) -> Figure:
     """Which runs put most images into one cluster: a dot per run.
 
-    Parameters
-    ----------
-    table : DataFrame
-        A row per run: ``arm``, ``largest_cluster`` (share of the images, 0 to 1),
-        ``clusters_used``, ``perplexity`` (of the sizes: n_clusters if all are equal) and
-        ``n_clusters``.
-    collapsed : float
-        A run counts as collapsed if its largest cluster holds at least this share.
+    A row of `table` is a run: ``arm``, ``largest_cluster`` (share of the images, 0 to 1),
+    ``clusters_used``, ``perplexity`` (of the sizes: n_clusters if all are equal), ``n_clusters``.
+    A run is `collapsed` if its largest cluster holds at least this share.
     """
     table = table.dropna(subset=["largest_cluster"])
     arms = style.arm_order(dict.fromkeys(table["arm"]))
@@ -213,11 +202,8 @@ def tsne_maps(
     The number of a cluster is at the member next to its median. Below a panel is the silhouette of
     its colours in the map: near 1 if they are apart, about 0 or less if they are mixed.
 
-    Parameters
-    ----------
-    points : mapping of arm to array, shape (M, 2)
-        The unit and the direction of the axes mean nothing; maps are turned to fill their panel.
-    clusters : mapping of arm to int array, shape (M,)
+    `points` map an arm to an array (M, 2), `clusters` to M numbers. The unit and the direction of
+    the axes mean nothing; maps are turned to fill their panel.
     """
     groups, looks = _groups(findings)
     arms, n = style.arm_order(points), len(findings)
@@ -247,8 +233,8 @@ def tsne_maps(
     grid[0, 0].set_ylabel("by cluster")
     grid[1, 0].set_ylabel("by label")
     keys = {
-        f"{name} ({(groups == name).sum():,})": {"color": look[0], "marker": look[1], "ls": ""}
-        for name, look in looks.items()
+        f"{name} ({(groups == name).sum():,})": {"color": colour, "marker": marker, "ls": ""}
+        for name, (colour, marker) in looks.items()
     }
     style.legend_below(figure, keys, handletextpad=0.1)
     note = f"{n:,} images per map; numbers: clusters, the 30 largest at most"
@@ -317,13 +303,10 @@ def clusters(
 def probe_bars(table: pd.DataFrame, dataset_label: str) -> Figure:
     """Scores of linear probes as dots with 95 % intervals, a panel per target.
 
-    Parameters
-    ----------
-    table : DataFrame
-        A row per probe: ``target`` (what is predicted; ``"findings"`` is scored by mean AUROC, all
-        else by accuracy), ``arm``, ``accuracy`` (the score), ``ci_low``, ``ci_high`` (95 %
-        interval), ``baseline`` (score of a guess), ``published``, ``published_baseline`` and
-        ``n_seeds``. Scores are 0 to 1, NaN if not defined.
+    A row of `table` is a probe: ``target`` (what is predicted; ``"findings"`` is scored by mean
+    AUROC, all else by accuracy), ``arm``, ``accuracy`` (the score), ``ci_low``, ``ci_high`` (95 %
+    interval), ``baseline`` (score of a guess), ``published``, ``published_baseline`` and
+    ``n_seeds``. Scores are 0 to 1, NaN if not defined.
     """
     targets = table.groupby("target", sort=False)
     rows = targets.size()

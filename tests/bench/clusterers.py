@@ -8,8 +8,6 @@ Synthetic embeddings with planted clusters that overlap. Quality is the inertia 
 distances to the centroids) as a share of K-means' at the same N, and NMI with the planted clusters.
 Time is of one fit. --draw only draws the figure from the table that is there."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -28,29 +26,18 @@ from lib.kmeans import CLUSTERERS, make_clusterer  # noqa: E402
 from lib.paths import atomic_write, figures_root  # noqa: E402
 from lib.plots import style  # noqa: E402
 
-TITLES = {
-    "kmeans": "K-means",
-    "minibatch": "mini-batch K-means",
-    "hierarchical": "hierarchical K-means",
-    "graph": "graph of neighbours",
-}
-PANELS = {
-    "inertia_ratio": "inertia / that of K-means\n(lower is better)",
-    "nmi": "NMI with the planted\nclusters",
-}
+TITLES = {"kmeans": "K-means", "minibatch": "mini-batch K-means"}
+TITLES |= {"hierarchical": "hierarchical K-means", "graph": "graph of neighbours"}
+PANELS = {"inertia_ratio": "inertia / that of K-means\n(lower is better)"}
+PANELS |= {"nmi": "NMI with the planted\nclusters"}
 
 
 def planted(n: int, d: int, clusters: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (n, d), float32, and the planted cluster (n,) of each: of unequal size, Gaussian,
-    with overlap.
-    """
+    """Embeddings (n, d), and the planted cluster of each: Gaussian, of unequal size."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((clusters, d), dtype=np.float32)
     truth = rng.choice(clusters, n, p=rng.dirichlet(np.full(clusters, 3.0)))
-    x = rng.standard_normal((n, d), dtype=np.float32)
-    x *= 1.5
-    x += centres[truth]
-    return x, truth
+    return 1.5 * rng.standard_normal((n, d), dtype=np.float32) + centres[truth], truth
 
 
 def measure(name: str, x: np.ndarray, truth: np.ndarray, clusters: int) -> dict:
@@ -66,16 +53,7 @@ def measure(name: str, x: np.ndarray, truth: np.ndarray, clusters: int) -> dict:
 
 @style.context()
 def quality(table: pd.DataFrame, dataset_label: str) -> Figure:
-    """Quality of each clusterer against its time, a line over the numbers of points.
-
-    Parameters
-    ----------
-    table : DataFrame
-        A row per method (a key of `TITLES`) and number of points: ``method, points, seconds,
-        inertia_ratio`` (1 for K-means) and ``nmi`` (0 to 1).
-    dataset_label : str
-        What was clustered, on what.
-    """
+    """Quality of each clusterer against its time, a line over the numbers of points."""
     figure = style.new_figure(2.1, "What does a faster clusterer cost?")
     sizes = {n: 2 + i for i, n in enumerate(sorted(table["points"].unique()))}
     names = [name for name in TITLES if name in set(table["method"])]
@@ -97,9 +75,7 @@ def quality(table: pd.DataFrame, dataset_label: str) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="What each clusterer gives up for its time.")
     points = [10_000, 31_623, 100_000, 316_228, 1_000_000]
     parser.add_argument("--points", type=int, nargs="+", default=points)
     parser.add_argument("--dim", type=int, default=64)
