@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import nbformat
 import numpy as np
@@ -65,10 +66,6 @@ def executed(monkeypatch):
     """Runs notebooks in this process, without kernels; the list of those that were run."""
     done = []
 
-    class Kernel:
-        def shutdown_kernel(self, now):
-            pass
-
     def execute(notebook, copy, parameters, kernel):
         scope = {}
         for cell in nbformat.read(notebook, as_version=4).cells[1:]:
@@ -78,7 +75,7 @@ def executed(monkeypatch):
         copy.write_text(json.dumps({"cells": [], "metadata": notes}))
         done.append(notebook.stem[:2])
 
-    monkeypatch.setattr(notebooks, "start_kernel", Kernel)
+    monkeypatch.setattr(notebooks, "start_kernel", Mock)
     monkeypatch.setattr(notebooks, "execute", execute)
     return done
 
@@ -265,21 +262,17 @@ def test_from(project, executed):
         run_again(executed, "--from", "02", "--seeds", "9")
 
 
-@pytest.mark.parametrize("source", ["kaggle", "kaggle-sample", "chestmnist", "nih:.", "digits"])
-def test_downloads_come_before_the_first_notebook(project, executed, monkeypatch, source):
-    def fetch(*_):
-        raise ValueError("no credentials")
-
-    monkeypatch.setattr(sources, "fetch", fetch)
+def test_downloads_come_before_the_first_notebook(project, executed, monkeypatch):
+    monkeypatch.setattr(sources, "fetch", Mock(side_effect=ValueError("no credentials")))
     own = COMMON + "n_phantoms = 2\ndata_seed = 0"
     write_notebook(project / "notebooks" / "00_get.ipynb", own)
     (project / "notebooks" / "params" / "quick.yaml").write_text("n_phantoms: 2\ndata_seed: 0\n")
-    if source == "digits":
-        assert run_again(executed, "--data", source)
-    else:
+    for source in ("kaggle", "kaggle-sample", "chestmnist", "nih:."):
         with pytest.raises(RunError, match=r"^no credentials$"):
             run_again(executed, "--data", source)
         assert executed == []
+    for source in ("digits", str(project)):
+        assert run_again(executed, "--data", source), "it needs no download"
 
 
 def test_a_folder_that_cannot_be_written(project, executed, monkeypatch, tmp_path, capsys):
