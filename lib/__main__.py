@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from argparse import ArgumentTypeError, Namespace
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,8 +96,7 @@ def path_in(source: str) -> str:
 def dataset_name(source: str, preset: str = "quick") -> str:
     """Name of a source's folders under data/ and figures/: ``phantom``, ``nih-sample-smoke``, ...
 
-    The quick preset adds nothing. Any other is a suffix, which keeps its results apart.
-    """
+    The quick preset adds nothing. Any other is a suffix, which keeps its results apart."""
     name = source
     if source not in SOURCES:
         path = Path(path_in(source))
@@ -163,18 +163,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(argv: Sequence[str]) -> Namespace:
     """What a command line asks for, checked: a command of `COMMANDS` and its options, or what
-    ./run_all.sh is given. SystemExit with one line on stderr if something is wrong.
-    """
+    ./run_all.sh is given. SystemExit with one line on stderr if something is wrong."""
     argv = list(argv)
     if argv[:1] in (["test"], ["--test"]):
         return Namespace(command="test", arguments=argv[1:])
     if not argv or argv[0] not in COMMANDS:
-        if "--reuse" in argv:
-            i = argv.index("--reuse")
-            argv = ["reuse", *argv[i + 1 : i + 2], *argv[:i], *argv[i + 2 :]]
-        else:
-            study = "--study" in argv
-            argv = ["study" if study else "run", *(word for word in argv if word != "--study")]
+        command = next((name for name in ("reuse", "study") if f"--{name}" in argv), "run")
+        argv = [command, *(word for word in argv if word != f"--{command}")]
     parser = build_parser()
     options = parser.parse_args(argv)
     for name in ("nproc", "jobs"):
@@ -221,8 +216,7 @@ def notebooks_of(options: Namespace) -> Notebooks:
     given |= {"command": command_line(options)}
     given = {name: value for name, value in given.items() if value is not None}
     inputs = [Path(place) for place in (path_in(options.data), options.csv) if place]
-    parameters = nb.read_preset(options.preset) | given
-    return Notebooks(options.dataset, options.data, parameters, inputs)
+    return Notebooks(nb.read_preset(options.preset) | given, inputs)
 
 
 def get_ready(options: Namespace, parameters: Mapping[str, Any]) -> None:
@@ -284,13 +278,12 @@ def study(options: Namespace) -> None:
     commands, logs = {}, {}
     for arm, seed in runs:
         log = logs[f"{arm} seed {seed}"] = arms.log_path(dataset, arm, seed)
-        config = dataclasses.asdict(arms.train_config(arm, preset, seed))
-        paths.save_json(log.with_suffix(".json"), config)
-        folder = paths.run_dir(dataset, arm, seed)
-        words = ["--config", log.with_suffix(".json"), "--run-dir", folder]
+        settings = log.with_suffix(".json")
+        paths.save_json(settings, dataclasses.asdict(arms.train_config(arm, preset, seed)))
+        words = ["--config", settings, "--run-dir", paths.run_dir(dataset, arm, seed)]
         words += ["--images", paths.dataset_dir(dataset) / "images.npy"]
-        words = [sys.executable, "-m", "lib", "train", *map(str, words)]
-        commands[f"{arm} seed {seed}"] = words + ["--restart"] * options.restart
+        words += ["--restart"] * options.restart
+        commands[f"{arm} seed {seed}"] = [sys.executable, "-m", "lib", "train", *map(str, words)]
 
     def on_end(name: str, error: Exception | None) -> None:
         failed.extend([name] if error else [])
@@ -344,8 +337,7 @@ def reuse(options: Namespace) -> None:
             return
         model = finished.load(folder, options.device)
         out = paths.runs_dir(dataset_name(options.data)) / "reuse" / model.name.replace("/", "-")
-        reading = {name: getattr(options, name) for name in READING}
-        reading = {name: value for name, value in reading.items() if value is not None}
+        reading = {name: vars(options)[name] for name in READING if vars(options)[name] is not None}
         command = f"./run_all.sh --data PATH/{Path(options.data).name} --reuse {model.name}"
         print(finished.assign_folder(options.data, model, out, command, **reading)[2])
         print(f"Written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
@@ -357,7 +349,7 @@ def test(options: Namespace) -> None:
     """Run ruff, pytest and, unless ARGs choose some tests, all notebooks in a fresh folder."""
     from xml.etree import ElementTree
 
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    counts = Counter(passed=0, failed=0, skipped=0)
     with tempfile.TemporaryDirectory(prefix="cxr-test-", ignore_cleanup_errors=True) as folder:
         report, notebooks = Path(folder, "report.xml"), (ROOT / "notebooks").glob("*.ipynb")
         pytest = ["pytest", "-rs", f"--junitxml={report}"]
@@ -379,8 +371,7 @@ def test(options: Namespace) -> None:
             names = ("tests", "skipped", "failures", "errors")
             total, skipped, failures, errors = (int(suite.get(name, 0)) for name in names)
             bad = max(failures + errors, int(status != 0))
-            found = {"passed": max(total - skipped - bad, 0), "failed": bad, "skipped": skipped}
-            counts = {name: counts[name] + found[name] for name in counts}
+            counts.update(passed=max(total - skipped - bad, 0), failed=bad, skipped=skipped)
     print(", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
     if counts["failed"]:
         sys.exit(1)

@@ -66,25 +66,22 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 class Notebooks:
-    """The notebooks of a data set, run with `parameters`, of which each is given those it has.
+    """The notebooks, run with `parameters`, of which each is given those it has.
 
     Copies and logs go to ``data/runs/<dataset>/notebooks``. ``done.json`` lies beside them: a
-    digest of all that the results depend on, `inputs` among it, and the files that were made.
-    """
+    digest of all that the results depend on, `inputs` among it, and the files that were made."""
 
-    def __init__(
-        self, dataset: str, source: str, parameters: Mapping[str, Any], inputs: Sequence[Path] = ()
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Any], inputs: Sequence[Path] = ()) -> None:
         from lib import paths
 
-        self.source, self.parameters, self.inputs = source, parameters, inputs
+        self.parameters, self.inputs = parameters, inputs
         folders = (paths.dataset_dir, paths.runs_dir, paths.figures_dir)
-        self.folders = [folder(dataset) for folder in folders]
+        self.folders = [folder(parameters["dataset"]) for folder in folders]
         self.copies = self.folders[1] / "notebooks"
         file = self.copies / "done.json"
         self.done = paths.load_json(file) if file.exists() else {}
-        other = self.done.get("source", source)
-        if other != source and not parameters.get("restart"):
+        other = self.done.get("source", parameters["source"])
+        if other != parameters["source"] and not parameters["restart"]:
             what = f"{paths.show(self.folders[1])} holds the results of {other}"
             raise UsageError(f"{what}: rename your folder, or replace them with --restart")
 
@@ -108,22 +105,19 @@ class Notebooks:
         facts += [len(states), sum(state.st_size for state in states), newest]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def files(self) -> list[str]:
-        """All results, but nothing that may be deleted when all is done."""
-        passing = {".pt", ".tmp", ".lock", ".log", ".ipynb"}
-        found = [path for folder in self.folders for path in folder.rglob("*.*")]
-        return [str(path) for path in found if path.suffix not in passing]
-
     def are_done(self) -> bool:
         """Whether nothing has changed since all was done, and no result is missing."""
         there = all(map(os.path.exists, self.done.get("files", [])))
         return there and self.done.get("digest") == self.digest()
 
     def remember(self) -> None:
-        """Write down that all is done."""
+        """Write down that all is done, and which files may not be deleted from now on."""
         from lib import paths
 
-        entry = {"source": self.source, "digest": self.digest(), "files": self.files()}
+        passing = {".pt", ".tmp", ".lock", ".log", ".ipynb"}
+        found = [path for folder in self.folders for path in folder.rglob("*.*")]
+        files = [str(path) for path in found if path.suffix not in passing]
+        entry = {"source": self.parameters["source"], "digest": self.digest(), "files": files}
         paths.save_json(self.copies / "done.json", entry)
 
     def check_done(self, notebook: Path) -> None:
@@ -209,19 +203,14 @@ def prepare_environment(folder: Path) -> None:
 
 def start_kernel() -> Any:
     """Start a Jupyter kernel of this Python, which then imports PyTorch while others work."""
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import KernelManager
 
-    class ThisPython(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            return KernelSpec(**get_kernel_dict())
-
+    this_python = KernelSpecManager(kernel_dirs=[])  # no "python3" that the user has installed
     client = "jupyter_client.asynchronous.AsyncKernelClient"  # papermill's
-    kernel = KernelManager(kernel_spec_manager=ThisPython(), client_class=client)
+    kernel = KernelManager(kernel_spec_manager=this_python, client_class=client)
     first = ["--IPKernelApp.exec_lines=import torch, sklearn.linear_model"]
-    folder, quiet = str(ROOT / "notebooks"), subprocess.DEVNULL
-    kernel.start_kernel(extra_arguments=first, cwd=folder, stderr=quiet)
+    kernel.start_kernel(extra_arguments=first, cwd=ROOT / "notebooks", stderr=subprocess.DEVNULL)
     return kernel
 
 

@@ -59,12 +59,13 @@ def run(tmp_path):
         pytest.skip("no git here")
     origin, modules, content = (tmp_path / name for name in ("origin", "modules", "content"))
     content.mkdir()
-    (modules / "google" / "colab").mkdir(parents=True)
-    (modules / "google" / "colab" / "__init__.py").touch()
-    (modules / "pip").mkdir()
-    (modules / "pip" / "__init__.py").touch()
-    log = tmp_path / "pip.log"
-    (modules / "pip" / "__main__.py").write_text(PIP.format(log=str(log)), encoding="utf-8")
+    log, cell = tmp_path / "pip.log", tmp_path / "cell.py"
+    cell.write_text(BOOTSTRAP, encoding="utf-8")
+    for name, text in (("google.colab", ""), ("pip", PIP.format(log=str(log)))):
+        package = modules.joinpath(*name.split("."))
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(text, encoding="utf-8")
     shutil.copytree(ROOT / "lib", origin / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("run_all.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, origin)
@@ -77,8 +78,6 @@ def run(tmp_path):
     clean |= {"PYTHONPATH": str(modules), "GIT_CONFIG_GLOBAL": os.devnull}
     clean |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf"}
     clean |= {"GIT_CONFIG_VALUE_0": REPOSITORY}
-    cell = tmp_path / "cell.py"
-    cell.write_text(BOOTSTRAP, encoding="utf-8")
 
     def call(hidden=(), where="colab", folder=content, driver=DRIVER):
         words = [sys.executable, "-c", driver, json.dumps(sorted(hidden)), str(cell), where]

@@ -63,14 +63,11 @@ def server(tmp_path_factory):
     hidden = {"MPLBACKEND", "PYTHONPATH", "PYTHONWARNINGS"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"JUPYTER_TOKEN": token, "JUPYTER_PREFER_ENV_PATH": "1"}
-    environment |= {"CXR_DATA_DIR": str(project / "data")}
-    environment |= {
-        "CXR_FIGURES_DIR": str(project / "figures"),
-        "IPYTHONDIR": str(home / "ipython"),
-    }
+    environment |= {"JUPYTER_RUNTIME_DIR": str(home), "IPYTHONDIR": str(home / "ipython")}
+    environment |= {f"CXR_{name.upper()}_DIR": str(project / name) for name in ("data", "figures")}
     environment |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
     environment |= {"JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
-    environment |= {"JUPYTER_RUNTIME_DIR": str(home), "JUPYTER_CONFIG_DIR": str(home / "config")}
+    environment |= {"JUPYTER_CONFIG_DIR": str(home / "config")}
     words = [sys.executable, "-m", "jupyterlab", "--no-browser", "--expose-app-in-browser"]
     words += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={project}"]
     words += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []

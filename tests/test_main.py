@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import nbformat
 import numpy as np
@@ -16,14 +17,18 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import lib.__main__ as command
-from lib import notebooks, paths
+from lib import notebooks, parallel, paths
+from lib.data import sources
+from lib.kmeans import CLUSTERERS
 from lib.notebooks import RunError, UsageError, read_preset
 from lib.paths import ROOT
+from lib.study import arms
 
 posix = pytest.mark.skipif(os.name == "nt", reason="run_all.sh needs bash, and signals are POSIX's")
 
 COMMON = 'dataset = "phantom-smoke"\nsource = "phantom"\nrestart = False\n'
 WRITE = "from lib import paths\npaths.save_json(paths.{}(dataset) / '{}', {})"
+IMAGES = WRITE.format("dataset_dir", "images.json", "[n, source]")
 
 
 def write_notebook(path, parameters, *cells):
@@ -42,8 +47,7 @@ def project(tmp_path, monkeypatch):
     for preset, n in (("smoke", 1), ("quick", 2), ("paper", 3)):
         text = f"n: {n}\nlr: 1.0e-3\nseeds: [0]\ndevice: cpu\n"
         (folder / "params" / f"{preset}.yaml").write_text(text)
-    write = WRITE.format("dataset_dir", "images.json", "[n, source]")
-    write_notebook(folder / "00_get.ipynb", COMMON + "n = 1", write)
+    write_notebook(folder / "00_get.ipynb", COMMON + "n = 1", IMAGES)
     write = WRITE.format("runs_dir", "run.json", "[lr, seeds, device, restart]")
     own = COMMON + "lr = 1e-3\nseeds = [0]\ndevice = 'auto'"
     write_notebook(folder / "01_train.ipynb", own, write)
@@ -62,10 +66,6 @@ def executed(monkeypatch):
     """Runs notebooks in this process, without kernels; the list of those that were run."""
     done = []
 
-    class Kernel:
-        def shutdown_kernel(self, now):
-            pass
-
     def execute(notebook, copy, parameters, kernel):
         scope = {}
         for cell in nbformat.read(notebook, as_version=4).cells[1:]:
@@ -75,7 +75,7 @@ def executed(monkeypatch):
         copy.write_text(json.dumps({"cells": [], "metadata": notes}))
         done.append(notebook.stem[:2])
 
-    monkeypatch.setattr(notebooks, "start_kernel", Kernel)
+    monkeypatch.setattr(notebooks, "start_kernel", Mock)
     monkeypatch.setattr(notebooks, "execute", execute)
     return done
 
@@ -90,24 +90,19 @@ def run_again(executed, *arguments):
 # --- options
 
 
-def test_all_options_of_a_run(project, tmp_path):
+def test_options_of_a_folder_and_how_results_show_them(project, tmp_path):
     (tmp_path / "NIH Sample").mkdir()
-    (tmp_path / "NIH Sample" / "labels.csv").write_text("scan,dx\n")
-    words = "--preset smoke --seeds 0,7 --device cpu --nproc 2 --from 1 --restart --fit crop"
-    words += " --max-broken 0.05 --clusterer minibatch --drop-outliers"
+    (tmp_path / "NIH Sample" / "labels.csv").touch()
     own = ["--data", "NIH Sample", "--csv", "labels.csv", "--label-column", "my dx"]
-    options = command.parse([*words.split(), *own])
+    options = command.parse(["--preset", "smoke", "--seeds", "0,7", "--from", "1", *own])
     assert (options.data, options.dataset) == (str(tmp_path / "NIH Sample"), "nih-sample-smoke")
-    assert (options.seeds, options.nproc, options.start) == ([0, 7], 2, "01")
-    assert (options.max_broken, options.drop_outliers) == (0.05, True)
+    assert (options.seeds, options.start) == ([0, 7], "01")
     assert options.csv == str(tmp_path / "NIH Sample" / "labels.csv")
     shown = command.command_line(options)
     assert str(tmp_path) not in shown
-    for part in ("--data PATH/NIH Sample", "--csv labels.csv", "--label-column 'my dx'"):
+    for part in ("--seeds 0,7", "--data PATH/NIH Sample", "--csv labels.csv", "'my dx'"):
         assert part in shown
-    again = command.parse(shown.replace("PATH/NIH Sample", ".").split()[1:3])
-    assert again.preset == "smoke"
-    (tmp_path / "labels.csv").write_text("scan,dx\n")  # the caller's own folder comes first
+    (tmp_path / "labels.csv").touch()  # the caller's own folder comes first
     assert command.parse(own).csv == str(tmp_path / "labels.csv")
 
 
@@ -115,7 +110,6 @@ def test_all_options_of_a_run(project, tmp_path):
     ("words", "expected"),
     [
         ("--test -k data --help", {"command": "test", "arguments": ["-k", "data", "--help"]}),
-        ("--study --jobs 2 --arms p4m", {"command": "study", "jobs": 2, "arms": "p4m"}),
         ("--preset smoke --study", {"command": "study", "dataset": "phantom-smoke"}),
         ("--data . --reuse a/p4m/seed0", {"command": "reuse", "run": "a/p4m/seed0"}),
         ("--reuse a --export b", {"command": "reuse", "export": "b", "data": None}),
@@ -131,16 +125,11 @@ def test_other_commands(project, words, expected):
     ("words", "what", "valid"),
     [
         ("--prest quick", "--prest", ""),
-        ("quick", "quick", ""),
         ("--preset big", "'big'", "paper"),
-        ("--preset", "--preset", ""),
-        ("--device tpu", "'tpu'", "cuda"),
         ("--from 7", "'07'", "02"),
         ("--seeds 0;1", "'0;1'", "0,1,2"),
         ("--seeds 1,1", "'1,1'", "different"),
         ("--nproc 0", "--nproc 0", "from 1"),
-        ("--nproc two", "'two'", ""),
-        ("--fit squeeze", "'squeeze'", "crop"),
         ("--data nowhere", "'nowhere'", "chestmnist, kaggle"),
         ("--data nih:", "'nih:'", "nih:PATH"),
         ("--data chestmnist:notebooks", "'chestmnist:notebooks'", "FILE.npz"),
@@ -167,9 +156,7 @@ def test_a_bad_option_ends_in_one_line(project, words, what, valid, capsys):
         ("digits-turned", "smoke", "digits-turned-smoke"),
         ("/x/NIH Sample (1)", "quick", "nih-sample-1"),
         ("/x/runs", "quick", "my-runs"),  # data/runs is taken
-        ("/x/phantom", "quick", "my-phantom"),
         ("/x/胸部", "quick", "images"),
-        ("/", "quick", "images"),
         ("/x/" + "a" * 200, "paper", "a" * 48 + "-paper"),
         ("/x/kaggle", "quick", "my-kaggle"),
         ("nih:/x/CXR8", "quick", "cxr8"),
@@ -181,18 +168,13 @@ def test_dataset_name(source, preset, name):
 
 
 def test_words_are_those_of_lib():
-    from lib.data.sources import WORDS
-    from lib.kmeans import CLUSTERERS
-
-    assert set(command.SOURCES) == set(WORDS)
+    assert set(command.SOURCES) == set(sources.WORDS)
     assert set(command.CLUSTERERS) == set(CLUSTERERS)
 
 
 def test_options_need_no_package():
     code = "import sys; from lib.__main__ import main; sys.exit(main(['run', '--help']))"
-    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert b"--label-column" in done.stdout
+    subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 # --- parameters
@@ -211,10 +193,8 @@ def test_options_need_no_package():
 )
 def test_bad_presets(project, text, what):
     (project / "notebooks" / "params" / "quick.yaml").write_text(text)
-    with pytest.raises(UsageError, match=what) as error:
+    with pytest.raises(UsageError, match=f"^notebooks/params/quick.yaml.*{what}"):
         read_preset("quick")
-    assert "\n" not in str(error.value)
-    assert "notebooks/params/quick.yaml" in str(error.value)
 
 
 def test_presets_and_options_reach_the_notebooks(project, executed):
@@ -240,7 +220,7 @@ def test_a_second_call_runs_nothing(project, executed, capsys):
     assert run_again(executed) == [], "presets keep to themselves"
 
 
-def test_what_changes_results_runs_the_notebooks_again(project, executed, tmp_path):
+def test_what_changes_results_runs_the_notebooks_again(project, executed):
     run_again(executed)
     assert run_again(executed, "--seeds", "0,1")
     assert run_again(executed)
@@ -253,7 +233,7 @@ def test_what_changes_results_runs_the_notebooks_again(project, executed, tmp_pa
     nbformat.write(notebook, path)
     assert run_again(executed)
     (project / "lib").mkdir()
-    (project / "lib" / "new.py").write_text("")
+    (project / "lib" / "new.py").touch()
     assert run_again(executed)
     (paths.figures_dir("phantom") / "fig0.json").unlink()
     assert run_again(executed)
@@ -261,58 +241,43 @@ def test_what_changes_results_runs_the_notebooks_again(project, executed, tmp_pa
     assert run_again(executed) == []
 
 
-def test_images_that_are_added_are_noticed_and_another_folder_is_refused(
-    project, executed, tmp_path
-):
+def test_added_images_are_noticed_and_another_folder_is_refused(project, executed, tmp_path):
     for folder in ("one/scans", "two/scans"):
         (tmp_path / folder).mkdir(parents=True)
     assert run_again(executed, "--data", "one/scans")
-    assert run_again(executed, "--data", "one/scans") == []
-    (tmp_path / "one/scans/a.png").write_bytes(b"x")
+    (tmp_path / "one/scans/a.png").touch()
     assert run_again(executed, "--data", "one/scans")
-    with pytest.raises(UsageError, match=r"holds the results of .*one.scans"):
+    assert run_again(executed, "--data", "one/scans") == []
+    with pytest.raises(UsageError, match=r"one.scans"):
         run_again(executed, "--data", "two/scans")
     assert run_again(executed, "--data", "two/scans", "--restart")
 
 
 def test_from(project, executed):
-    with pytest.raises(UsageError, match="00_get is not done"):
+    with pytest.raises(UsageError, match="00_get"):
         run_again(executed, "--from", "01")
     run_again(executed)
     assert run_again(executed, "--from", "1") == ["01", "02"]
-    with pytest.raises(UsageError, match="01_train is not done"):
+    with pytest.raises(UsageError, match="01_train"):
         run_again(executed, "--from", "02", "--seeds", "9")
 
 
 def test_downloads_come_before_the_first_notebook(project, executed, monkeypatch):
-    from lib.data import sources
-
-    asked = []
-
-    def fetch(source, *rest):
-        asked.append(source)
-        raise ValueError("no credentials")
-
-    monkeypatch.setattr(sources, "fetch", fetch, raising=False)
-    (project / "notebooks" / "params" / "quick.yaml").write_text("n: 2\n")
-    own = COMMON + "n = 1\nn_phantoms = 2\ndata_seed = 0"
+    monkeypatch.setattr(sources, "fetch", Mock(side_effect=ValueError("no credentials")))
+    own = COMMON + "n_phantoms = 2\ndata_seed = 0"
     write_notebook(project / "notebooks" / "00_get.ipynb", own)
     (project / "notebooks" / "params" / "quick.yaml").write_text("n_phantoms: 2\ndata_seed: 0\n")
-    for source in ("kaggle", "kaggle-sample", "chestmnist", f"nih:{project}"):
+    for source in ("kaggle", "kaggle-sample", "chestmnist", "nih:."):
         with pytest.raises(RunError, match=r"^no credentials$"):
             run_again(executed, "--data", source)
-    assert len(asked) == 4
-    assert executed == []
+        assert executed == []
     for source in ("digits", str(project)):
-        run_again(executed, "--data", source)
-    assert len(asked) == 4
+        assert run_again(executed, "--data", source), "it needs no download"
 
 
 def test_a_folder_that_cannot_be_written(project, executed, monkeypatch, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").touch()
     monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "file" / "data"))
-    with pytest.raises(NotADirectoryError):
-        command.run(command.parse([]))
     shutil.copy(ROOT / "pyproject.toml", project)
     assert command.main([]) == 1
     error = capsys.readouterr().err
@@ -336,31 +301,23 @@ def test_missing_packages_are_named(project, monkeypatch, capsys):
 
 
 def test_a_study_trains_what_is_missing_and_compares(executed, monkeypatch, tmp_path, capsys):
-    from lib import parallel
-    from lib.study import arms
-
-    monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("CXR_FIGURES_DIR", str(tmp_path / "figures"))
-    monkeypatch.setattr(
-        notebooks, "execute", lambda notebook, *_: executed.append(notebook.stem[:2])
-    )
-    monkeypatch.setattr(arms, "missing_runs", lambda *_: [("p4m", 1), ("alexnet", 0)])
     started = {}
 
     def run_processes(jobs, at_once, log_of, on_end):
-        started.update(jobs, at_once=at_once)
+        started.update(jobs)
         for name in jobs:
             on_end(name, RuntimeError() if "alexnet" in name else None)
 
-    monkeypatch.setattr(parallel, "run_processes", run_processes, raising=False)
+    monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("CXR_FIGURES_DIR", str(tmp_path / "figures"))
+    monkeypatch.setattr(notebooks, "execute", lambda path, *_: executed.append(path.stem[:2]))
+    monkeypatch.setattr(arms, "missing_runs", lambda *_: [("p4m", 1), ("alexnet", 0)])
+    monkeypatch.setattr(parallel, "run_processes", run_processes)
     options = ["--study", "--preset", "smoke", "--jobs", "2", "--seeds", "0,1"]
     with pytest.raises(RunError, match=r"1 of 2 runs failed: alexnet seed 0"):
         command.study(command.parse(options))
     assert executed == ["00", "01", "04", "05", "06"]
-    assert started["at_once"] == 2
-    words = started["p4m seed 1"]
-    assert words[1:4] == ["-m", "lib", "train"]
-    given = command.parse(words[3:])
+    given = command.parse(started["p4m seed 1"][3:])
     assert json.loads(Path(given.config).read_text())["seed"] == 1
     assert Path(given.run_dir) == paths.run_dir("phantom-smoke", "p4m", 1)
     assert Path(given.images).name == "images.npy"
@@ -373,27 +330,18 @@ def test_a_study_trains_what_is_missing_and_compares(executed, monkeypatch, tmp_
         command.study(command.parse(["--study", "--arms", "resnet"]))
 
 
-def test_train_trains_one_run_and_says_in_its_last_line_why_not(tmp_path):
+def test_train_trains_one_run_or_says_why_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     settings = {"backbone": "p4m", "n_clusters": 3, "pca_dim": 4, "epochs": 0, "device": "cpu"}
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"width": [2, 2, 4]}))
+    paths.save_json(tmp_path / "config.json", settings | {"width": [2, 2, 4]})
     images = np.random.default_rng(0).integers(0, 256, (24, 64, 64), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     words = ["train", "--images", "images.npy", "--run-dir", "run", "--config", "config.json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def train():
-        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-        return subprocess.run([sys.executable, "-m", "lib", *words], **options)
-
-    done = train()
-    assert done.returncode == 0, done.stderr
+    command.train(command.parse(words))
     assert np.load(tmp_path / "run" / "features.npy").shape == (24, 4)
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"lrr": 1}))
-    done = train()
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "lrr" in last
+    paths.save_json(tmp_path / "config.json", settings | {"lrr": 1})
+    with pytest.raises(RunError, match=r"lrr.*config\.json"):
+        command.train(command.parse(words))
 
 
 def test_a_run_to_be_reused_must_be_there(monkeypatch, tmp_path):
@@ -406,16 +354,16 @@ def test_a_run_to_be_reused_must_be_there(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_tests_end_in_one_line_of_totals(project, monkeypatch, capfd):
-    (project / "tests").mkdir()
+def test_tests_end_in_one_line_of_totals(project, capfd):
     (project / "ruff.toml").write_text('extend-exclude = ["notebooks"]')
+    (project / "tests").mkdir()
     test = project / "tests" / "test_x.py"
     test.write_text("def test_x():\n    pass\n\n\ndef test_y():\n    pass\n")
-    for name in ("01_train", "02_draw"):
-        (project / "notebooks" / f"{name}.ipynb").unlink()
     command.test(command.parse(["--test", "-k", "test_y"]))
     assert capfd.readouterr().out.splitlines()[-1] == "3 passed, 0 failed, 0 skipped"
     test.write_text("import os\ndef test_x():\n    assert False\n")
+    for path in notebooks.find_notebooks("01"):
+        path.unlink()
     write_notebook(project / "notebooks" / "00_get.ipynb", COMMON, "1 / 0")
     with pytest.raises(SystemExit):
         command.test(command.parse(["--test"]))
@@ -435,50 +383,49 @@ def checkout(project):
     return project
 
 
-def shell(folder, *arguments, cwd=None, **environment):
-    """Call run_all.sh of `folder`."""
+def shell(script, *arguments, cwd=None, **environment):
+    """Call a run_all.sh."""
     named = {"PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH"}
     clean = {name: value for name, value in os.environ.items() if name not in named}
-    words = ["bash", str(folder / "run_all.sh"), *arguments]
     options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
-    return subprocess.run(words, cwd=cwd, env=clean | environment, **options)
+    return subprocess.run(["bash", script, *arguments], cwd=cwd, env=clean | environment, **options)
 
 
 @posix
 @pytest.mark.slow
 def test_notebooks_run_in_earnest(checkout, tmp_path):
     (tmp_path / "x rays ü").mkdir()
-    write = WRITE.format("dataset_dir", "images.json", "[n, source]")
     inline = "import os\nassert 'inline' in os.environ['MPLBACKEND']"
-    write_notebook(checkout / "notebooks" / "00_get.ipynb", COMMON + "n = 1", write, inline)
+    write_notebook(checkout / "notebooks" / "00_get.ipynb", COMMON + "n = 1", IMAGES, inline)
     where = {"cwd": tmp_path, "PYTHON": sys.executable, "CXR_DATA_DIR": "kept here"}
-    words = ("--preset", "smoke", "--data", "x rays ü")
-    done = shell(checkout, *words, MPLBACKEND="no-such-backend", **where)
+    words = (checkout / "run_all.sh", "--preset", "smoke", "--data", "x rays ü")
+    done = shell(*words, MPLBACKEND="no-such-backend", **where)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\[1/3\] 00_get \.\.\. done in \d+ s\n\[2/3\] 01_train", done.stdout)
     data = tmp_path / "kept here"
-    images = json.loads((data / "x-rays-smoke" / "images.json").read_text())
+    images = paths.load_json(data / "x-rays-smoke" / "images.json")
     assert images == [1, str(tmp_path / "x rays ü")]
     copy = data / "runs" / "x-rays-smoke" / "notebooks" / "01_train.ipynb"
     assert nbformat.read(copy, as_version=4).cells[-1].execution_count
-    assert "already done" in shell(checkout, *words, **where).stdout
+    assert "already done" in shell(*words, **where).stdout
 
 
 @posix
 @pytest.mark.slow
-def test_a_failing_notebook_ends_in_a_few_lines(checkout):
-    cells = ("def deep():\n    raise ValueError('no images in it')", "deep()")
+@pytest.mark.parametrize(
+    ("cells", "what"),
+    [
+        (["def deep():\n    raise ValueError('no images')", "deep()"], r"In \[\d\]: .*no images"),
+        (["import os\nos._exit(1)"], "the kernel died"),
+    ],
+)
+def test_a_failing_notebook_ends_in_a_few_lines(checkout, cells, what):
     write_notebook(checkout / "notebooks" / "00_get.ipynb", COMMON + "n = 1", *cells)
-    done = shell(checkout, PYTHON=sys.executable)
+    done = shell(checkout / "run_all.sh", PYTHON=sys.executable)
     assert done.returncode == 1
     assert "[1/3] 00_get ... failed" in done.stdout
-    first, *rest = done.stderr.splitlines()
-    assert re.fullmatch(r"error: 00_get: In \[\d\]: ValueError: no images in it", first)
-    assert len(rest) == 2
-    write_notebook(
-        checkout / "notebooks" / "00_get.ipynb", COMMON + "n = 1", "import os\nos._exit(1)"
-    )
-    assert "kernel died" in shell(checkout, PYTHON=sys.executable).stderr
+    assert re.search(f"^error: 00_get: {what}", done.stderr, re.MULTILINE)
+    assert done.stderr.count("\n") <= 4
 
 
 def wait_until(condition, seconds=60):
@@ -499,28 +446,24 @@ def is_alive(pid):
 
 @posix
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_runs_on_when_it_is_ended(checkout, by):
+@pytest.mark.parametrize(("by", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
+def test_nothing_runs_on_when_it_is_ended(checkout, by, status):
     code = "import os, time\nfrom pathlib import Path\nPath('pid').write_text(str(os.getpid()))"
     first = checkout / "notebooks" / "00_get.ipynb"
     write_notebook(first, COMMON + "n = 1", code + "\ntime.sleep(90)")
-    process = subprocess.Popen(
-        ["bash", str(checkout / "run_all.sh")],
-        env=os.environ | {"PYTHON": sys.executable},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        pid = checkout / "notebooks" / "pid"
-        wait_until(lambda: pid.exists() and pid.read_text())
-        process.send_signal(by)
-        error = process.communicate(timeout=60)[1].decode()
-    finally:
-        process.kill()
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[by]
-    if by == signal.SIGINT:
-        assert "interrupted" in error
-        assert "Traceback" not in error
+    environment = os.environ | {"PYTHON": sys.executable}
+    options = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(["bash", checkout / "run_all.sh"], text=True, **options) as process:
+        try:
+            pid = checkout / "notebooks" / "pid"
+            wait_until(lambda: pid.exists() and pid.read_text())
+            process.send_signal(getattr(signal, by))
+            error = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert process.returncode == status
+    assert ("interrupted" in error) is (by == "SIGINT")
+    assert "Traceback" not in error
     wait_until(lambda: not is_alive(int(pid.read_text())))
 
 
@@ -542,106 +485,91 @@ esac
 
 @pytest.fixture
 def bare(checkout, tmp_path):
-    """Call run_all.sh where Python is a stand-in without packages; the result and its calls."""
-    programs = tmp_path / "bin"
+    """Call run_all.sh where Python is a stand-in without packages: status, output, error, calls."""
+    programs, calls = tmp_path / "bin", tmp_path / "calls"
     programs.mkdir()
-    versions = ("python3.11", "python3.12", "python3.13", "python3.14")
-    for name in ("python3", *versions, "python", "mine"):
+    for name in ("python3", *(f"python3.{n}" for n in (11, 12, 13, 14)), "python", "mine"):
         (programs / name).write_text(STAND_IN.replace("REAL", f"'{sys.executable}'"))
         (programs / name).chmod(0o755)
+    path = {"CALLS": str(calls), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
 
     def call(*arguments, **environment):
-        calls = tmp_path / "calls"
         calls.write_text("")
-        path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-        done = shell(checkout, *arguments, **{"CALLS": str(calls), "PATH": path, **environment})
-        return done, calls.read_text()
+        done = shell(checkout / "run_all.sh", *arguments, **path, **environment)
+        return done.returncode, done.stdout, done.stderr, calls.read_text()
 
     return call
 
 
 @posix
 def test_dot_venv_is_made_once(bare, checkout):
-    done, calls = bare("--preset", "smoke")
-    assert done.stdout.splitlines()[-1] == "handed over: --preset smoke", done.stderr
-    assert "pip install --quiet --disable-pip-version-check -r requirements.lock" in calls
+    _, out, error, calls = bare("--preset", "smoke")
+    assert out.splitlines()[-1] == "handed over: --preset smoke", error
+    assert "-r requirements.lock" in calls
     assert "--no-deps -e ." in calls
-    done, calls = bare("--preset", "smoke", LACKS="0")
-    assert done.stdout == "handed over: --preset smoke\n"
+    _, out, _, calls = bare("--preset", "smoke", LACKS="0")
+    assert out == "handed over: --preset smoke\n"
     assert "pip" not in calls
     with open(checkout / "requirements.lock", "a") as handle:
         handle.write("# newer\n")
-    done, calls = bare(LACKS="0")
+    calls = bare(LACKS="0")[3]
     assert "pip install" in calls
     assert "-m venv" not in calls
-    assert "pip install" not in bare(LACKS="0")[1]
+    assert "pip install" not in bare(LACKS="0")[3]
 
 
 @posix
 def test_an_install_that_broke_off_is_not_taken_for_whole(bare, checkout):
-    done, _ = bare(BROKEN="1")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    (checkout / ".venv" / "half").write_text("")
-    done, calls = bare(LACKS="0")  # even if all packages seem to be there
-    assert done.returncode == 0, done.stderr
-    assert "-m venv" in calls
+    status, _, error, _ = bare(BROKEN="1")
+    assert (status, error.count("\n")) == (1, 1)
+    (checkout / ".venv" / "half").touch()
+    assert "-m venv" in bare(LACKS="0")[3], "even if all packages seem to be there"
     assert not (checkout / ".venv" / "half").exists()
     (checkout / ".venv" / ".incomplete").write_text(str(os.getpid()))
-    assert "another run_all.sh" in bare()[0].stderr
+    assert "another run_all.sh" in bare()[2]
 
 
 @posix
-def test_an_environment_that_has_what_is_needed_is_used(bare, checkout, tmp_path):
-    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
-        done, _ = bare("--test", LACKS="0", **{variable: str(tmp_path)})
-        assert done.stdout == "handed over: --test\n"
-    assert bare("--restart", PYTHON="mine", LACKS="0")[0].stdout == "handed over: --restart\n"
-    assert not (checkout / ".venv").exists()
-    (checkout / ".venv" / "bin").mkdir(parents=True)  # one made by hand
-    shutil.copy(tmp_path / "bin" / "python3", checkout / ".venv" / "bin" / "python")
-    done, calls = bare(LACKS="0")
-    assert done.stdout == "handed over: \n"
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "by hand"])
+def test_an_environment_that_has_what_is_needed_is_used(bare, checkout, tmp_path, variable):
+    environment = {variable: "mine" if variable == "PYTHON" else str(tmp_path)}
+    if variable == "by hand":
+        (checkout / ".venv" / "bin").mkdir(parents=True)
+        shutil.copy(tmp_path / "bin" / "python3", checkout / ".venv" / "bin" / "python")
+    _, out, _, calls = bare("--restart", LACKS="0", **environment)
+    assert out == "handed over: --restart\n"
     assert "pip" not in calls
-    done, calls = bare(VIRTUAL_ENV=str(tmp_path))
-    assert "-m pip install" in calls, "an environment that lacks packages is left alone"
-    assert done.stdout.endswith("handed over: \n")
+    assert (checkout / ".venv").exists() is (variable == "by hand")
+
+
+@posix
+def test_an_environment_that_lacks_packages_is_left_alone(bare, tmp_path):
+    assert "-m venv .venv" in bare(VIRTUAL_ENV=str(tmp_path))[3]
 
 
 @posix
 @pytest.mark.parametrize(
-    ("environment", "what"),
+    ("words", "environment", "status", "what"),
     [
-        ({"PYTHON": "nosuchpython"}, "PYTHON"),
-        ({"PYTHON": "mine", "OLD": "1"}, "3.11"),
-        ({"OLD": "1"}, "3.11"),
-        ({"NO_VENV": "1"}, "venv"),
+        ("", {"PYTHON": "nosuchpython"}, 1, "PYTHON"),
+        ("", {"PYTHON": "mine", "OLD": "1"}, 1, "3.11"),
+        ("", {"OLD": "1"}, 1, "3.11"),
+        ("", {"NO_VENV": "1"}, 1, "venv"),
+        ("--preset qick", {}, 2, "qick"),
+        ("-x", {}, 2, "-x"),
     ],
 )
-def test_a_python_that_does_not_do(bare, checkout, environment, what):
-    done, _ = bare(**environment)
-    assert done.returncode == 1
-    assert what in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_an_error_costs_no_install(bare, checkout, words, environment, status, what):
+    found, _, error, calls = bare(*words.split(), **environment)
+    assert (found, error.count("\n")) == (status, 1)
+    assert what in error
+    assert "pip" not in calls.replace("ensurepip", "")
     assert not (checkout / ".venv").exists()
 
 
 @posix
-def test_a_mistyped_option_costs_no_install(bare, checkout):
-    for words in (["--preset", "qick"], ["--from", "77"], ["-x"]):
-        done, calls = bare(*words)
-        assert done.returncode == 2
-        assert words[-1] in done.stderr
-        assert done.stderr.count("\n") == 1
-        assert "pip" not in calls
-    assert bare("--help")[0].stdout == "handed over: --help\n"
-    assert not (checkout / ".venv").exists()
-
-
-@posix
-def test_run_all_works_through_a_link(bare, checkout, tmp_path):
-    (tmp_path / "link").mkdir()
-    (tmp_path / "link" / "run_all.sh").symlink_to(checkout / "run_all.sh")
+def test_run_all_works_through_a_link(checkout, tmp_path):
+    (tmp_path / "link").symlink_to(checkout / "run_all.sh")
     done = shell(tmp_path / "link", "--preset", "none", PYTHON=sys.executable)
     assert done.returncode == 2
     assert "smoke" in done.stderr

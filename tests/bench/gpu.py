@@ -4,9 +4,9 @@
     python tests/bench/gpu.py --tiny --device cpu        all of it small, in about a minute, no GPU
 
 Five parts: the CPU's numbers again; speed beside a plain network; clustering; images per second of
-both arms at the paper's settings; a whole epoch of both arms. What fails, lacks a package or has no
-time left says so in the table, and the rest goes on. Rounds of all networks are interleaved; a
-ratio is the median over rounds of (network / plain, same round).
+both arms at the paper's settings; a whole epoch of both arms. What fails or has no time left says
+so in the table, and the rest goes on. Rounds of all networks are interleaved; a ratio is the median
+over rounds of (network / plain, same round).
 """
 
 from __future__ import annotations
@@ -24,22 +24,26 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-# The networks need PyTorch and NumPy only. A part imports the rest itself: what is missing costs
-# that part and no other.
 from lib import gconv
+from lib.data.phantom import make_phantoms
+from lib.deepcluster import TrainConfig, Training, fit, train_epoch
 from lib.fast import gfourier
+from lib.features import PCAWhiten
+from lib.kmeans import make_clusterer
 from lib.models import build
+from lib.parallel import World
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +64,6 @@ SIZES = {  # in full, tiny
     "batches": (20, 3),  # of which rates are measured, after as many to warm up
 }
 FLOAT32 = nullcontext()
-LOOP = ("numpy", "scipy", "sklearn", "pandas", "tqdm", "threadpoolctl", "filelock")
 
 
 class OutOfTime(BaseException):
@@ -126,13 +129,8 @@ class Bench:
     def bfloat16(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def loop(self, n: int, **options: Any) -> tuple[Any, dict[str, Any]]:
+    def loop(self, n: int, **options: Any) -> tuple[np.ndarray, dict[str, TrainConfig]]:
         """n phantoms (n, 64, 64), and the paper's settings of both arms."""
-        import numpy as np
-
-        from lib.data.phantom import make_phantoms
-        from lib.deepcluster import TrainConfig
-
         s = self.s
         options |= {"n_clusters": s.k, "pca_dim": s.pca_dim, "batch_size": s.batch}
         options |= {"device": self.device.type}
@@ -258,11 +256,6 @@ def race(bench: Bench, fields: tuple[int, ...], compiled: bool) -> None:
 
 def clustering(bench: Bench) -> None:
     """As many rows as the paper's, of as many columns as the arms' features have."""
-    from threadpoolctl import threadpool_limits
-
-    from lib.features import PCAWhiten
-    from lib.kmeans import make_clusterer
-
     n, k, d = bench.s.images, bench.s.k, bench.s.pca_dim
     randn = partial(torch.randn, device=bench.device)
     for arm, width in bench.s.arms.items():
@@ -282,9 +275,6 @@ def clustering(bench: Bench) -> None:
 
 def rates(bench: Bench) -> None:
     """The steps of an epoch of both arms, and what 20 epochs would take."""
-    from lib.deepcluster import Training, train_epoch
-    from lib.parallel import World
-
     n, rows = bench.s.images, bench.s.batches * bench.s.batch
     images, configs = bench.loop(rows, bn_statistics="running")
     labels = torch.arange(rows).numpy() % bench.s.k
@@ -306,8 +296,6 @@ def rates(bench: Bench) -> None:
 
 def epoch(bench: Bench) -> None:
     """One epoch of both arms by `lib.deepcluster.fit`, from images to the files of a run."""
-    from lib.deepcluster import fit
-
     n = bench.s.epoch_images
     images, configs = bench.loop(n, epochs=1)
     for arm, config in configs.items():
@@ -325,21 +313,12 @@ def epoch(bench: Bench) -> None:
 
 
 PARTS = (  # minutes of eight; what a part leaves over is the next one's
-    ("1 numbers", 0.6, numbers, ("numpy",)),
-    ("2 speed", 3.6, speed, ("numpy",)),
-    ("3 clustering", 1.2, clustering, LOOP),
-    ("4 rates", 1.0, rates, LOOP),
-    ("5 epoch", 1.6, epoch, LOOP),
+    ("1 numbers", 0.6, numbers),
+    ("2 speed", 3.6, speed),
+    ("3 clustering", 1.2, clustering),
+    ("4 rates", 1.0, rates),
+    ("5 epoch", 1.6, epoch),
 )
-
-
-def heading(bench: Bench) -> str:
-    """Card, versions, date, commit."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    found = bench.options.commit or subprocess.run(git, capture_output=True, text=True).stdout
-    card = torch.cuda.get_device_name() if bench.gpu else f"{platform.machine()} CPU"
-    software = f"PyTorch {torch.__version__}, torch.compile by {bench.options.backend}"
-    return f"{card}, {software}, {date.today()}, commit {found.strip() or 'not known'}"
 
 
 def write(bench: Bench, place: str) -> None:
@@ -365,17 +344,17 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --tiny --device cpu tries this script without one")
     bench = Bench(options)
-    place = heading(bench)
-    print(f"{place}; missing: {', '.join(n for n in LOOP if not find_spec(n)) or 'nothing'}")
-    for bench.part, minutes, work, needs in PARTS:
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = options.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    card = torch.cuda.get_device_name() if bench.gpu else f"{platform.machine()} CPU"
+    place = f"{card}, PyTorch {torch.__version__}, torch.compile by {options.backend}"
+    place += f", {date.today()}, commit {commit or 'not known'}"
+    print(place)
+    for bench.part, minutes, work in PARTS:
         print(bench.part, flush=True)
         bench.until += 60 * minutes * options.minutes / 8
-        missing = [name for name in needs if not find_spec(name)]
         try:
-            if missing:
-                bench.add("left out", f"missing: {', '.join(missing)}")
-            else:
-                bench.attempt("the rest", work, bench)
+            bench.attempt("the rest", work, bench)
         except OutOfTime:
             bench.add("the rest", "no time left")
         bench.release()
