@@ -62,7 +62,7 @@ COMMANDS: dict[str, str] = {
     "pip install pre-commit && pre-commit install": NOT + "changes the repository's hooks",
     "srun --nodes 2": NOT + "wants a cluster with Slurm",
     "PYTHON=/path/to/python3.12 ./run_all.sh": NOT + "with --python all commands are run so",
-    "python tests/bench/paper_scale.py": BENCH,
+    "python tests/bench/gpu.py": BENCH,
     "python tests/bench/clusterers.py": BENCH,
     "python tests/bench/switches.py": BENCH,
     "python tests/bench/gconv.py": BENCH,
