@@ -1,115 +1,56 @@
 #!/usr/bin/env bash
-# Finds an environment, or makes .venv from requirements.lock, and hands over to `python -m lib.run`.
-# ./run_all.sh --help tells the options.
+# Finds a Python that has the packages, or makes .venv from requirements.lock, and hands over:
+# ./run_all.sh [options] is `python -m lib run [options]`.
 set -euo pipefail
-
-self=${BASH_SOURCE[0]}
-while [ -L "$self" ]; do # the folder of the script, not of a link to it
-    link=$(readlink "$self")
-    case $link in /*) self=$link ;; *) self=$(dirname -- "$self")/$link ;; esac
-done
-root=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd)
 export CXR_CALLED_FROM=$PWD
-
-die() {
-    printf 'error: %s\n' "$1" >&2
-    exit "${2:-1}"
-}
-
-for argument in "$@"; do
-    case $argument in
-        --help) sed -n '/^USAGE = /,/^"""/{/"""/!p;}' "$root/lib/run.py" && exit ;;
-        --test) break ;;
-    esac
-done
-
-# PYTHON as the caller means it, before we leave the caller's folder
-if [ -n "${PYTHON:-}" ]; then
-    given=$PYTHON
-    PYTHON=$(command -v -- "$given") || die "PYTHON=$given is not a program"
-    case $PYTHON in /* | [A-Za-z]:*) ;; *) PYTHON=$PWD/$PYTHON ;; esac
-fi
-cd -- "$root"
-
-python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
-
-new_enough() { [ "$("$1" -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null)" = True ]; }
-
-# lacks PYTHON ARGUMENTS: the packages that are missing, or nothing
-lacks() {
-    new_enough "$1" || { echo "Python 3.11"; return; }
-    "$1" -c 'import sys; from lib.run import missing_packages as m; print(", ".join(m("--test" in sys.argv)))' "$@" || echo "a Python that works"
-}
-
+exec 3>&1
+die() { printf 'error: %s\n' "$1" >&2; exit 1; }
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 venv_python() {
-    local candidate
-    for candidate in .venv/bin/python .venv/Scripts/python.exe; do
-        if [ -x "$candidate" ]; then
-            printf '%s\n' "$root/$candidate"
-            return
-        fi
-    done
+    if [ -d .venv/Scripts ]; then echo .venv/Scripts/python.exe; else echo .venv/bin/python; fi
+}
+has_all() { # whether Python $1 has the packages; ends here for --help and for a wrong option
+    new_enough "$1" || return 1
+    case " ${*:2} " in *" --help "* | *" -h "*) exec "$1" -m lib "${@:2}" >&3 ;; esac
+    local status=0
+    "$1" -m lib --check "${@:2}" || status=$?
+    case $status in 0) ;; 3) return 1 ;; *) exit $status ;; esac
 }
 
-# 1. The Python that was named, else the active environment, if it has what is needed
-note=''
-if [ -n "${PYTHON:-}" ]; then
-    new_enough "$PYTHON" || die "PYTHON=$given is not Python 3.11 or newer (it says: $(python_version "$PYTHON" || echo nothing))"
-    candidates=$PYTHON
-else
-    candidates="${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python
-$VIRTUAL_ENV/Scripts/python.exe}
-${CONDA_PREFIX:+$CONDA_PREFIX/bin/python
-$CONDA_PREFIX/python.exe}"
+if [ -n "${PYTHON:-}" ]; then # as the caller means it, before we leave the caller's folder
+    PYTHON=$(command -v -- "$PYTHON") || die "PYTHON names no program: give the path of a Python"
+    case $PYTHON in /* | [A-Za-z]:*) ;; *) PYTHON=$PWD/$PYTHON ;; esac
+    new_enough "$PYTHON" || die "PYTHON=$PYTHON is not Python 3.11 or newer"
 fi
-while IFS= read -r candidate; do
-    if [ -x "$candidate" ] && [ "$candidate" != "$(venv_python)" ]; then
-        missing=$(lacks "$candidate" "$@")
-        [ -n "$missing" ] || exec "$candidate" -m lib.run "$@"
-        note="$candidate lacks $missing: "
-    fi
-done <<<"$candidates"
+CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 
-# 2. .venv, if it is whole. The stamp is the last thing an install writes, .incomplete the first.
-stamp=.venv/.made-from
+# 1. The Python that is named, or that of the active environment; .venv, unless its lock has changed
+named=${PYTHON:-${VIRTUAL_ENV:+python}}
+named=${named:-${CONDA_PREFIX:+python}}
+if [ -n "$named" ] && has_all "$named" "$@"; then exec "$named" -m lib "$@"; fi
 lock=$(cksum <requirements.lock)
-py=$(venv_python)
-if [ -n "$py" ] && [ ! -e .venv/.incomplete ]; then
-    if [ "$(cat $stamp 2>/dev/null)" = "$lock" ]; then
-        "$py" -c '' 2>/dev/null && exec "$py" -m lib.run "$@"
-    elif [ ! -e $stamp ] && [ -z "$(lacks "$py" "$@")" ]; then # made by hand, and complete
-        exec "$py" -m lib.run "$@"
-    fi
+made_from=$(cat .venv/.made-from 2>/dev/null || echo "$lock")
+if [ ! -e .venv/.incomplete ] && [ "$made_from" = "$lock" ]; then
+    if has_all "$(venv_python)" "$@"; then exec "$(venv_python)" -m lib "$@"; fi
 fi
 
-# 3. A new .venv
-base=''
-for candidate in "${PYTHON:-python3}" python3.11 python3.12 python3.13 python3.14 python; do
-    if new_enough "$candidate"; then
-        base=$candidate
-        break
-    fi
+# 2. A new .venv; .incomplete is the first file of an install, .made-from the last
+for base in "${PYTHON:-python3}" python3.11 python3.12 python3.13 python3.14 python none; do
+    if new_enough "$base"; then break; fi
 done
-[ -n "$base" ] || die "Python 3.11 or newer is needed, and python3 here is $(python_version python3 || echo 'not there'); install one, or name one with PYTHON=..."
-# a mistyped option should not cost an install
-"$base" -c 'import sys; from lib.run import main; sys.exit(main(sys.argv[1:], check_only=True))' "$@"
-"$base" -c 'import ensurepip, venv' 2>/dev/null || die "$base lacks venv or ensurepip; install it (Debian and Ubuntu: apt install python3-venv), or name another with PYTHON=..."
-if [ -e .venv/.incomplete ] && kill -0 "$(cat .venv/.incomplete)" 2>/dev/null; then
-    die "another run_all.sh is making .venv (process $(cat .venv/.incomplete)); wait for it"
+[ "$base" != none ] || die "Python 3.11 or newer is needed: install one, or set PYTHON to one"
+has_all "$base" "$@" >/dev/null || true # a mistyped option should cost no install
+"$base" -c 'import ensurepip, venv' || die "$base lacks venv; on Debian: apt install python3-venv"
+if kill -0 "$(cat .venv/.incomplete 2>/dev/null)" 2>/dev/null; then
+    die "another run_all.sh is making .venv: wait for it"
+elif [ -e .venv/.incomplete ] || { [ -e .venv/.made-from ] && ! new_enough "$(venv_python)"; }; then
+    rm -rf .venv # broken off, or without its Python
 fi
-if [ -e .venv/.incomplete ] || { [ -e $stamp ] && ! new_enough "$py"; }; then
-    rm -rf .venv # ours, and broken off or without its Python
-elif [ -e .venv ] && ! new_enough "${py:-none}"; then
-    die ".venv was not made by this script and has no Python 3.11 or newer; rename or remove it"
-fi
-printf '%s\n' "${note}making .venv from requirements.lock; this is done once and takes some minutes"
-mkdir -p .venv
-echo $$ >.venv/.incomplete
-rm -f $stamp
-[ -n "$(venv_python)" ] || "$base" -m venv .venv || die "$base could not make .venv"
-py=$(venv_python)
-"$py" -m pip install --quiet --disable-pip-version-check -r requirements.lock || die "the install broke off; the same command tries again"
-"$py" -m pip install --quiet --disable-pip-version-check --no-deps -e . || die "the install broke off; the same command tries again"
-rm .venv/.incomplete
-printf '%s\n' "$lock" >$stamp
-exec "$py" -m lib.run "$@"
+echo "making .venv from requirements.lock; this is done once and takes some minutes"
+mkdir -p .venv && echo $$ >.venv/.incomplete && rm -f .venv/.made-from
+new_enough "$(venv_python)" || "$base" -m venv .venv
+install() { "$(venv_python)" -m pip install --quiet --disable-pip-version-check "$@"; }
+install -r requirements.lock && install --no-deps -e . ||
+    die "the install broke off; the same command tries again"
+rm .venv/.incomplete && echo "$lock" >.venv/.made-from
+exec "$(venv_python)" -m lib "$@"

@@ -1,8 +1,8 @@
-"""Parts shared by the notebooks of *Unsupervised Chest X-ray Clustering with Group Equivariant
-Convolutions*.
+"""Deep clustering of chest X-rays with AlexNet and a group-equivariant CNN.
 
-Imports run one way: ``groups -> gconv -> models -> deepcluster <- features, kmeans``;
-``data`` and ``phantom`` know ``paths``; ``metrics`` and ``plots`` take arrays and know no model.
+The files here are the method, in reading order: groups, gconv, models, images, features, kmeans,
+deepcluster, runs, metrics; paths, parallel, notebooks and __main__ support them. The folders are
+wings: fast, data, study, plots, explore. Without one, the method still trains.
 """
 
 __version__ = "0.1.0"

@@ -1,60 +1,48 @@
-"""The two backbones of the paper, AlexNet behind a fixed Sobel filter and a P4M group-equivariant
-CNN, and networks to hold them against.
-
-The controls share P4M's layout: `P4CNN` lacks the mirror, `MatchedParametersCNN` and
-`MatchedFlopsCNN` lack the symmetry altogether. All of them take P4M's `width`, so that arms with
-the same `width` are matched."""
+"""The paper's two backbones, AlexNet behind a fixed Sobel filter and a P4M group-equivariant CNN,
+and networks to compare them with: P4M's layout without the mirror, or without the symmetry.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn import functional as F
 
-from lib.gconv import (
-    GroupAvgBlurPool,
-    GroupBatchNorm,
-    GroupConv,
-    P4ConvP4,
-    P4ConvZ2,
-    P4MConvP4M,
-    P4MConvZ2,
-    group_max_pool,
-)
+from lib import gconv
 
 IMAGE_SIZE = 64
+HEADS = ("standardised", "linear")
 
 
 class Backbone(nn.Module):
-    """What the loop asks of a network: ``features(x)``, a linear ``top_layer`` and ``forward(x)``.
+    """What the loop asks of a network: ``features(x)``, a linear ``top_layer``, ``forward(x)``.
 
-    Sub-classes define ``features`` and, where the top layer reads something else than the features,
-    ``head``.
-
-    Attributes
+    Parameters
     ----------
-    feature_dim : int
-        D, the width of ``features(x)``.
-    n_clusters : int
-        K, the number of logits.
+    feature_dim, n_clusters : int
+        D, the width of ``features(x)``, and K, the number of logits.
+    head : {"standardised", "linear"}
+        Whether what the top layer reads is first brought to zero mean and unit variance (batch
+        norm without weights). The top layer is drawn anew each epoch; features with a mean of
+        several times their spread would make its logits start as one large constant.
     """
 
-    def __init__(self, feature_dim: int, n_clusters: int) -> None:
+    def __init__(self, feature_dim: int, n_clusters: int, head: str = "standardised") -> None:
         super().__init__()
-        self.feature_dim = feature_dim
-        self.n_clusters = n_clusters
+        self.feature_dim, self.n_clusters = feature_dim, n_clusters
+        norm = nn.BatchNorm1d(feature_dim, affine=False)
+        self.standardise = norm if head == "standardised" else nn.Identity()
         self.top_layer = nn.Linear(feature_dim, n_clusters)
         self.reset_top_layer()
 
     @torch.no_grad()
     def reset_top_layer(self, generator: torch.Generator | None = None) -> None:
         """Draw the top layer anew, N(0, 0.01) with zero bias: cluster numbers mean nothing from one
-        epoch to the next.
-
-        `generator` is a CPU generator, so every device starts from the same numbers.
+        epoch to the next. `generator` is a CPU's, so every device gets the same numbers.
         """
         weight = torch.empty(self.top_layer.weight.shape).normal_(0.0, 0.01, generator=generator)
         self.top_layer.weight.copy_(weight)
@@ -65,28 +53,24 @@ class Backbone(nn.Module):
         return [p for name, p in self.named_parameters() if not name.startswith("top_layer.")]
 
     def features(self, x: Tensor) -> Tensor:
-        """Images (N, 1, 64, 64) in [-1, 1] -> features (N, D), the ones that are clustered."""
+        """Images (N, 1, 64, 64) in [-1, 1] to features (N, D), which are clustered."""
         raise NotImplementedError
 
     def maps(self, x: Tensor) -> Tensor:
-        """Images (N, 1, 64, 64) in [-1, 1] -> the last convolutional maps that still have an
-        extent, (N, C, H, W), not negative.
-        """
+        """Images (N, 1, 64, 64) in [-1, 1] to the last maps with an extent, (N, C, H, W) >= 0."""
         raise NotImplementedError
 
-    def head(self, features: Tensor) -> Tensor:
-        """What stands between the features and the top layer, (N, D) -> (N, D)."""
+    def activated(self, features: Tensor) -> Tensor:
+        """What of the features the head reads, (N, D) to (N, D)."""
         return features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, 1, 64, 64) in [-1, 1] -> logits (N, K)."""
-        return self.top_layer(self.head(self.features(x)))
+        """Images (N, 1, 64, 64) in [-1, 1] to logits (N, K)."""
+        return self.top_layer(self.standardise(self.activated(self.features(x))))
 
 
 class Sobel(nn.Module):
-    """Horizontal and vertical Sobel derivative, (N, 1, H, W) -> (N, 2, H, W), not trained, as in
-    front of DeepCluster's AlexNet.
-    """
+    """Horizontal and vertical Sobel derivative, (N, 1, H, W) to (N, 2, H, W), not trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,64 +78,36 @@ class Sobel(nn.Module):
         self.register_buffer("weight", torch.stack([horizontal, horizontal.T])[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        # the border is repeated: padding with 0 (mid gray in [-1, 1]) would draw a frame round
-        # every image
-        x = nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
-        return nn.functional.conv2d(x, self.weight)
+        # repeat the border: padding with 0 (mid gray in [-1, 1]) would draw a frame
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.weight)
 
 
 class AlexNet(Backbone):
-    """AlexNet (Krizhevsky et al. 2012) as DeepCluster lays it out (Caron et al. 2018), fitted to
-    64x64.
+    """AlexNet (Krizhevsky et al. 2012) as DeepCluster lays it out (Caron et al. 2018), at 64x64.
 
     Sobel, five convolutions with batch norm and ReLU, three 3x3/2 max pools, two fully connected
     layers with dropout. At 64x64 the last map is 1x1 (6x6 at 224x224), so the first fully connected
-    layer reads 256 numbers instead of 9,216; all else is as published.
+    layer reads 256 numbers instead of 9,216. ``features`` is the second one before its ReLU.
 
-    Parameters
-    ----------
-    n_clusters : int
-    width : six ints
-        Channels of the five convolutions and of the fully connected layers; the paper's are (96,
-        256, 384, 384, 256, 4096).
-
-    Notes
-    -----
-    ``features`` is the second fully connected layer before its ReLU; the ReLU stands in ``head``.
-    DeepCluster does the same."""
+    `width`: channels of the five convolutions, and of the fully connected layers.
+    """
 
     WIDTH = (96, 256, 384, 384, 256, 4096)
+    LAYOUT = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))  # kernel, stride, padding
 
-    def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH) -> None:
+    def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH, head: str = HEADS[0]) -> None:
         *conv, hidden = width
-        super().__init__(hidden, n_clusters)
-        layout = [
-            (11, 4, 2, True),
-            (5, 1, 2, True),
-            (3, 1, 1, False),
-            (3, 1, 1, False),
-            (3, 1, 1, True),
-        ]
+        super().__init__(hidden, n_clusters, head)
         layers: list[nn.Module] = [Sobel()]
-        for c_in, c_out, (kernel_size, stride, padding, pool) in zip(
-            [2, *conv[:-1]], conv, layout, strict=True
-        ):
-            layers += [
-                nn.Conv2d(c_in, c_out, kernel_size, stride, padding),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(inplace=True),
-            ]
-            if pool:
+        for index, (c_in, c_out) in enumerate(pairwise([2, *conv])):
+            layers.append(nn.Conv2d(c_in, c_out, *self.LAYOUT[index]))
+            layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+            if index in (0, 1, 4):
                 layers.append(nn.MaxPool2d(3, 2))
         self.convolutions = nn.Sequential(*layers)  # (N, 1, 64, 64) -> (N, 256, 1, 1)
-        self.classifier = nn.Sequential(
-            nn.Flatten(),
-            nn.Dropout(0.5),
-            nn.Linear(conv[-1], hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.5),
-            nn.Linear(hidden, hidden),
-        )
+        first = nn.Dropout(0.5), nn.Linear(conv[-1], hidden), nn.ReLU(inplace=True)
+        second = nn.Dropout(0.5), nn.Linear(hidden, hidden)
+        self.classifier = nn.Sequential(nn.Flatten(), *first, *second)  # -> (N, 4096)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.top_layer:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -161,129 +117,93 @@ class AlexNet(Backbone):
         return self.classifier(self.convolutions(x))
 
     def maps(self, x: Tensor) -> Tensor:
-        return self.convolutions[:-1](
-            x
-        )  # (N, 256, 3, 3): before the last pool, which leaves one pixel
+        return self.convolutions[:-1](x)  # (N, 256, 3, 3): the last pool would leave one pixel
 
-    def head(self, features: Tensor) -> Tensor:
+    def activated(self, features: Tensor) -> Tensor:
         return torch.relu(features)
 
 
-class P4MCNN(Backbone):
-    """Three p4m blocks, a maximum over the group and a mean over space: features that no quarter
-    turn and no mirror can change.
+class BlockCNN(Backbone):
+    """Three blocks of convolution (kernels 5, 3, 3), batch norm, ReLU and antialiased average pool
+    of stride 2 (Cohen and Welling 2016; sizes from Zhuang and Islam 2025).
 
-    A block is group convolution (kernels 5, 3, 3), batch norm over the group, ReLU, antialiased
-    average pool of stride 2 (Cohen and Welling 2016; sizes from Zhuang and Islam 2025).
-
-    Parameters
-    ----------
-    n_clusters : int
-    width : three ints
-        Regular fields of each block (each is 8 real channels); the paper's are (64, 128, 256).
+    `width`: regular fields per block of the P4M network, or of the P4M network to match.
     """
 
     WIDTH = (64, 128, 256)
-    LAYERS: tuple[type[GroupConv], type[GroupConv]] = (P4MConvZ2, P4MConvP4M)
+    LAYERS: tuple[type[nn.Module], ...]  # the three convolutions
+    NORM: type[nn.Module]
+    BLOCK = nn.Sequential
 
-    def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH) -> None:
-        super().__init__(width[-1], n_clusters)
-        a, b, c = width
-        lifting, convolution = self.LAYERS
-        # the bias would be taken out again by the batch norm behind it
-        convolutions = [
-            lifting(1, a, 5, padding=2, bias=False),
-            convolution(a, b, 3, padding=1, bias=False),
-            convolution(b, c, 3, padding=1, bias=False),
-        ]
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(conv, GroupBatchNorm(n), nn.ReLU(inplace=True), GroupAvgBlurPool())
-                for conv, n in zip(convolutions, width, strict=True)
-            )
-        )
+    def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH, head: str = HEADS[0]) -> None:
+        channels = self.channels(*width)
+        super().__init__(channels[-1], n_clusters, head)
+        self.blocks = nn.Sequential()
+        sizes = pairwise((1, *channels))
+        for layer, (c_in, c_out), k in zip(self.LAYERS, sizes, (5, 3, 3), strict=True):
+            conv = layer(c_in, c_out, k, padding=k // 2, bias=False)  # batch norm subtracts a bias
+            if isinstance(conv, nn.Conv2d):  # group convolutions start like this
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            rest = self.NORM(c_out), nn.ReLU(inplace=True), gconv.GroupAvgBlurPool()
+            self.blocks.append(self.BLOCK(conv, *rest))
 
-    def maps(self, x: Tensor) -> Tensor:
-        return group_max_pool(self.blocks(x))  # (N, 1, 64, 64) -> (N, C, S, 8, 8) -> (N, C, 8, 8)
+    @staticmethod
+    def channels(a: int, b: int, c: int) -> tuple[int, int, int]:
+        """Channels, or fields, of the three blocks."""
+        return a, b, c
 
     def features(self, x: Tensor) -> Tensor:
-        return self.maps(x).mean(dim=(2, 3))  # -> (N, C)
+        return self.maps(x).mean(dim=(2, 3))  # (N, C, 8, 8) -> (N, C)
+
+
+class P4MCNN(BlockCNN):
+    """p4m blocks and a maximum over the group: features that no quarter turn and no mirror can
+    change. Each field is 8 real channels.
+    """
+
+    LAYERS = (gconv.P4MConvZ2, gconv.P4MConvP4M, gconv.P4MConvP4M)
+    NORM = gconv.GroupBatchNorm
+    BLOCK = gconv.GroupBlock
+
+    def maps(self, x: Tensor) -> Tensor:
+        return gconv.group_max_pool(self.blocks(x))  # (N, C, S, 8, 8) -> (N, C, 8, 8)
 
 
 class P4CNN(P4MCNN):
     """`P4MCNN` without the mirror: quarter turns leave its features unchanged, mirrors do not.
-
-    `width` counts regular fields as there, but each is 4 real channels.
+    Each field is 4 real channels.
     """
 
-    LAYERS = (P4ConvZ2, P4ConvP4)
+    LAYERS = (gconv.P4ConvZ2, gconv.P4ConvP4, gconv.P4ConvP4)
 
 
-class PlainCNN(Backbone):
-    """P4M's layout with planar convolutions: the same kernels, norms and pools, no symmetry built
-    in.
+class PlainCNN(BlockCNN):
+    """P4M's layout with planar convolutions: no symmetry built in."""
 
-    Sub-classes say how many real channels stand against the fields of a P4M network.
-
-    Parameters
-    ----------
-    n_clusters : int
-    width : three ints
-        Regular fields of the *P4M network that it is matched to*, not its own channels, which are
-        ``channels(width)``.
-    """
-
-    WIDTH = P4MCNN.WIDTH
-
-    def __init__(self, n_clusters: int, width: Sequence[int] = WIDTH) -> None:
-        channels = self.channels(width)
-        super().__init__(channels[-1], n_clusters)
-        blocks = []
-        for c_in, c_out, kernel_size in zip((1, *channels), channels, (5, 3, 3), strict=False):
-            conv = nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=False)
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            blocks.append(
-                nn.Sequential(
-                    conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True), GroupAvgBlurPool()
-                )
-            )
-        self.blocks = nn.Sequential(*blocks)
-
-    @staticmethod
-    def channels(width: Sequence[int]) -> tuple[int, int, int]:
-        """Real channels of the three blocks."""
-        raise NotImplementedError
+    LAYERS = (nn.Conv2d, nn.Conv2d, nn.Conv2d)
+    NORM = nn.BatchNorm2d
 
     def maps(self, x: Tensor) -> Tensor:
         return self.blocks(x)  # (N, 1, 64, 64) -> (N, C, 8, 8)
 
-    def features(self, x: Tensor) -> Tensor:
-        return self.maps(x).mean(dim=(2, 3))
-
 
 class MatchedFlopsCNN(PlainCNN):
-    """`PlainCNN` that costs as much as the P4M network of this `width`, computed densely: 8 real
-    channels for each field.
-
-    Its filters are not shared between the eight orientations, so it has about 8 times the
-    parameters."""
+    """`PlainCNN` with the FLOPs of the P4M network of this `width`, computed densely: 8 channels
+    per field, hence about 8 times its parameters.
+    """
 
     @staticmethod
-    def channels(width: Sequence[int]) -> tuple[int, int, int]:
-        a, b, c = width
+    def channels(a: int, b: int, c: int) -> tuple[int, int, int]:
         return 8 * a, 8 * b, 8 * c
 
 
 class MatchedParametersCNN(PlainCNN):
-    """`PlainCNN` with as many parameters as the P4M network of this `width`, top layer left out:
-    about sqrt(8) channels for each field.
-
-    A group filter between fields holds 8 planar ones. The first two blocks get the nearest whole
-    number, the last one what comes closest to the total."""
+    """`PlainCNN` with the parameters of the P4M network of this `width`, without the top layer:
+    about sqrt(8) channels per field, since a group filter between fields holds 8 planar ones.
+    """
 
     @staticmethod
-    def channels(width: Sequence[int]) -> tuple[int, int, int]:
-        a, b, c = width
+    def channels(a: int, b: int, c: int) -> tuple[int, int, int]:
         total = 25 * a + 72 * a * b + 72 * b * c + 2 * (a + b + c)  # P4M: filters and batch norms
         first, second = (max(1, round(math.sqrt(8) * n)) for n in (a, b))
         rest = total - (25 * first + 9 * first * second + 2 * (first + second))
@@ -300,9 +220,15 @@ BACKBONES: dict[str, type[Backbone]] = {
 
 
 def build(
-    backbone: str, n_clusters: int, width: Sequence[int] | None = None, seed: int = 0
+    backbone: str,
+    n_clusters: int,
+    width: Sequence[int] | None = None,
+    seed: int = 0,
+    head: str = HEADS[0],
 ) -> Backbone:
-    """Make a network with weights drawn from `seed`; the global random state is left as it was.
+    """Make a network with weights drawn from `seed`; the global random state stays as it was.
+
+    ValueError for an unknown backbone, a wrong number of widths, or a width or K below 1.
 
     Parameters
     ----------
@@ -310,63 +236,24 @@ def build(
     n_clusters : int
         K >= 1.
     width : sequence of int, optional
-        Channels (alexnet: five convolutions and the fully connected layers) or regular fields (p4m,
-        p4: three blocks; cnn_params and cnn_flops: those of the P4M network to match); the paper's
-        when not given.
-    seed : int
-
-    Raises
-    ------
-    ValueError
-        Unknown backbone, wrong number of widths, a width or K below 1.
+        Six for `AlexNet`, three for all others (`BlockCNN`); the paper's if not given.
+    head : {"standardised", "linear"}
+        See `Backbone`.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
     kind = BACKBONES[backbone]
     width = tuple(int(w) for w in (width or kind.WIDTH))
     if len(width) != len(kind.WIDTH) or min(width) < 1:
-        raise ValueError(
-            f"{backbone} needs {len(kind.WIDTH)} widths of at least 1, like {kind.WIDTH}; got {width}"
-        )
+        wanted = f"{len(kind.WIDTH)} widths of at least 1, like {kind.WIDTH}"
+        raise ValueError(f"{backbone} needs {wanted}; got {width}")
     if n_clusters < 1:
         raise ValueError(f"n_clusters must be at least 1, got {n_clusters}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kind(n_clusters, width)
-
-
-def cost(backbone: str, n_clusters: int, width: Sequence[int] | None = None) -> dict[str, int]:
-    """What a network costs, counted by running it once.
-
-    Parameters
-    ----------
-    backbone, n_clusters, width
-        As for `build`.
-
-    Returns
-    -------
-    dict
-        ``parameters`` of the body, which live through training; ``top_layer`` parameters, which are
-        drawn anew each epoch; ``feature_dim`` D; ``flops`` of one image's features, forward, two
-        for each multiplication and addition, as PyTorch's ``FlopCounterMode`` counts matrix
-        products and convolutions. Group convolutions are counted by the dense algorithm, so that
-        the number does not depend on the device; the Fourier one needs fewer.
-
-    Raises
-    ------
-    ValueError
-        As `build`.
-    """
-    model = build(backbone, n_clusters, width).eval()
+        model = kind(n_clusters, width, head)
+    # channels innermost: on a CPU AlexNet's steps take 1.9, its features 3.2 times less time
     for module in model.modules():
-        if isinstance(module, GroupConv):
-            module.algorithm = "dense"
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model.features(torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE))
-    return {
-        "parameters": sum(p.numel() for p in model.body_parameters()),
-        "top_layer": sum(p.numel() for p in model.top_layer.parameters()),
-        "feature_dim": model.feature_dim,
-        "flops": int(counter.get_total_flops()),
-    }
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return model

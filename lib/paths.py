@@ -1,4 +1,4 @@
-"""Where things are, and how a file is written so that no half-written one is ever taken for whole."""
+"""Where things are, and writing files so that none is ever half-written."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ def figures_root() -> Path:
 def check_name(name: str) -> str:
     """Return `name` if it can be a folder name on every system, else raise ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise ValueError(
-            f"{name!r} cannot name a dataset or run: use letters, digits, '.', '_' and '-'"
-        )
+        raise ValueError(f"{name!r} cannot name a dataset: use letters, digits, '.', '_' and '-'")
     return name
 
 
@@ -63,117 +61,74 @@ def figures_dir(dataset: str) -> Path:
 
 
 def show(path: Path | str) -> str:
-    """Path as it may stand in a notebook: relative to the project or its data, never a machine's
-    own path.
-    """
+    """Path to print: relative to the project or its data, never a machine's own path."""
     path = Path(path).absolute()
     for base, name in ((data_root(), "data"), (figures_root(), "figures"), (ROOT, "")):
-        try:
+        if path.is_relative_to(base.absolute()):
             return (Path(name) / path.relative_to(base.absolute())).as_posix()
-        except ValueError:
-            continue
     return f"(outside the project)/{path.name}"
 
 
 @contextmanager
-def atomic_write(path: Path | str, mode: str = "wb", **kwargs: Any) -> Iterator[IO]:
-    """Open a temporary file beside `path`, and rename it to `path` only when all of it is on the
-    disk.
+def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
+    """Open a temporary file next to `path`, and rename it to `path` once all of it is on the disk.
 
-    Parameters
-    ----------
-    path : Path
-        File to make or replace; its folder is made.
-    mode : str
-        ``"wb"`` or ``"w"`` (UTF-8, ``\\n`` line ends).
-
-    Raises
-    ------
-    OSError
-        Folder not writable, file in use, or disk full; the message names `path`, the temporary file
-        is removed, an older `path` is intact.
+    `mode` is ``"wb"``, or ``"w"`` for UTF-8 with ``\\n`` line ends. OSError if the folder is not
+    writable, the file in use, or the disk full: the message names `path`, the temporary file is
+    removed, an older `path` is intact.
     """
     path = Path(path)
-    if "b" not in mode:
-        kwargs = {"encoding": "utf-8", "newline": "\n", **kwargs}
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, **kwargs) as handle:
+        with open(temporary, mode, **text) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        hint = "free some space, or choose another folder with CXR_DATA_DIR"
-        if isinstance(
-            error, PermissionError
-        ):  # Windows replaces no file that is open, a memory map included
-            hint = "its folder is read-only, or a notebook has it open: shut that down, or choose another folder with CXR_DATA_DIR"
-        raise OSError(error.errno, f"could not write {path}: {reason}; {hint}") from error
+        raise _named(error, path) from error
     finally:
-        with suppress(
-            OSError
-        ):  # it is gone after the rename, and what went wrong before matters more
+        with suppress(OSError):  # it is gone after the rename
             temporary.unlink()
 
 
+def _named(error: OSError, path: Path) -> OSError:
+    """`error` with the path and what to do."""
+    hint = "free some space, or choose another folder with CXR_DATA_DIR"
+    if isinstance(error, PermissionError):  # Windows replaces no file that is open
+        hint = "the folder is read-only, or a notebook has the file open: shut it down"
+    reason = error.strerror or str(error)
+    return OSError(error.errno, f"could not write {path}: {reason}; {hint}")
+
+
 class BusyError(OSError):
-    """Another process works in the folder; the message is one line that names it and says what to
-    do.
-    """
+    """Another process works in the folder."""
 
 
 @contextmanager
 def alone(folder: Path | str, lock: Path | None = None) -> Iterator[None]:
-    """Keep every other process, and thread, that asks the same out of a folder while the block
-    runs.
-
-    The lock is the operating system's: it ends with the process that holds it, also with one that
-    was killed; the file that such a one leaves means nothing.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder to work in.
-    lock : Path, optional
-        File to lock if it cannot be ``.lock`` in `folder`, say because that is replaced as a whole.
-        Its folder is made.
-
-    Raises
-    ------
-    BusyError
-        Somebody else is there.
-    OSError
-        The folder cannot be written.
+    """Keep other processes that ask the same out of a folder while the block runs: BusyError. The
+    system's lock on `lock`, or on ``.lock`` in `folder`, ends with its process, also a killed one.
     """
     folder = Path(folder)
-    file = folder / ".lock" if lock is None else lock
+    file = lock or folder / ".lock"
     held = filelock.FileLock(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=_PATIENCE)
     except filelock.Timeout:
-        raise BusyError(
-            f"another process is at work in {show(folder)}: wait until it is done, then give the same command again"
-        ) from None
+        busy = f"another process works in {show(folder)}: wait for it, then repeat the command"
+        raise BusyError(busy) from None
     except NotImplementedError:  # some network file systems have no locks
-        warnings.warn(
-            f"the file system of {show(folder)} has no locks: start nothing else that writes there",
-            stacklevel=3,
-        )
+        warnings.warn(f"{show(folder)} cannot be locked: start nothing else there", stacklevel=3)
     except OSError as error:
-        hint = "free some space, or choose another folder with CXR_DATA_DIR"
-        raise OSError(
-            error.errno, f"could not write {folder}: {error.strerror or error}; {hint}"
-        ) from error
+        raise _named(error, folder) from error
     try:
         yield
     finally:
-        if (
-            os.name == "posix"
-        ):  # while it is held: who waits for it sees that it has no name any more, and makes a new one
+        if os.name == "posix":  # before the release: a waiting process then makes a new file
             file.unlink(missing_ok=True)
         held.release()
 
@@ -186,10 +141,8 @@ def save_json(path: Path | str, value: Any) -> None:
             return {str(k): plain(v) for k, v in item.items()}
         if isinstance(item, list | tuple):
             return [plain(v) for v in item]
-        if isinstance(item, np.ndarray):
+        if isinstance(item, np.ndarray | np.generic):
             return plain(item.tolist())
-        if isinstance(item, np.generic):
-            item = item.item()
         if isinstance(item, float) and not np.isfinite(item):
             return None
         return item
@@ -205,9 +158,8 @@ def load_json(path: Path | str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{show(path)} is not a JSON file ({error}); delete it and run the step that writes it again"
-        ) from error
+        why = f"is not a JSON file ({error}); delete it and repeat the step before"
+        raise ValueError(f"{show(path)} {why}") from error
 
 
 def save_npy(path: Path | str, array: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """A small data set with two finished runs, as the notebooks leave them."""
 
 from lib import data, paths
+from lib.data import preprocess, sources
 from lib.deepcluster import TrainConfig, fit
 
 DATASET = "phantom-tiny"
@@ -12,8 +13,8 @@ def make(n=72, epochs=2, n_clusters=4):
     may be written.
     """
     raw, out = paths.raw_dir(DATASET), paths.dataset_dir(DATASET)
-    data.fetch("phantom", raw, n, 0)
-    data.preprocess(raw, out)
+    sources.fetch("phantom", raw, n, 0)
+    preprocess.preprocess(raw, out)
     images = data.load_images(out)
     for arm, width in WIDTHS.items():
         config = TrainConfig(

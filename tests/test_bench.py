@@ -1,11 +1,12 @@
-"""The benchmarks are no timed tests, but what they import is there."""
+"""The benchmarks are no timed tests, but what they import is there, and the one for a GPU runs."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
 
-from lib import paths
+from lib import parallel, paths
 
 SCRIPTS = sorted((paths.ROOT / "tests" / "bench").glob("*.py"))
 
@@ -18,3 +19,16 @@ def test_every_script_can_be_imported(script, monkeypatch):
     spec.loader.exec_module(module)
     assert callable(module.main)
     assert module.__doc__
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs_without_one(tmp_path):
+    script = paths.ROOT / "tests" / "bench" / "gpu.py"
+    command = [sys.executable, str(script), "--tiny", "--device", "cpu", "--out", str(tmp_path)]
+    # a backend that needs no compiler; many minutes, for a busy machine
+    parallel.run_process([*command, "--backend", "aot_eager", "--minutes", "60"])
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert len({row["part"] for row in rows}) == 5
+    assert not [row for row in rows if row["what"] in ("the rest", "left out")]
+    table = (tmp_path / "gpu.md").read_text()
+    assert all(row["result"] in table for row in rows)

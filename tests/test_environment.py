@@ -1,13 +1,13 @@
-"""pyproject.toml, environment.yml and requirements.lock name the same packages, and a clean clone
-can be imported.
-"""
+"""pyproject.toml, environment.yml and requirements.lock name the packages that are imported, and a
+clean clone can be imported."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import distributions
+from importlib.metadata import distributions, packages_distributions
 
 import pytest
 import yaml
@@ -16,17 +16,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from lib.paths import ROOT
+from tests.test_bootstrap import NOTEBOOKS, code
 
-CONDA_NAMES = {"pytorch": "torch", "python-igraph": "igraph", "python-isal": "isal"}
+CONDA_NAMES = {"pytorch": "torch"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DIRECT = {
-    canonicalize_name(r.name): r
-    for r in map(
-        Requirement,
-        PROJECT["dependencies"]
-        + [d for ds in PROJECT["optional-dependencies"].values() for d in ds],
-    )
-}
+EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+DIRECT = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"] + EXTRAS)}
 
 
 def read_lock():
@@ -35,160 +30,114 @@ def read_lock():
 
 
 def locked_versions():
-    return {
-        canonicalize_name(r.name): Version(re.fullmatch(r"==([^,]+)", str(r.specifier)).group(1))
-        for r in read_lock()
-    }
+    """Name -> version; AttributeError on anything but name==version."""
+    exact = {r.name: re.fullmatch(r"==([^,]+)", str(r.specifier)) for r in read_lock()}
+    return {canonicalize_name(name): Version(found.group(1)) for name, found in exact.items()}
+
+
+def wanted_here():
+    lock = [r for r in read_lock() if r.marker is None or r.marker.evaluate()]
+    return {canonicalize_name(r.name) for r in lock}
 
 
 def read_conda():
-    """Conda and pip requirements of environment.yml, under the names that pip uses."""
+    """Requirements of environment.yml, under the names that pip uses."""
     lines = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
-    pip = [
-        line
-        for entry in lines
-        if isinstance(entry, dict)
-        for line in entry["pip"]
-        if not line.startswith("-")
-    ]
+    pip = next(entry["pip"] for entry in lines if isinstance(entry, dict))
     conda = [re.sub(r"(?<![<>=!])=(?!=)", "==", line) for line in lines if isinstance(line, str)]
-    found = {}
-    for requirement in map(Requirement, conda + pip):
-        found[canonicalize_name(CONDA_NAMES.get(requirement.name, requirement.name))] = requirement
-    return found
+    found = map(Requirement, conda + [line for line in pip if not line.startswith("-")])
+    return {canonicalize_name(CONDA_NAMES.get(r.name, r.name)): r for r in found}
+
+
+def imported(source):
+    """Top-level modules that a text imports, at its top or in a function."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_what_is_imported_is_declared():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "lib").rglob("*.py")]
+    cells = [cell for path in NOTEBOOKS for cell in code(path)]
+    sources += [re.sub(r"^\s*[%!].*$", "", cell, flags=re.MULTILINE) for cell in cells]
+    modules = {module for source in sources for module in imported(source)}
+    modules -= {*sys.stdlib_module_names, "lib", "IPython", "pydicom", "kagglesdk"}
+    there = packages_distributions()
+    assert not modules - set(there), "nobody can say which package brings them"
+    packages = {module: set(map(canonicalize_name, there[module])) for module in modules}
+    assert [module for module in modules if not packages[module] & set(DIRECT)] == []
+    assert len(modules) > 15
 
 
 def test_lock_has_exact_versions_once():
     names = [canonicalize_name(r.name) for r in read_lock()]
     assert len(names) == len(set(names)) > len(DIRECT)
-    versions = locked_versions()  # fails on anything but name==version
-    assert all(version.local is None for version in versions.values()), (
-        "a build such as +cpu is the user's choice"
-    )
+    local = [name for name, version in locked_versions().items() if version.local]
+    assert not local, "a build such as +cpu is the user's choice"
 
 
 def test_lock_meets_every_bound_of_pyproject():
     versions = locked_versions()
-    unmet = [
-        str(r)
-        for name, r in DIRECT.items()
-        if name not in versions or not r.specifier.contains(versions[name], prereleases=True)
-    ]
-    assert not unmet, f"requirements.lock does not meet {unmet}"
+    assert set(DIRECT) <= set(versions)
+    bounds = {name: r.specifier for name, r in DIRECT.items()}
+    unmet = [n for n, b in bounds.items() if not b.contains(versions[n], prereleases=True)]
+    assert not unmet
 
 
-def test_conda_names_the_packages_of_pyproject_with_the_same_bounds():
-    conda = read_conda()
-    assert set(conda) - {"python", "pip"} == set(DIRECT)
-    different = {
-        name: (str(conda[name].specifier), str(r.specifier))
-        for name, r in DIRECT.items()
-        if conda[name].specifier != r.specifier
-    }
-    assert not different, f"environment.yml and pyproject.toml differ in {different}"
+def test_conda_has_the_packages_and_bounds_of_pyproject_and_its_oldest_python():
+    bounds = {name: str(r.specifier) for name, r in read_conda().items() if name != "pip"}
+    oldest = PROJECT["requires-python"].replace(">=", "==")
+    assert bounds == {"python": oldest} | {name: str(r.specifier) for name, r in DIRECT.items()}
+    assert "defaults" not in yaml.safe_load((ROOT / "environment.yml").read_text())["channels"]
 
 
-def test_python_of_conda_is_the_oldest_that_pyproject_allows():
-    assert PROJECT["requires-python"] == ">=3.11"
-    assert str(read_conda()["python"].specifier) == "==3.11"
-    channels = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["channels"]
-    assert channels[0] == "conda-forge"
-    assert "defaults" not in channels
-
-
-@pytest.mark.parametrize("name", ["pyproject.toml", "environment.yml", "requirements.lock"])
-def test_the_other_groupy_is_nowhere(name):
-    """PyPI's groupy is a chat client, and no group convolution."""
-    assert "groupy" not in (ROOT / name).read_text(encoding="utf-8").lower()
+def test_the_other_groupy_is_required_nowhere():
+    """The package of that name is a chat client, and no group convolution."""
+    assert "groupy" not in {*DIRECT, *read_conda(), *locked_versions()}
 
 
 def test_dot_venv_has_the_locked_versions():
     if os.path.normcase(sys.prefix) != os.path.normcase(ROOT / ".venv"):
         pytest.skip("this is not the project's .venv")
     installed = {canonicalize_name(d.metadata["Name"]): Version(d.version) for d in distributions()}
-    wanted = [
-        canonicalize_name(r.name) for r in read_lock() if r.marker is None or r.marker.evaluate()
-    ]
     versions = locked_versions()
-    different = [
-        f"{n}: {installed.get(n)}, not {versions[n]}"
-        for n in wanted
-        if n not in installed or Version(installed[n].public) != versions[n]
-    ]
-    assert not different, f"{different}; remove .venv and call ./run_all.sh"
+    different = [n for n in wanted_here() if Version(installed[n].public) != versions[n]]
+    assert not different, "remove .venv and call ./run_all.sh"
 
 
 def test_lock_is_closed():
-    """Whatever a locked package needs on this machine is locked too, but for the libraries that
-    come with a CUDA build of torch.
-    """
-    wanted = {
-        canonicalize_name(r.name) for r in read_lock() if r.marker is None or r.marker.evaluate()
-    }
-    needs = set()
+    """What a locked package needs here is locked, except the libraries of a CUDA build of torch."""
+    wanted, needs = wanted_here(), set()
     for distribution in distributions():
         if canonicalize_name(distribution.metadata["Name"]) in wanted - {"torch"}:
             required = map(Requirement, distribution.requires or [])
-            needs |= {
-                canonicalize_name(r.name)
-                for r in required
-                if r.marker is None or r.marker.evaluate({"extra": ""})
-            }
+            kept = [r for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
+            needs |= {canonicalize_name(r.name) for r in kept}
     assert len(needs) > len(DIRECT)
     assert needs - wanted <= {"setuptools", "pip"}
 
 
-def test_clean_clone_imports_lib(tmp_path):
-    """What git knows, and nothing else, is enough: .gitignore must not swallow lib/."""
-    listing = [
-        "git",
-        "-C",
-        str(ROOT),
-        "ls-files",
-        "-z",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-    ]
+def git(*words):
+    """What a git command says of this checkout; skips where there is none."""
     try:
-        names = subprocess.run(listing, check=True, capture_output=True).stdout.decode().split("\0")
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True)
+    except OSError:
+        pytest.skip("no git here")
+    if done.returncode == 128:
         pytest.skip("not in a git checkout")
-    for name in filter(None, names):
-        if name.startswith("lib/") and (ROOT / name).exists():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    modules = sorted(
-        f"lib.{path.stem}" for path in (ROOT / "lib").glob("*.py") if path.stem != "__init__"
-    )
-    assert len(modules) > 5
-    code = f"import sys; sys.path.insert(0, '.'); import {', '.join(modules)}; print(lib.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert os.path.realpath(done.stdout.strip()) == os.path.realpath(
-        tmp_path / "lib" / "__init__.py"
-    )
+    return done
+
+
+def test_git_swallows_no_file_of_lib():
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "lib").stdout
+    files = [path for path in (ROOT / "lib").rglob("*.*") if path.suffix in (".py", ".c", ".html")]
+    assert {path.relative_to(ROOT).as_posix() for path in files} <= {*listed.decode().split("\0")}
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "data/phantom/images.npy",
-        "data/raw/x",
-        "figures/phantom-smoke/fig1_nmi.png",
-        ".venv/bin/python",
-    ],
+    "name", ["data/phantom/images.npy", "data/raw/x", "figures/x/fig1_nmi.png", ".venv/bin/python"]
 )
 def test_git_ignores_what_is_computed(name):
-    try:
-        status = subprocess.run(
-            ["git", "-C", str(ROOT), "check-ignore", "--no-index", "--quiet", name],
-            stderr=subprocess.DEVNULL,
-        ).returncode
-    except OSError:
-        status = 128
-    if status == 128:
-        pytest.skip("not in a git checkout")
-    assert status == 0, f"{name} is not ignored"
+    assert git("check-ignore", "--no-index", "--quiet", name).returncode == 0

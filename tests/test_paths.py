@@ -122,7 +122,7 @@ def test_a_second_process_is_told_who_is_at_work_and_a_killed_one_blocks_nobody(
             assert holder.stdout.readline().strip() == b"in"
             with pytest.raises(
                 paths.BusyError,
-                match=r"^another process is at work in .*store: wait until it is done, then give",
+                match=r"another process .*store",
             ) as caught:
                 with paths.alone(folder):
                     pytest.fail("two at once")
@@ -154,7 +154,7 @@ def test_a_file_in_use_is_named_and_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(
         OSError,
-        match=r"could not write .*a\.json: The process cannot .*; its folder is read-only, or a notebook has it open",
+        match=r"could not write .*a\.json: .*notebook",
     ):
         paths.save_json(tmp_path / "a.json", 2)
     assert paths.load_json(tmp_path / "a.json") == 1

@@ -1,180 +1,107 @@
-"""Figures of the claims draw what they are given, name dataset and seeds, and stand missing arms
-and single seeds.
-"""
-
-import math
+"""Figures of the claims and the atlas draw what they are given, and say what is missing."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from lib.plots import claims as plots_claims
-from lib.plots import style
-from lib.study import claims
-from lib.study.enrichment import enrichment
-from tests.drawing import drawn_texts
-from tests.test_claims import HEAD, entry, simulated_study
-
-LABEL = "synthetic phantom, 64 images"
+from lib.plots import atlas, claims, style
+from tests.drawing import legend, rows, said
+from tests.figures import ANGLES, LABEL, arms, cluster, enrichment, metrics, result
 
 
-def texts(figure):
-    found = [
-        t.get_text()
-        for axes in figure.axes
-        for t in axes.findobj(match=lambda a: hasattr(a, "get_text"))
-    ]
-    found += [t.get_text() for legend in figure.legends for t in legend.get_texts()]
-    return "\n".join([*found, figure._supxlabel.get_text()])
+@pytest.mark.parametrize("n_seeds", [1, 3])
+def test_forest_draws_differences_in_the_unit_of_the_measure(n_seeds):
+    figure = claims.forest(result(n_seeds))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Robustness", "Stability"]
+    assert figure.axes[0].get_title(loc="right") == f"undecided (n = {n_seeds})"
+    # P4M minus AlexNet is 0.1, P4M minus the CNN -0.3; the second measure is better if low
+    for axes, sign in zip(figure.axes, (1, -1), strict=True):
+        dots = [line for line in axes.lines if line.get_markersize() == 2]
+        drawn = [line.get_xdata() for line in dots]
+        np.testing.assert_allclose(drawn, [[sign * 0.1] * n_seeds, [sign * -0.3] * n_seeds])
+        colours = [line.get_color() for line in dots]
+        assert colours == [style.arm("alexnet").colour, style.arm("cnn_params").colour]
+        intervals = [x for x in axes.lines if x.get_marker() == "None" and x.get_ydata()[0] == 1]
+        assert len(intervals) == (n_seeds > 1)
+        assert axes.patches[0].get_extents().width > 0
+    assert legend(figure)[0] == "P4M against AlexNet, rotation augmentation"
 
 
-def assembled(n_seeds):
-    values = simulated_study(np.random.default_rng(3), n_seeds, {"kept_free": 30})
-    values = {"p4m": values["a"], "alexnet": values["b"]}
-    return claims.assemble(HEAD, {arm: entry(arm) for arm in values}, values, {}, [])
-
-
-@pytest.mark.parametrize("n_seeds", [1, 2, 5])
-def test_forest(n_seeds, tmp_path):
-    figure = plots_claims.forest(assembled(n_seeds))
-    told = texts(figure)
-    assert f"({n_seeds} seed{'s' * (n_seeds > 1)})" in told
-    assert HEAD["dataset_label"] in told
-    assert ("supported" in told) is (n_seeds == 5)
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [
-        c.title for c in claims.CLAIMS
-    ]
-    assert {p.suffix for p in style.save(figure, tmp_path / "fig5")} == {".png", ".svg"}
-
-
-def test_forest_without_a_pair():
-    assert "no two arms" in texts(plots_claims.forest({**assembled(3), "comparisons": []}))
-
-
-def curve(n_seeds, height):
-    rows = [
-        {"epoch": e, "seed": s, "nmi_prev": math.nan if e == 1 else height + 0.01 * s}
-        for e in range(1, 6)
-        for s in range(n_seeds)
-    ]
-    return pd.DataFrame(rows)
-
-
-def test_controls_stand_in_the_same_axes():
-    curves = {"p4m": curve(3, 0.5), "p4m-index": curve(2, 0.7), "p4m-shuffled": curve(1, 0.6)}
-    figure = plots_claims.control_curves(
-        curves, {"p4m": 0.1}, {"p4m": "P4M", "alexnet": "AlexNet"}, LABEL
-    )
+def test_controls_are_in_the_same_panel_as_the_clusters():
+    curves = {"p4m": metrics(), "p4m-index": metrics(2, level=0.7), "alexnet": metrics()}
+    figure = claims.control_curves(curves, {"p4m": 0.1}, LABEL)
     left, right = figure.axes
-    assert "no run of this arm" in "\n".join(t.get_text() for t in left.texts)
-    assert [t.get_text() for t in right.get_legend().get_texts()] == [
-        "on its clusters (n = 3)",
-        "on index mod K (n = 2)",
-        "on labels shuffled once (n = 1)",
-        "chance",
-    ]
-    heights = [line.get_ydata()[0] for line in right.get_lines()]
-    assert heights[:3] == pytest.approx([0.51, 0.705, 0.6])
+    assert "no control" in left.texts[0].get_text()
+    assert not left.lines
+    assert right.get_title() == "P4M\nno augmentation"
+    thick = [line for line in right.lines if line.get_linewidth() > 1]
+    colours = [style.arm(name).colour for name in ("p4m", "p4m-index")]
+    assert [line.get_color() for line in thick] == colours
+    mean = curves["p4m-index"].groupby("epoch")["nmi_prev"].mean().dropna()
+    np.testing.assert_allclose(thick[1].get_ydata(), mean)
+    assert "seeds per arm: 2 to 3" in said(figure)
 
 
 def test_invariance_closes_the_circle_and_draws_the_price():
-    angles = [0, 90, 180, 270]
-    curves = {
-        arm: {"kept": [1, 0.5, 0.4, None], "distance": [0, 0.2, 0.3, 0.2]}
-        for arm in ("p4m", "alexnet")
-    }
-    numbers = {"tells_mirrored": {"mean": 0.5, "n": 2, "by_seed": {0: 0.5, 1: 0.5}}}
-    arms = {arm: {**entry(arm), "seeds": [0, 1], "measures": numbers} for arm in curves}
-    figure = plots_claims.invariance(curves, arms, angles, LABEL, 96)
-    kept = figure.axes[0].get_lines()[0]
-    assert kept.get_xdata().tolist() == [0, 90, 180, 270, 360]
-    assert kept.get_ydata()[-1] == 1
-    assert "means over 2 seeds" in texts(figure)
-    assert [p.get_height() for p in figure.axes[2].patches] == [0.5, 0.5]
-    arms = {arm: {**a, "measures": {}} for arm, a in arms.items()}
-    assert "no patients to test on" in texts(
-        plots_claims.invariance(curves, arms, angles, LABEL, 96)
-    )
+    known = {name: arms()[name] for name in ("p4m", "alexnet")}
+    kept = np.linspace(1, 0.2, len(ANGLES)).tolist()
+    curves = {name: {"ami": [*kept[:-1], None], "distance": kept} for name in known}
+    figure = claims.invariance(curves, known, ANGLES, LABEL, 96)
+    line = figure.axes[0].lines[0]
+    assert line.get_xdata().tolist() == [*ANGLES, 360]
+    assert line.get_ydata()[0] == line.get_ydata()[-1] == 1
+    assert "AMI" in figure.axes[0].get_ylabel()
+    means = [x.get_ydata()[0] for x in figure.axes[2].lines if x.get_markersize() == 5]
+    np.testing.assert_allclose(means, [0.61, 0.61, 0.51, 0.51])
+    bare = {name: {**arm, "measures": {}} for name, arm in known.items()}
+    assert "no patients" in said(claims.invariance(curves, bare, ANGLES, LABEL, 96))
 
 
-def test_roc_names_every_arm_the_guess_and_the_areas(monkeypatch):
+def test_roc_names_every_arm_the_guess_and_the_areas():
     grid = np.linspace(0, 1, 11)
-    curves = {arm: {"macro": grid**0.5, "micro": grid**0.2} for arm in ("p4m", "pixels", "guess")}
-    arms = {
-        arm: {**entry(arm), "title": f"title of {arm}", "seeds": [0, 1, 2]}
-        for arm in ("p4m", "pixels")
-    }
-    for number, arm in enumerate(arms.values(), 1):
-        areas = {
-            "macro": 0.1 * number,
-            "micro": 0.2 * number,
-            "macro_prevalence": 0.5,
-            "micro_prevalence": 0.9,
-        }
-        arm["measures"] = {f"auroc_{name}": {"mean": value} for name, value in areas.items()}
-    figure = plots_claims.roc(curves, arms, grid, LABEL, 321)
-    told = texts(figure)
-    assert all(
-        text in told
-        for text in (
-            "title of p4m",
-            "title of pixels",
-            "guess: how frequent",
-            "321 test images",
-            "means over 3 seeds",
-        )
-    )
-    areas_told = [[t.get_text() for t in axes.get_legend().get_texts()] for axes in figure.axes]
-    assert areas_told == [["0.100", "0.200", "0.500"], ["0.200", "0.400", "0.900"]]
-    assert figure.axes[1].get_lines()[0].get_ydata().tolist() == (grid**0.2).tolist()
-    drawn_texts(figure, monkeypatch)
-    assert "no findings to test on" in texts(plots_claims.roc({}, {}, grid, LABEL, 0))
+    curves = {name: {"macro": grid**0.5, "micro": grid**0.2} for name in ("p4m", "p4", "guess")}
+    known = arms()
+    prevalence = {f"auroc_{name}_prevalence": {"mean": 0.9} for name in ("macro", "micro")}
+    known["p4m"]["measures"] = {**known["p4m"]["measures"], **prevalence}
+    figure = claims.roc(curves, known, grid, LABEL, 321)
+    areas = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert areas == ["0.610", "0.810", "0.900"]
+    assert legend(figure) == [style.arm(name).title for name in curves]
+    np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), grid**0.2)
+    assert "321 test images; means; seeds per arm: 3" in said(figure)
 
 
-def test_enrichment_dots_mark_the_discoveries(monkeypatch):
-    rng = np.random.default_rng(0)
-    clusters = rng.integers(5, size=300)
-    known = np.ones(300, bool)
-    rare = np.arange(300) < 4
-    properties = {"Mass": ("finding", clusters == 1, known), "Hernia": ("finding", rare, known)}
-    properties |= {"AP view": ("should not matter", rng.random(300) < 0.5, known)}
-    table = enrichment(clusters, properties)
-    figure = plots_claims.enrichment_maps({"p4m": table}, {"p4m": "P4M"}, LABEL)
-    dots = figure.axes[0].get_lines()[0]
-    assert len(dots.get_xdata()) == (table["q"] <= 0.05).sum() > 0
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["Mass", "Hernia", "AP view"]
-    drawn = figure.axes[0].get_images()[0].get_array()
-    assert drawn.mask.all(axis=1).tolist() == [
-        False,
-        True,
-        False,
-    ]  # of four images a ratio says nothing
-    assert "gray: fewer than 5 images" in texts(figure)
-    drawn_texts(figure, monkeypatch)
-    assert "no clusters" in texts(plots_claims.enrichment_maps({}, {}, LABEL))
+def test_enrichment_marks_discoveries_and_hides_what_is_too_rare():
+    figure = claims.enrichment_maps({"p4m": enrichment()}, LABEL)
+    axes = figure.axes[0]
+    assert rows(axes) == ["Mass", "Hernia", "AP view"]
+    light, dark = axes.lines[:2]  # the largest cluster, number 3, is the first column
+    assert (light.get_color(), dark.get_color()) == ("white", style.DARK)
+    assert light.get_xydata().tolist() == [[2, 0]]
+    assert not len(dark.get_xdata())
+    assert axes.images[0].get_array().mask.all(axis=1).tolist() == [False, True, False]
+    assert axes.get_title() == "P4M, no augmentation\nfinding: 1 of 2; no: 0 of 1"
 
 
-def test_retrieval_tells_the_same_patient_apart():
+def test_retrieval_puts_what_is_shared_first_and_marks_the_same_patient():
     images = np.random.default_rng(0).integers(0, 255, (6, 64, 64), dtype=np.uint8)
-    findings = ["Mass", "Mass|Edema", "No Finding", "Edema", "Mass", ""]
-    figure = plots_claims.retrieval_panels(
-        images,
-        [0],
-        {"p4m": np.array([[1, 2, 4, -1]])},
-        findings,
-        [1, 2, 3, 4, 1, 6],
-        {"p4m": "P4M, no augmentation"},
-        LABEL,
-    )
-    told = [axes.get_xlabel() for axes in figure.axes]
-    assert told == ["Mass", "Edema, Mass", "no finding", "Mass (same patient)", ""]
-    assert plots_claims.retrieval_panels(images, [], {}, findings, range(6), {}, LABEL)
+    findings = ["Mass", "Edema|Mass", "No Finding", "Edema", "Mass", ""]
+    arguments = images, [0], {"p4m": np.array([[1, 2, 4, -1]])}, findings, [1, 2, 3, 4, 1, 6]
+    figure = claims.retrieval_panels(*arguments, LABEL)
+    texts = [axes.get_xlabel() for axes in figure.axes]
+    assert texts == ["Mass", "Mass, Edema", "no finding", "same patient: Mass", ""]
+    styles = [axes.spines["left"].get_linestyle() for axes in figure.axes[:4]]
+    assert styles == ["-", "-", "-", "--"]
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [plots_claims.forest, lambda r: plots_claims.control_curves({}, {}, {}, r["dataset_label"])],
-)
-def test_a_figure_without_a_dataset_is_refused(draw):
-    with pytest.raises(ValueError, match="dataset_label must name the dataset"):
-        draw({**assembled(3), "dataset_label": ""})
+@pytest.mark.parametrize(("rows", "pages"), [(20, 1), (2, 2), (1, 3)])
+def test_every_cluster_is_on_one_page_of_the_atlas(rows, pages):
+    images = np.zeros((40, 64, 64), np.uint8)
+    clusters = [cluster(3, 30), cluster(5, 20), cluster(7, 10)]
+    figures = list(atlas.pages(images, clusters, 60, "a run", LABEL, rows))
+    assert len(figures) == pages
+    text = "\n".join(said(figure) for figure in figures)
+    for words in ("30 (50.0%)", "20 (33.3%)", "10 (16.7%)", "and 2 more"):
+        assert text.count(words) == 1
+    overall = (30 * 30 + 50 * 20 + 70 * 10) / 60  # of the means 30, 50 and 70
+    first = next(axes.images[0].get_array()[0, 0] for axes in figures[0].axes if axes.images)
+    assert first == pytest.approx(30 - overall)

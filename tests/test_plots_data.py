@@ -1,173 +1,63 @@
-"""Figures and texture of a data set: what they say, that nothing is cut off, and that the same data
-give the same bytes.
-"""
+"""Figures of a data set show its counts and means."""
 
 import numpy as np
-import pandas as pd
 import pytest
-from matplotlib.text import Text
 
-from lib.data import phantom, texture
-from lib.plots import data as plots_data
-from lib.plots import style
-from tests.drawing import drawn_texts
-
-LABEL = "synthetic phantom, 60 images"
-IMAGES, TABLE = phantom.make_phantoms(60, 0)
-TABLE = TABLE.assign(age=TABLE["age"].astype(float), patient_id=TABLE["patient_id"].astype(str))
-FINDINGS = TABLE["findings"].tolist()
-TEXTURES = texture.texture_by_finding(IMAGES, FINDINGS, most=10)
-FIGURES = {
-    "cooccurrence": lambda: plots_data.cooccurrence(FINDINGS, LABEL),
-    "population": lambda: plots_data.population(TABLE, LABEL),
-    "population, nothing known": lambda: plots_data.population(
-        TABLE.assign(age=np.nan, sex="", view_position="", patient_id=""), LABEL
-    ),
-    "mean_images": lambda: plots_data.mean_images(IMAGES, FINDINGS, LABEL),
-    "mean_images, no labels": lambda: plots_data.mean_images(IMAGES, [""] * 60, LABEL),
-    "brightness": lambda: plots_data.brightness(IMAGES, (90.0, 150.0, 2.0), LABEL),
-    "brightness of one": lambda: plots_data.brightness(IMAGES[:1], (16.0, 239.0, 2.0), LABEL),
-    "texture": lambda: plots_data.texture_by_finding(TEXTURES, LABEL),
-    "sobel": lambda: plots_data.sobel(IMAGES[:6], FINDINGS[:6], LABEL),
-    "sobel of a black image": lambda: plots_data.sobel(
-        np.zeros((1, 64, 64), np.uint8), ["black"], LABEL
-    ),
-}
+from lib.plots import data
+from tests.drawing import rows, said
+from tests.figures import LABEL, people, textures
 
 
-def texts(figure):
-    return [text.get_text() for text in figure.findobj(Text) if text.get_text().strip()]
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_names_its_dataset_and_cuts_nothing_off(name, monkeypatch):
-    figure = FIGURES[name]()
-    assert any(LABEL in text for text in texts(figure))
-    assert figure.get_figwidth() in style.COLUMN_INCHES.values()
-    assert figure.get_figheight() < 8
-    drawn_texts(figure, monkeypatch)
-
-
-@pytest.mark.parametrize("name", ["cooccurrence", "brightness"])
-def test_the_same_data_give_the_same_bytes(name, tmp_path):
-    for folder in ("a", "b"):
-        style.save(FIGURES[name](), tmp_path / folder / "figure")
-    for suffix in (".png", ".svg"):
-        assert (tmp_path / "a" / f"figure{suffix}").read_bytes() == (
-            tmp_path / "b" / f"figure{suffix}"
-        ).read_bytes()
-
-
-def test_cooccurrence_counts_images():
-    figure = plots_data.cooccurrence(
-        ["Mass|Hernia", "Mass", "Mass|Edema|Hernia", "No Finding", ""], LABEL
-    )
+def test_cooccurrence_counts_images_and_leaves_rare_labels_blank():
+    findings = ["Mass|Hernia"] * 10 + ["Mass"] * 5 + ["Edema|Mass", "No Finding", ""]
+    figure = data.cooccurrence(findings, LABEL)
     axes = figure.axes[0]
-    names = [text.get_text() for text in axes.get_yticklabels()]
-    assert names == ["Edema", "Hernia", "Mass"]
-    numbers = np.array([text.get_text() for text in axes.texts]).reshape(3, 3).astype(int)
-    np.testing.assert_array_equal(numbers, [[1, 1, 1], [1, 2, 2], [1, 2, 3]])
-    share = np.asarray(axes.images[0].get_array().filled(np.nan))
-    np.testing.assert_allclose(share[2, :2], [1 / 3, 2 / 3])
-    with pytest.raises(ValueError, match="no image has a finding"):
-        plots_data.cooccurrence(["No Finding", ""], LABEL)
+    assert rows(axes) == ["Edema (1)", "Hernia (10)", "Mass (16)"]
+    drawn = axes.collections[0].get_array()
+    np.testing.assert_array_equal(drawn.mask, [[1, 1, 1], [0, 1, 0], [0, 0, 1]])
+    np.testing.assert_allclose(drawn.compressed(), [0, 1, 1 / 16, 10 / 16])
+    assert [text.get_text() for text in axes.texts] == ["0", "10", "1", "10"]
+
+
+def test_population_counts_patients_ages_and_views():
+    figure = data.population(people(), LABEL)
+    patients, ages, views = figure.axes
+    assert [round(p.get_height()) for p in patients.patches] == [1, 0, 13]
+    assert sum(p.get_height() for p in ages.patches) == 40
+    assert sum(p.get_height() for p in views.patches) == 40
+    assert "median 50 years, 0 unknown" in said(figure)
 
 
 def test_mean_images_are_means_and_their_differences():
-    images = np.stack([np.full((4, 4), value, np.uint8) for value in (10, 30, 100, 60)])
-    figure = plots_data.mean_images(
-        images, ["Mass", "Mass|Edema", "No Finding", "No Finding"], LABEL
-    )
-    drawn = {
-        axes.get_title(loc="left"): axes.images[0].get_array()[0, 0]
-        for axes in figure.axes
-        if axes.images
-    }
-    assert {key: value for key, value in drawn.items() if key} == {
-        "Edema (1)": 30,
-        "Mass (2)": 20,
-        "No Finding (2)": 80,
-    }
-    assert sorted(
-        axes.images[0].get_array()[0, 0]
-        for axes in figure.axes
-        if axes.images and not axes.get_title(loc="left")
-    ) == [-60, -50]
+    values = np.array([10] * 5 + [30] * 10 + [100, 60], np.uint8)
+    images = np.zeros((17, 4, 4), np.uint8) + values[:, None, None]
+    findings = ["Mass"] * 5 + ["Mass|Edema"] * 10 + ["No Finding", "Rare|No Finding"]
+    figure = data.mean_images(images, findings, LABEL)
+    drawn = [(axes.get_title(loc="left"), axes.images) for axes in figure.axes if axes.images]
+    drawn = [(title, pictures[0].get_array()[0, 0]) for title, pictures in drawn]
+    assert drawn[:3] == [("No Finding (2)", 80), ("Edema (10)", 30), ("", -50)]
+    mass = pytest.approx((5 * 10 + 10 * 30) / 15)
+    assert drawn[3:5] == [("Mass (15)", mass), ("", pytest.approx(mass.expected - 80))]
+    assert drawn[5:] == [("Rare (1)", 60)]  # too few for a difference
 
 
-def test_brightness_counts_outliers():
-    images = np.stack(
-        [
-            np.full((4, 4), 100, np.uint8),
-            *np.random.default_rng(0).integers(0, 256, (3, 4, 4), dtype=np.uint8),
-        ]
-    )
-    figure = plots_data.brightness(images, (10.0, 250.0, 2.0), LABEL)
-    assert "1 of 4 images are outliers" in texts(figure)
+def test_brightness_counts_what_is_flagged():
+    noise = np.random.default_rng(0).integers(0, 256, (3, 4, 4), dtype=np.uint8)
+    images = np.stack([np.full((4, 4), 100, np.uint8), *noise])
+    assert "1 of 4 images are flagged" in said(data.brightness(images, (10.0, 250.0, 2.0), LABEL))
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: plots_data.mean_images(IMAGES, FINDINGS[:3], LABEL), "one entry of findings each"),
-        (lambda: plots_data.brightness(IMAGES[0], (1, 2, 3), LABEL), r"\(N, H, W\)"),
-        (lambda: plots_data.texture_by_finding(TEXTURES[:0], LABEL), "has no rows"),
-        (lambda: plots_data.sobel(IMAGES, FINDINGS, LABEL), "1 to 8 images"),
-        (lambda: plots_data.cooccurrence(FINDINGS, " "), "dataset_label"),
-        (lambda: texture.texture(IMAGES.astype(float)), "uint8"),
-        (lambda: texture.texture(IMAGES, levels=1), "2 to 256"),
-    ],
-)
-def test_bad_input_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_texture_has_a_panel_per_number_and_the_median_of_each_label():
+    figure = data.texture_by_finding(textures(), LABEL)
+    assert [axes.get_title() for axes in figure.axes] == ["contrast", "energy"]
+    assert rows(figure.axes[0]) == ["No Finding (9)", "7 (1)", "Mass (3)"]
+    dots = next(line for line in figure.axes[0].lines if line.get_marker() == "o")
+    np.testing.assert_allclose(np.sort(dots.get_xdata()), [4, 10, 12])
 
 
-# --------------------------------------------------------------------------------------------------
-
-
-def test_texture_is_that_of_haralick_by_hand():
-    """A board of two gray levels: across and down every pair differs, along the diagonals none
-    does.
-    """
-    board = (np.indices((8, 8)).sum(0) % 2 * 255).astype(np.uint8)
-    row = texture.texture(board[None], levels=2).iloc[0]
-    # across and down: contrast 1, homogeneity 1/2, correlation -1; diagonals: 0, 1, 1; energy
-    # sqrt(1/2) but for the odd diagonal counts
-    assert row["contrast"] == pytest.approx(0.5)
-    assert row["homogeneity"] == pytest.approx(0.75)
-    assert row["correlation"] == pytest.approx(0)
-    assert row["energy"] == pytest.approx(
-        (2 * np.sqrt(0.5) + 2 * np.sqrt(24**2 + 25**2) / 49) / 2 / 2, abs=1e-3
-    )
-    flat = texture.texture(np.full((1, 8, 8), 9, np.uint8)).iloc[0]
-    assert flat.tolist() == [0, 1, 1, 1]
-
-
-def test_texture_does_not_change_with_a_quarter_turn_or_a_mirror():
-    plain = texture.texture(IMAGES[:3])
-    for moved in (np.rot90(IMAGES[:3], 1, (1, 2)), IMAGES[:3, :, ::-1]):
-        pd.testing.assert_frame_equal(texture.texture(np.ascontiguousarray(moved)), plain)
-    noisy = IMAGES[:3] ^ np.random.default_rng(0).integers(0, 64, (3, 64, 64), dtype=np.uint8)
-    assert (texture.texture(noisy)["homogeneity"] < plain["homogeneity"]).all()
-
-
-def test_texture_by_finding_draws_from_each_and_measures_once():
-    assert TEXTURES.groupby("finding").size().max() <= 10
-    counts = TABLE["findings"].str.split("|").explode().value_counts()
-    assert TEXTURES.groupby("finding").size().to_dict() == counts.clip(upper=10).to_dict()
-    for _, row in TEXTURES.iloc[::7].iterrows():
-        assert row["finding"] in FINDINGS[row["image"]].split("|")
-        assert row["contrast"] == pytest.approx(
-            texture.texture(IMAGES[[row["image"]]])["contrast"][0]
-        )
-    pd.testing.assert_frame_equal(TEXTURES, texture.texture_by_finding(IMAGES, FINDINGS, most=10))
-    assert texture.texture_by_finding(IMAGES, [""] * 60).empty
-
-
-def test_edges_of_a_step():
-    step = np.zeros((8, 8), np.uint8)
-    step[:, 4:] = 255
-    found = texture.edges(step)
-    assert found[4, 3] > 0.5
-    assert found[4, 1] == 0
+def test_edges_are_those_of_a_step():
+    image = np.zeros((1, 8, 8), np.uint8)
+    image[:, :, 4:] = 255
+    edges = data.sobel(image, ["step"], LABEL).axes[1].images[0].get_array()
+    assert edges[4, 3] > 0.5
+    assert edges[4, 1] == 0

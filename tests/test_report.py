@@ -1,15 +1,15 @@
-"""Captions of figures that several notebooks draw, in one summary.md."""
+"""Text says what numbers say, collapse is told, several notebooks share one page of captions."""
 
+import math
 import re
 
+import numpy as np
 import pytest
 
-from lib import data
-from lib.paths import ROOT
-from lib.study import report
-from tests.test_bootstrap import code
+from lib.study import claims, report
+from tests.test_claims import as_results, simulated_study
 
-LABEL = "synthetic phantom, 72 images"
+LABEL, ATTRIBUTION = "synthetic phantom, 72 images", "Drawn. Not for clinical use."
 
 
 @pytest.fixture
@@ -18,24 +18,19 @@ def summary(tmp_path):
 
 
 def add(path, notebook, figures, seeds=(0, 1), command="./run_all.sh"):
-    report.save_captions(path, notebook, figures, LABEL, seeds, command, data.PHANTOM_ATTRIBUTION)
+    report.save_captions(path, notebook, figures, LABEL, seeds, command, ATTRIBUTION)
     return path.read_text(encoding="utf-8")
 
 
 def test_captions_stand_once_however_often_they_are_written(summary):
     report.save_summary(summary, "# Summary: x\n\n## Figures\n\n**fig1** One.\n")
     add(summary, "07_explore", {"fig10_atlas": "Old atlas."})
-    once = add(summary, "06_claims", {"fig5_claims": "Old.", "fig6_controls": "Controls."})
-    assert add(summary, "06_claims", {"fig5_claims": "Old.", "fig6_controls": "Controls."}) == once
-    text = add(
-        summary, "06_claims", {"fig5_claims": "New."}, seeds=[0, 3], command="./run_all.sh --study"
-    )
+    two = {"fig5_claims": "Old.", "fig6_controls": "Controls."}
+    assert add(summary, "06_claims", two) == add(summary, "06_claims", two)
+    text = add(summary, "06_claims", {"fig5_claims": "New."}, [0, 3], "./run_all.sh --study")
     assert text.startswith("# Summary: x\n\n## Figures\n\n**fig1** One.\n")
-    assert re.findall(r"^\*\*(\w+)\*\* (\w+)", text, re.MULTILINE) == [
-        ("fig1", "One"),
-        ("fig5_claims", "New"),
-        ("fig10_atlas", "Old"),
-    ]
+    found = re.findall(r"^\*\*(\w+)\*\* (\w+)", text, re.MULTILINE)
+    assert found == [("fig1", "One"), ("fig5_claims", "New"), ("fig10_atlas", "Old")]
     assert f"**fig5_claims** New. Dataset: {LABEL}." in text
     assert "Seeds 0, 3. Made by `./run_all.sh --study`." in text
     assert "Controls" not in text
@@ -47,40 +42,114 @@ def test_a_new_summary_keeps_the_captions_of_the_others(summary):
     add(summary, "06_claims", {"fig5_claims": "Differences."})
     report.save_summary(summary, "# Summary: new\n")
     text = summary.read_text(encoding="utf-8")
-    assert text.startswith(
-        "# Summary: new\n\n<!-- figures of 06_claims -->\n## Figures of 06_claims\n"
-    )
+    begin = "<!-- figures of 06_claims -->\n## Figures of 06_claims\n"
+    assert text.startswith(f"# Summary: new\n\n{begin}")
     assert "old" not in text
     assert text == add(summary, "06_claims", {"fig5_claims": "Differences."})
 
 
 def test_without_a_summary_there_are_captions_and_the_attribution(summary):
-    """A study draws figures 5 to 9 alone."""
     text = add(summary, "06_claims", {"fig5_claims": "Differences."})
-    assert text.startswith(
-        f"# Figures: {LABEL}\n\n{data.PHANTOM_ATTRIBUTION}\n\n<!-- figures of 06_claims -->\n"
-    )
+    head = f"# Figures: {LABEL}\n\n{ATTRIBUTION}\n\n"
+    assert text.startswith(f"{head}<!-- figures of 06_claims -->\n")
     report.save_summary(summary, "# Summary: x\n")
-    assert data.PHANTOM_ATTRIBUTION not in summary.read_text(encoding="utf-8")
-    assert "**fig5_claims**" in summary.read_text(encoding="utf-8")
+    text = summary.read_text(encoding="utf-8")
+    assert ATTRIBUTION not in text
+    assert "**fig5_claims**" in text
 
 
-@pytest.mark.parametrize("name", ["", "06 claims", "a -->"])
-def test_a_section_needs_a_name_that_can_be_found_again(summary, name):
-    with pytest.raises(ValueError, match="cannot name a section"):
-        add(summary, name, {"fig": "Caption."})
-    assert not summary.exists()
+def page_comparison(n_seeds, effects=None):
+    """Results of P4M and AlexNet, compared."""
+    found = simulated_study(np.random.default_rng(3), n_seeds, effects)
+    found["arms"] = {"p4m": found["arms"]["a"], "alexnet": found["arms"]["b"]}
+    return found | {"comparisons": claims.compare_all(found)}
 
 
-def test_every_notebook_that_keeps_figures_adds_its_captions():
-    """05 writes the summary; whoever else saves a figure must tell its caption under its own name."""
-    keeping = {path.stem: "\n".join(code(path)) for path in (ROOT / "notebooks").glob("*.ipynb")}
-    keeping = {name: source for name, source in keeping.items() if "style.save(" in source}
-    assert set(keeping) >= {"05_figures", "06_claims", "07_explore"}
-    for name, source in keeping.items():
-        wanted = (
-            'report.save_summary(out / "summary.md"'
-            if name == "05_figures"
-            else f'report.save_captions(out / "summary.md", "{name}", captions'
-        )
-        assert wanted in source, name
+@pytest.fixture
+def results():
+    """P4M is better in one claim; one AlexNet of four collapsed; no labels."""
+    found = page_comparison(4, {"kept_free": 30})
+    about = {"backbone": "p4m", "rotation": False, "pseudo_labels": "clusters"}
+    about |= {"parameters": 10, "feature_dim": 4, "flops": 1000, "title": "P4M"}
+    for entry in found["arms"].values():
+        entry |= about
+        for run in entry["seeds"].values():
+            run["values"] |= {"largest_cluster": 0.1, "perplexity": 15.0, "clusters_used": 20}
+            run["values"] |= {"auroc_macro": "fewer than 2 classes"}
+    found["arms"]["alexnet"]["seeds"]["1"]["values"]["largest_cluster"] = 0.8
+    return found | {"comparisons": claims.compare_all(found)}
+
+
+def rows_of(text, first):
+    return [line for line in text.splitlines() if line.startswith(f"| {first}")]
+
+
+def test_numbers_and_spans():
+    assert [report.number(x) for x in (0.1234, None, math.inf)] == ["0.123", "–", "–"]
+    assert report.span(0.1, 0.25, 2) == "0.10 to 0.25"
+    assert report.span(math.nan, math.nan) == report.span(None, None) == "–"
+
+
+def test_a_table_has_as_many_cells_as_columns():
+    text = report.table(["a", "b"], [["1", "x|y"], ["2", ""]], figures=True)
+    assert {line.count("|") for line in text.splitlines()} == {3}
+    assert text.splitlines()[1] == "|---|---:|"
+
+
+def test_collapse_is_marked_and_no_interval_is_given_over_a_mixture(results):
+    whole, mixed = (report.cell(results, arm, "kept_free") for arm in ("p4m", "alexnet"))
+    assert re.fullmatch(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", whole)
+    assert re.fullmatch(r"\d\.\d{3} † \(1 of 4 collapsed\)", mixed)
+    text = report.occupancy_table(results)
+    assert "0.10, 0.80, 0.10, 0.10" in text
+    assert "seed 1 †" in text
+    assert report.COLLAPSED in text
+    for page in (report.verdict_table(results), report.verdict_matrix(results)):
+        assert report.COLLAPSED in page
+    for run in results["arms"]["alexnet"]["seeds"].values():
+        run["values"]["largest_cluster"] = 0.9
+    assert "to" in report.cell(results, "alexnet", "kept_free")  # all collapsed: no mixture
+
+
+def test_what_has_no_number_says_why(results):
+    assert report.cell(results, "p4m", "auroc_macro") == "not defined: fewer than 2 classes"
+    assert report.cell(results, "p4m", "nothing") == "–"
+    (row,) = rows_of(report.verdict_table(results), "Better transferability")
+    assert "**not defined: fewer than 2 classes**" in row
+    text = report.measure_table(results, {"auroc_macro": "AUROC"})
+    assert text == "not defined: fewer than 2 classes"
+
+
+def test_verdicts_are_the_numbers(results):
+    (row,) = rows_of(report.verdict_table(results), "No augmentation")
+    entry = next(e for e in results["comparisons"][0]["measures"] if e["measure"] == "kept_free")
+    for number in ("treatment", "reference", "mean"):
+        assert f"{entry[number]:.3f}" in row
+    assert "**supported †**" in row
+    assert report.MEANING["supported"] in row
+
+
+def test_few_seeds_are_said_to_be_undecided():
+    found = page_comparison(1)
+    assert report.verdict_table(found).count("undecided at n = 1") == len(claims.CLAIMS)
+    assert " to " not in report.cell(found, "p4m", "kept_free")
+
+
+def test_pages_hold_the_warning_and_what_is_missing(results):
+    results["missing"] = ["p4: no finished run"]
+    text = report.claims_page(results, "make it")
+    verdicts = [f"**{word.capitalize()}**" for word in claims.VERDICTS]
+    for wanted in ("Not for clinical use", "p4: no finished run", "`make it`", *verdicts):
+        assert wanted in text
+
+
+def test_nothing_to_compare():
+    found = as_results({"alexnet": {0: {"silhouette": 0.1}}}) | {"comparisons": []}
+    for text in (report.verdict_table(found), report.verdict_matrix(found)):
+        assert "compared" in text
+
+
+def test_dataset_label():
+    assert report.dataset_label("phantom", 2000) == "synthetic phantom, 2,000 images"
+    assert report.dataset_label("digits", 1797).startswith("handwritten digits")
+    assert report.dataset_label("folder", 1) == "own images, 1 images"

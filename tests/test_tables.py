@@ -1,292 +1,259 @@
-"""lib.data.tables: a table with any columns, boxes, and the full data set held against its
-published numbers.
-"""
+"""lib.data.tables and lib.data.nih: dialects, matching, the split, and published counts."""
 
-import gzip
-import itertools
-
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
-from lib import data
-from lib.data import tables
-from tests.test_data import RAMP, SAMPLE, make_folder
-
-needs_sample = pytest.mark.skipif(
-    not SAMPLE.is_dir(), reason="no real sample: set CXR_SAMPLE to a folder with NIH X-rays"
-)
+from lib.data import nih, tables
+from tests.xrays import HEADER
 
 
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
     return path
 
 
-def published():
-    """A table with exactly the published numbers: findings in turn, and an image a patient but for
-    the last.
-    """
-    texts = ["No Finding"] * tables.FULL_COUNTS["No Finding"]
-    pool = [
-        name for name, n in tables.FULL_COUNTS.items() if name != "No Finding" for _ in range(n)
-    ]
-    sick = tables.FULL_IMAGES - len(texts)
-    texts += ["|".join(pool[start::sick]) for start in range(sick)]
-    patients = np.minimum(np.arange(tables.FULL_IMAGES), tables.FULL_PATIENTS - 1).astype(str)
-    return pd.DataFrame(
-        {
-            "image_id": [f"{i:08d}_000.png" for i in range(len(texts))],
-            "patient_id": patients,
-            "findings": texts,
-        }
+def rows(path, *columns, **options):
+    return tables.read_table(path, *columns, **options)[0].to_dict("records")
+
+
+ROW = {
+    "path": "00000001_000.png", "patient_id": "1", "findings": "Mass|Müller",
+    "view_position": "PA", "age": "60", "sex": "F",
+}  # fmt: skip
+PLAIN = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n"
+    "00000001_000.png,Mass|Müller,0,1,060Y,F,PA\n"
+)
+WIDE = PLAIN.replace("View Position", "View Position,OriginalImage[Width,Height],").replace(
+    "PA\n", "PA,2000,2000,\n"
+)
+SEMICOLONS = (
+    "Image Index;Finding Labels;Patient ID;Patient Age;Patient Gender;View Position;"
+    "OriginalImage[Width,Height];\n00000001_000.png;Mass|Müller;1;60;F;PA;2000,2000;\n"
+)
+DIALECTS = {
+    "plain": PLAIN,
+    "2017": WIDE,
+    "2020": WIDE.replace("Gender", "Sex").replace("060Y", "60"),
+    "byte order mark": "\ufeff" + PLAIN,
+    "Windows line ends": PLAIN.replace("\n", "\r\n"),
+    "Macintosh line ends": PLAIN.replace("\n", "\r"),
+    "semicolons": SEMICOLONS,
+    "tabs": PLAIN.replace(",", "\t"),
+    "bars": PLAIN.replace("Mass|Müller", '"Mass|Müller"').replace(",", "|"),
+    "sep=;": "sep=;\r\n" + SEMICOLONS,
+    "blank first line": "\n" + PLAIN,
+    "empty cells in the first line": ";;;;;;\n\n" + SEMICOLONS,
+    "UTF-16": PLAIN.encode("utf-16"),
+    "UTF-16, big-endian": b"\xfe\xff" + PLAIN.encode("utf-16-be"),
+    "UTF-16 without mark": PLAIN.encode("utf-16-le"),
+    "Windows-1252": PLAIN.encode("cp1252"),
+    "other order": "Sex,Path,AGE,finding_labels,view-position,patient\n"
+    "Female,.\\00000001_000.png,60.0,Mass|Müller,pa,1.0\n",
+    "longer rows": PLAIN.replace("PA\n", "PA,,,,\n"),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dialects_say_the_same(dialect, tmp_path):
+    assert rows(write(tmp_path / "t.csv", DIALECTS[dialect])) == [ROW]
+
+
+def test_nih_2017_quirks(tmp_path):
+    text = (
+        "00000001_000.png,Cardiomegaly|Emphysema,0,1,057Y,M,pa,2682,2749,0.1,0.1,\n"
+        "00000002_000.png,No Finding,0,00000002,,,,,,,,\n"
+        "00000003_000.png,Pleural Thickening|infiltrate|Rib Fracture,0,3.0,414,Female,AP,1,1,,\n"
+        "00000004_000.png,,0,,007M,f,AP\n"
+        ",Mass,,,,,,,,,,\n,,,,,,,,,,,\n"
     )
+    frame, counts = tables.read_table(write(tmp_path / "t.csv", HEADER + text))
+    assert frame["patient_id"].tolist() == ["1", "2", "3", ""]
+    assert frame["findings"].tolist()[:2] == ["Cardiomegaly|Emphysema", "No Finding"]
+    assert frame["findings"].tolist()[2:] == ["Pleural_Thickening|Infiltration|Rib Fracture", ""]
+    assert frame["age"].tolist() == ["57", "", "", "0"]
+    assert frame["sex"].tolist() == ["M", "", "F", "F"]
+    assert counts == {"ages_set_missing": 1}
 
 
-# --------------------------------------------------------------------------------------------------
+def test_ages():
+    texts, years = "57 060Y 58.0 023M 010W 400D 120 121 old -3", "57 60 58 1 0 1 120"
+    assert [tables.clean_age(text) for text in texts.split()] == [*years.split(), "", "", ""]
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_columns_named_by_the_user(delimiter, tmp_path):
-    inside = " ; ".join(["Mass", "rib fracture"]) if delimiter != ";" else "Mass | rib fracture"
-    table = write(
-        tmp_path / "t.csv",
-        f"id{delimiter}Scan{delimiter}DX\n1{delimiter}x/a.png{delimiter}{inside}\n2{delimiter}b{delimiter}\n",
-    )
-    frame, odd = tables.read_table(table, "scan", "DX")
-    assert frame["image_id"].tolist() == ["a.png", "b"]
-    assert frame["findings"].tolist() == ["Mass|rib fracture", ""]
-    assert odd["unknown_findings"] == {"rib fracture": 1}
+def test_columns_named_by_the_user(tmp_path):
+    text = 'id;Scan;DX\n1;x/a.png;"Mass ; rib fracture, infiltrate"\n2;b;\n'
+    found = rows(write(tmp_path / "t.csv", text), "scan", "DX")
+    assert [row["path"] for row in found] == ["x/a.png", "b"]
+    assert [row["findings"] for row in found] == ["Mass|rib fracture|Infiltration", ""]
 
 
-def test_labels_between_commas(tmp_path):
-    table = write(tmp_path / "t.csv", 'scan,dx\na.png,"Mass, Infiltrate,pleural thickening"\n')
-    assert tables.read_table(table, "scan", "dx")[0]["findings"].tolist() == [
-        "Mass|Infiltration|Pleural_Thickening"
-    ]
+def test_columns_that_are_not_there_are_named_with_those_that_are(tmp_path):
+    table = write(tmp_path / "t.csv", "id,where,file,what\n1,x,a.png,Mass\n")
+    for columns, word in (
+        (("Scan", "what"), "'Scan'.*--image-column"),
+        (("file", "DX"), "'DX'.*--label-column"),
+        ((), "'Finding Labels'.*--label-column"),
+    ):
+        with pytest.raises(ValueError, match=rf"t\.csv has no column {word}.*'id', 'where'"):
+            tables.read_table(table, *columns)
+    for text in ('image,findings\n"' + "x" * 200_000, b"image,findings\n\x81,Mass"):
+        with pytest.raises(ValueError, match=r"t\.csv"):
+            tables.read_table(write(tmp_path / "t.csv", text))
+
+
+def test_text_of_a_table_is_only_text(tmp_path):
+    """Formulas, templates and words for nothing come out as they went in; truth only if asked."""
+    texts = ["=cmd' /C calc'!A0", "$(touch pwned)", "{0.__class__}", "NA", "null", "None", "1e5"]
+    cells = pd.DataFrame({"file": [f"{i}.png" for i in range(len(texts))], "Patient ID": texts})
+    cells.assign(findings=texts, side="L", Notes="x").to_csv(tmp_path / "t.csv", index=False)
+    found = rows(tmp_path / "t.csv")
+    assert [row["patient_id"] for row in found] == [row["findings"] for row in found] == texts
+    assert "side" not in found[0]
+    more = rows(tmp_path / "t.csv", extra_columns=True)[0]
+    assert more["side"] == "L"
+    assert "Notes" not in more
+
+
+def found_in(folder, **files):
+    for name, text in files.items():
+        write(folder / f"{name}.csv", text)
+    table = tables.find_metadata(folder, sorted(path.name for path in folder.iterdir()))
+    return table and table.name
+
+
+def test_the_table_is_found_among_others(tmp_path):
+    boxes = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000001_000.png,Infiltrate,1,2,3,4\n"
+    assert found_in(tmp_path, boxes=boxes) is None
+    assert found_in(tmp_path, sizes="image,width\na.png,9\n") == "sizes.csv"
+    assert found_in(tmp_path, mine="file;findings\na.png;Mass\n", x="a,b\n1,2\n") == "mine.csv"
+    with pytest.raises(ValueError, match=r"2 tables.*mine\.csv, other\.csv.*--csv"):
+        found_in(tmp_path, other="file,findings\na.png,Mass\n")
+    assert found_in(tmp_path, data_entry_2017=PLAIN) == "data_entry_2017.csv"
+
+
+def test_a_table_that_is_not_used_is_named_with_the_reason(tmp_path):
+    with pytest.warns(UserWarning, match=r"labels\.csv has no column that names images.*bild"):
+        assert found_in(tmp_path, labels="bild,befund\na.png,Mass\n") is None
+    table = tables.find_metadata(tmp_path, ["labels.csv"], "bild")
+    assert table == tmp_path / "labels.csv"
+    write(tmp_path / "labels.xlsx", b"PK")
+    with pytest.warns(UserWarning, match=r"labels\.xlsx.*labels\.csv"):
+        assert found_in(tmp_path, labels=b"image,findings\n\x81\n") is None
+
+
+FRONTAL = "train/patient1/study1/view1_frontal.jpg"
+SECOND = "train/patient2/study1/view1_frontal.jpg"
 
 
 @pytest.mark.parametrize(
-    ("columns", "option"),
-    [(("Scan", "DX"), "--image-column 'Scan'"), (("id", "DX"), "--label-column 'DX'")],
+    ("files", "paths", "expected"),
+    [
+        (["a.png", "b.png"], ["b.png", "a.png"], [[1], [0]]),
+        (["a.png"], ["A"], [[0]]),
+        (["a.png", "a.jpg"], ["a.jpg", "a"], [[1], [0]]),
+        (["00000001.png", "00000012.png"], ["1", "12.0"], [[0], [1]]),
+        (["x/a.png"], ["C:/data/x/a.png"], [[0]]),
+        (["01.png", "001.png"], ["1"], [None, None]),
+        (["1.png", "0001.png"], ["1"], [[0], None]),
+        ([FRONTAL, SECOND], ["CheXpert-v1.0-small/" + SECOND, "x/" + FRONTAL], [[1], [0]]),
+        ([FRONTAL, SECOND], ["/home/me/" + FRONTAL], [[0], None]),
+        (["data/" + FRONTAL, "data/" + SECOND], [SECOND], [None, [0]]),
+        (["images_001/images/a.png"], ["/elsewhere/a.png"], [[0]]),
+        (["p1/a.png", "p2/a.png"], ["a.png"], [None, None]),
+        (["p2/a.png"], ["p1/a.png", "p2/a.png"], [[1]]),
+        (["a.png"], ["x/a.png", "y/a.png"], [None]),
+        (["a.png", "b.png"], ["a.png", "a.png", "c.png"], [[0, 1], None]),
+        (["IM0001", "1.2.840.7"], ["IM0001.dcm", "1.2.840.7"], [[0], [1]]),
+    ],
 )
-def test_a_column_that_is_not_there_lists_those_that_are(columns, option, tmp_path):
-    table = write(tmp_path / "t.csv", "id,where,what\n1,a.png,Mass\n")
-    with pytest.raises(
-        ValueError, match=rf"^{option}: t.csv has no such column; it has 'id', 'where', 'what'$"
-    ):
-        tables.read_table(table, *columns)
+def test_rows_belong_to_the_image_with_the_longest_common_end(files, paths, expected):
+    found, ways = tables.match(dict(zip(files, files, strict=True)), paths)
+    assert [found.get(file) for file in files] == expected
+    assert sum(ways.values()) == len(found)
 
 
-def test_a_table_from_anywhere_describes_a_folder(tmp_path):
-    folder = make_folder(tmp_path / "in", 4)
-    for name in ("a.csv", "b.csv"):
-        write(folder / name, "image,findings\nx.png,Mass\n")
-    (folder / "Data_Entry_2017.csv").unlink()
-    table = write(tmp_path / "mine.csv", "scan,dx,Patient ID\n00000001_000.png,Hernia,77\n")
-    with pytest.raises(ValueError, match="choose it with --csv"):
-        data.fetch(folder, tmp_path / "raw")
-    assert data.fetch(folder, tmp_path / "raw", csv=table)["csv"] == "mine.csv"
-    options = {"csv": table, "image_column": "scan", "label_column": "dx"}
-    manifest = data.preprocess(tmp_path / "raw", tmp_path / "out", **options)
-    metadata = data.load(tmp_path / "out")[1]
-    assert metadata.loc[0, ["patient_id", "findings"]].tolist() == ["77", "Hernia"]
-    assert (manifest["images_without_csv_row"], manifest["other_files"]) == (3, {".csv": 2})
-    write(table, "scan,dx\n00000001_000.png,Mass\n")  # another table: another result
-    assert data.preprocess(tmp_path / "raw", tmp_path / "out", **options)["findings"] == {"Mass": 1}
-    (folder / "a.csv").unlink()
-    (folder / "b.csv").unlink()
-    with pytest.raises(ValueError, match=r"a column is named \('dx'\), but there is no CSV"):
-        data.preprocess(tmp_path / "raw", tmp_path / "out", label_column="dx")
-
-
-def test_text_of_a_table_is_only_text(tmp_path, monkeypatch):
-    """Formulas, commands and templates come out as they went in."""
-    hostile = [
-        "=cmd|' /C calc'!A0",
-        "$(touch pwned)",
-        "`id`",
-        "{0.__class__}",
-        "__import__('os').system('id')",
-        "'; DROP TABLE x; --",
-    ]
-    (tmp_path / "in").mkdir()
-    rows = [["Image Index", "Finding Labels", "Patient ID", "Patient Age"]]
-    for number, text in enumerate(hostile):
-        Image.fromarray(RAMP).save(tmp_path / "in" / f"{number}.png")
-        rows.append([f"{number}.png", text.replace("|", "/"), text, text])
-    pd.DataFrame(rows[1:], columns=rows[0]).to_csv(tmp_path / "in" / "t.csv", index=False)
-    monkeypatch.chdir(tmp_path)
-    for name in ("system", "popen"):
-        monkeypatch.setattr(f"os.{name}", lambda *args: pytest.fail("a shell was called"))
-    manifest = data.preprocess(tmp_path / "in", tmp_path / "out")
-    metadata = data.load(tmp_path / "out")[1]
-    assert metadata["patient_id"].tolist() == hostile
-    assert metadata["findings"].tolist() == [text.replace("|", "/") for text in hostile]
-    assert manifest["ages_set_missing"] == len(hostile)
-    assert not (tmp_path / "pwned").exists()
-
-
-# --------------------------------------------------------------------------------------------------
-
-
-def test_boxes(tmp_path):
-    text = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000002_000.png,Infiltrate,1.5,2,3,4,,,\n,,,,,,,,\na.png,Mass,0,0,1,1\n"
-    boxes = tables.read_boxes(write(tmp_path / "BBox_List_2017.csv", text))
-    assert boxes.to_dict("split")["data"] == [
-        ["00000002_000.png", "Infiltration", 1.5, 2, 3, 4],
-        ["a.png", "Mass", 0, 0, 1, 1],
-    ]
-    assert boxes.columns.tolist() == ["image_id", "finding", "x", "y", "w", "h"]
-
-
-@pytest.mark.parametrize(
-    "row", ["a.png,Mass,1,2,3", "a.png,Mass,1,2,3,nan", "a.png,Mass,1,2,-3,4", "a.png,Mass,x,2,3,4"]
-)
-def test_a_box_that_is_none_is_named_by_its_row(row, tmp_path):
-    with pytest.raises(ValueError, match=r"b\.csv, row 3: .* is no box"):
-        tables.read_boxes(
-            write(
-                tmp_path / "b.csv",
-                f"Image Index,Finding Label,Bbox [x,y,w,h]\na.png,Mass,1,2,3,4\n{row}\n",
-            )
-        )
-    with pytest.raises(ValueError, match=r"c\.csv is no list of boxes: .* has image, findings"):
-        tables.read_boxes(write(tmp_path / "c.csv", "image,findings\n"))
-
-
-@needs_sample
-def test_real_boxes():
-    boxes = tables.read_boxes(SAMPLE / "BBox_List_2017.csv")
-    assert len(boxes) == 984
-    assert boxes["image_id"].nunique() == 880
-    assert set(boxes["finding"]) <= set(tables.FINDINGS)
-    assert len(set(boxes["finding"])) == 8
-    assert (boxes["x"] + boxes["w"]).max() <= 1024.5
-
-
-# --------------------------------------------------------------------------------------------------
-
-
-def test_the_published_numbers_have_no_difference_and_any_other_is_named():
-    full = published()
-    assert tables.compare_with_published(full) == []
-    assert tables.verify_full_set("nih", [], full["image_id"], full) == {
-        "checked": True,
-        "differences": [],
-    }
-    changed = full.copy()
-    changed.loc[0, "findings"] = "Hernia"
-    changed.loc[1, "findings"] = "No Finding|Mass|Rib Fracture"
-    changed.loc[2, "patient_id"] = "new"
-    changed = changed.iloc[:-1]
-    lost = full["findings"].iloc[-1].split("|")
-    differences = tables.compare_with_published(changed)
-    assert "images: 112,119, published 112,120 (-1)" in differences
-    assert "No Finding: 60,360, published 60,361 (-1)" in differences
-    assert "Rib Fracture: 1 images, and no such finding is published" in differences
-    assert "1 images have No Finding beside a finding" in differences
-    assert any(text.startswith("Hernia: ") for text in differences) or "Hernia" in lost
-    assert not any("patients" in text for text in differences)  # one gone and one new
-    assert any(
-        "patients: 30,806" in text
-        for text in tables.compare_with_published(
-            full.assign(patient_id=[*full["patient_id"][:-1], "x"])
-        )
+def test_rows_of_one_image_are_joined(tmp_path):
+    text = (
+        "image,findings,Patient ID,sex\na.png,Mass|Edema,,F\na.png,No Finding,7,M\n"
+        "a.png,Hernia|Mass,8,\nb.png,No Finding,,\nb.png,No Finding,,\n00000003_001.png,,,\n"
     )
-
-
-def test_who_claims_to_be_the_full_set_is_checked():
-    full, few = published(), ["00000001_000.png"]
-    parts = [f"images_{number:03d}/images/x.png" for number in range(1, 13)]
-    assert not tables.verify_full_set("nih", parts[:11], few, full[:10])["checked"]
-    assert not tables.verify_full_set("phantom", parts, few, full)["checked"]
-    assert "112,119 of the 112,120 images of the table are not here" in str(
-        tables.verify_full_set("nih", [], few, full)
-    )
-    assert "there is no table" in str(tables.verify_full_set("nih", parts, few, None))
-    short = tables.verify_full_set("nih", parts, list(full["image_id"]), full[:100_000])[
-        "differences"
+    table = tables.read_table(write(tmp_path / "t.csv", text))[0]
+    found = {"a.png": [0, 1, 2], "b.png": [3, 4], "00000003_001.png": [5]}
+    header = {"patient_id": "sha256-1", "sex": "F", "age": "012M"}
+    records = {"a.png": {}, "b.png": header, "00000003_001.png": {}, "d.png": {"age": "old"}}
+    frame = tables.join(records, table, found)
+    assert frame.drop(columns="view_position").to_numpy().tolist() == [
+        ["a.png", "7", "Mass|Edema|Hernia", "", "F"],
+        ["b.png", "sha256-1", "No Finding", "1", "F"],
+        ["00000003_001.png", "3", "", "", ""],
+        ["d.png", "d.png", "", "", ""],
     ]
-    assert "images: 100,000, published 112,120 (-12,120)" in short
 
 
-def test_a_difference_stands_in_the_manifest_and_is_warned_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "FULL_IMAGES", 6)
-    monkeypatch.setattr(tables, "FULL_PATIENTS", 3)
-    monkeypatch.setattr(tables, "FULL_COUNTS", {"No Finding": 3, "Effusion": 3, "Mass": 2})
-    with pytest.warns(
-        UserWarning, match=r"not ChestX-ray14 as published: Mass: 3, published 2 \(\+1\)"
+def patients(n, each=2):
+    names = [f"{i // each + 1:08d}_{i % each:03d}.png" for i in range(n)]
+    empty = dict.fromkeys(nih.COLUMNS[2:-1], "")
+    ids = [str(i // each + 1) for i in range(n)]
+    return pd.DataFrame({"image_id": names, "patient_id": ids} | empty)
+
+
+def split(frame, lists=None, seed=0):
+    frame, facts = tables.split_patients(frame, lists or {}, seed)
+    return frame["split"].tolist(), facts
+
+
+def test_split_is_by_patient_seeded_and_near_its_share():
+    drawn = {}
+    for seed in (0, 1):
+        parts, facts = split(patients(60), seed=seed)
+        assert patients(60).assign(part=parts).groupby("patient_id")["part"].nunique().max() == 1
+        assert (facts["train"], facts["test"], facts["method"]) == (48, 12, "drawn by patient")
+        drawn[seed] = [i for i in range(0, 60, 2) if parts[i] == "test"]
+    assert drawn[0] == [6, 18, 30, 46, 50, 54]  # the draw itself must never change
+    assert drawn[0] != drawn[1]
+    for n, test in ((4, 2), (1, 0)):  # neither part is empty if patients allow it
+        assert split(patients(n))[1]["test"] == test
+
+
+def test_official_lists_are_used_when_both_parts_are_there(tmp_path, monkeypatch):
+    names = patients(8)["image_id"].tolist()
+    write(tmp_path / "train_val_list.txt", "\n".join(names[:3]) + "\n")
+    assert tables.read_lists(tmp_path, ["train_val_list.txt"]) == {}
+    write(tmp_path / "test_list.txt", "\r\n".join([*names[4:6], "00009999_000.png"]))
+    lists = tables.read_lists(tmp_path, ["test_list.txt", "train_val_list.txt"])
+    monkeypatch.setattr(tables, "TEST_SHARE", 0.0)
+    parts, facts = split(patients(8), lists)
+    # The second image of patient 2 follows its patient; patient 4 is in no list, and is drawn.
+    assert parts == ["train"] * 4 + ["test"] * 2 + ["train"] * 2
+    assert facts["method"] == "NIH's lists"
+    other = split(patients(4), lists)[1]  # nothing of the test part
+    assert other["method"] == "drawn by patient"
+    both = dict(zip(names[:3], ("train", "test", "train"), strict=True))
+    with pytest.warns(UserWarning, match="1 patients are in both lists"):
+        parts, facts = split(patients(8), both)
+    assert parts[:2] == ["train", "test"]
+    assert facts["patients_on_both_sides"] == 1
+
+
+def test_any_difference_from_the_published_numbers_is_named(monkeypatch):
+    assert len(nih.FINDINGS) == 14
+    assert list(nih.FINDINGS) == sorted(nih.FINDINGS)
+    counts = {"Mass": 1, "Hernia": 1, "No Finding": 2}
+    for name, value in {"IMAGES": 3, "PATIENTS": 2, "COUNTS": counts}.items():
+        monkeypatch.setattr(nih, name, value)
+    names, findings = ["a.png", "b.png", "c.png"], ["Mass|Hernia", "No Finding", "No Finding"]
+    full = pd.DataFrame({"path": names, "patient_id": ["1", "1", "2"], "findings": findings})
+    assert nih.verify("nih", names, full) == {"checked": True, "differences": []}
+    assert not nih.verify("nih", names[:2], full[:2])["checked"]
+    assert not nih.verify("nih", names[:2], None)["checked"]
+    assert not nih.verify("folder", names, full)["checked"]
+    other, added = ["Mass|Effusion", "Hernia", "No Finding"], "Effusion: 1, published 0 (+1)"
+    for ids, table, lines in (
+        (names[:1], full, ["images read: 1, published 3 (-2)"]),
+        (names, None, ["there is no table Data_Entry_2017.csv"]),
+        (names, full.assign(patient_id="1"), ["patients: 1, published 2 (-1)"]),
+        (names, full.assign(findings=other), ["No Finding: 1, published 2 (-1)", added]),
     ):
-        manifest = data.preprocess(make_folder(tmp_path / "in", 6), tmp_path / "out")
-    assert manifest["verification"] == {
-        "checked": True,
-        "differences": ["Mass: 3, published 2 (+1)"],
-    }
-
-
-@needs_sample
-def test_an_early_release_of_the_labels_is_told_from_the_final_one(tmp_path):
-    path = tmp_path / "all_labels.csv"
-    path.write_bytes(gzip.decompress((SAMPLE / "all_labels.csv.gz").read_bytes()))
-    frame, odd = tables.read_table(path)
-    assert len(frame) == tables.FULL_IMAGES
-    assert frame["patient_id"].nunique() == tables.FULL_PATIENTS
-    assert odd["unknown_findings"] == {}
-    differences = tables.verify_full_set("nih", [], frame["image_id"], frame)["differences"]
-    named = {text.partition(":")[0] for text in differences}
-    counted = data.finding_matrix(frame["findings"]).sum(0)
-    expected = {
-        name
-        for name, n in zip(tables.FINDINGS, counted, strict=True)
-        if n != tables.FULL_COUNTS[name]
-    }
-    assert named - {"No Finding"} == expected != set()
-
-
-@needs_sample
-def test_the_real_metadata_file(tmp_path):
-    path = tmp_path / "Data_Entry_2017.csv"
-    path.write_bytes(gzip.decompress((SAMPLE / "Data_Entry_2017_first40k.csv.gz").read_bytes()))
-    frame, odd = tables.read_table(path)
-    assert len(frame) == 40_000
-    ages = tables.typed(frame)["age"]
-    assert odd["ages_set_missing"] == ages.isna().sum()
-    assert ages.max() <= 120
-    assert set(frame["sex"]) == {"M", "F"}
-    assert set(frame["view_position"]) == {"PA", "AP"}
-    assert odd["unknown_findings"] == {}
-
-
-def test_dialects_say_the_same(tmp_path):
-    cells = {
-        "index": "00000001_000.png",
-        "labels": "Mass|Hernia",
-        "age": "60",
-        "sex": "F",
-        "view": "PA",
-    }
-    headers = {
-        "2017": (
-            "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],",
-            "60",
-        ),
-        "v2020": (
-            "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Sex,View Position,OriginalImage[Width,Height]",
-            "60",
-        ),
-        "sample": (
-            "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImageWidth,",
-            "060Y",
-        ),
-    }
-    frames = []
-    for name, (header, age) in headers.items():
-        row = (
-            f"{cells['index']},{cells['labels']},0,1,{age},{cells['sex']},{cells['view']},2000,2000"
-        )
-        frames.append(tables.read_table(write(tmp_path / f"{name}.csv", f"{header}\n{row}\n"))[0])
-    for first, second in itertools.pairwise(frames):
-        pd.testing.assert_frame_equal(first, second)
-    assert frames[0].iloc[0].tolist() == ["00000001_000.png", "1", "Mass|Hernia", "PA", "60", "F"]
+        with pytest.warns(UserWarning, match="this is not ChestX-ray14 as published"):
+            assert nih.verify("nih", ids, table)["differences"] == lines

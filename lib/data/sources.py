@@ -1,372 +1,308 @@
-"""Where real X-rays come from: Kaggle, ChestMNIST-64 on Zenodo, or the archives that NIH hands out."""
+"""Where images come from: drawn here, from Kaggle, Zenodo, NIH's archives, or a folder."""
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import io
 import os
 import re
 import shutil
 import warnings
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import requests
+from PIL import Image
+
 from lib import paths
-from lib.data import archives, chestmnist, kaggle_nih
-from lib.data.http import DownloadError, Remote, RemoteFile, fetch_file, need_space, size_text
+from lib.data import chestmnist, decode, digits, http, nih, phantom, tables
+from lib.data.http import DownloadError
 
-__all__ = ["KEYWORDS", "DownloadError", "is_named", "obtain"]
-
-KEYWORDS = ("kaggle", "kaggle-sample", "chestmnist", "nih")
-_WHOLE = ".whole.json"  # in a folder that was filled to the end
-_LISTED = ".listed.json"  # what NIH's archives hold
-_IMAGE = re.compile(r"\.(png|jpe?g)$", re.IGNORECASE)
-_TABLE = re.compile(r"Data_Entry_2017.*\.csv", re.IGNORECASE)
-_BESIDE = re.compile(
-    r"(Data_Entry_2017|BBox_List_2017).*\.csv|(train_val_list|test_list)\.txt", re.IGNORECASE
+WORDS = ("phantom", "digits", "digits-turned", "chestmnist", "kaggle", "kaggle-sample")
+KAGGLE = {  # name on Kaggle, and images in it
+    "kaggle": ("nih-chest-xrays/data", 112_120),
+    "kaggle-sample": ("nih-chest-xrays/sample", 5_606),
+}
+NO_CREDENTIALS = (
+    "Kaggle needs credentials, and there are none that it takes: (1) sign in at "
+    "https://www.kaggle.com, an account is free; (2) make a token at "
+    "https://www.kaggle.com/settings/api; (3) put it into the environment variable "
+    "KAGGLE_API_TOKEN or the file ~/.kaggle/access_token, and give the same command again. "
+    "Without an account: --data chestmnist (the same X-rays at 64x64) or --data phantom"
 )
-_BUFFER = 2**20  # bytes of an archive on a server that are read ahead
-_SPARE = 2**28  # left free for what else a run writes
+ATTRIBUTIONS = {
+    "phantom": phantom.ATTRIBUTION,
+    "digits": digits.ATTRIBUTION,
+    "chestmnist": chestmnist.ATTRIBUTION,
+    "nih": nih.ATTRIBUTION,
+    "folder": "Images of the user's own folder, under their own terms. Not for clinical use.",
+}
+_HEADERS = {  # Kaggle's, for what is drawn here
+    "image_id": "Image Index", "findings": "Finding Labels", "patient_id": "Patient ID",
+    "age": "Patient Age", "sex": "Patient Gender", "view_position": "View Position",
+}  # fmt: skip
+_TAR = re.compile(r"(images_\d{2,3})\.(tar\.gz|tgz)", re.IGNORECASE)
+_UNREAD = "nothing yet: 01_preprocess reads image by image"
+_DONE = ".done.json"  # in a folder that was filled to the end
 
 
-def is_named(source: str | os.PathLike) -> bool:
-    """Whether `source` is one of `obtain`'s words and not a plain path."""
-    return (
-        re.fullmatch(r"kaggle|kaggle-sample|chestmnist(:.+)?|nih:.+", str(source), re.DOTALL)
-        is not None
-    )
+def parse(source: str | os.PathLike) -> tuple[str, Path | None]:
+    """Split a source into a word and a path.
+
+    A word of `WORDS` has no path. ``"nih:PATH"`` gives ``("nih", PATH)``, ``"chestmnist:FILE"`` and
+    any ``FILE.npz`` give ``("chestmnist", FILE)``, and another path gives ``("folder", PATH)``.
+    """
+    text = os.fspath(source)
+    if text in WORDS:
+        return text, None
+    word, _, place = text.partition(":")
+    if word in ("nih", "chestmnist") and place:
+        return word, Path(place).expanduser()
+    return ("chestmnist" if text.lower().endswith(".npz") else "folder"), Path(text).expanduser()
 
 
-def obtain(source: str, raw_dir: Path) -> dict[str, Any]:
-    """Bring X-rays here, and say what came and what was verified. What is here already is not
-    fetched again.
+def fetch(
+    source: str | os.PathLike,
+    raw_dir: str | os.PathLike,
+    n_phantoms: int = 256,
+    seed: int = 0,
+    csv: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Put a source of images into place for `preprocess`. What is here already is not fetched.
 
     Parameters
     ----------
-    source : str
-        ``"kaggle"`` (112,120 images), ``"kaggle-sample"`` (5,606), ``"chestmnist"``,
-        ``"chestmnist:FILE.npz"``, or ``"nih:PATH"`` of the folder with NIH's ``images_001.tar.gz``
-        and so on, or what was unpacked from them, beside ``Data_Entry_2017*.csv``.
-    raw_dir : Path
-        Folder of the data set. Downloads go beside it, under a name of their own: every preset uses
-        the same.
+    source : str or path
+        A word of `WORDS`, ``"chestmnist:FILE.npz"``, ``"nih:PATH"`` of a folder with NIH's archives
+        or with what was unpacked from them, or a folder with images, which stays where it is.
+        Phantoms and digits are drawn in Kaggle's layout: the reader of real X-rays reads them.
+    raw_dir : path
+        Usually ``paths.raw_dir(dataset)``. Downloads go beside it; every preset uses the same.
+    n_phantoms, seed : int
+        Number of phantoms; seed of phantoms and of the digits' angles.
+    csv : path, optional
+        Table of a folder, if it is not the only one.
 
-    Returns
-    -------
-    dict
-        ``kind`` (``"nih"`` or ``"chestmnist"``), ``path`` where the X-rays lie, ``images``,
-        ``csv``, ``origin``, and ``verified``, a sentence on what was compared with what.
+    Returns a dict for display: kind, images, csv, folder, attribution, origin, verified.
 
-    Raises
-    ------
-    DownloadError
-        No credentials, space, connection or permission, or an archive that is damaged or refused:
-        one line that says what to do.
-    ValueError
-        A file or folder that is not what its name promises.
-    OSError
-        A folder cannot be written or the disk is full; what has arrived is kept.
+    Raises DownloadError without credentials, space, connection or permission, or if an archive is
+    damaged; ValueError if `source` is not what it promises, or `raw_dir` holds what was not drawn
+    here; OSError if the disk refuses. What has arrived is kept.
     """
-    word, _, place = str(source).partition(":")
     raw_dir = Path(raw_dir)
-    if word in kaggle_nih.SETS:
-        kaggle_set = kaggle_nih.SETS[word]
-        return _from_kaggle(kaggle_set, raw_dir.with_name(f"{kaggle_set.owner}-{kaggle_set.name}"))
-    if word == "chestmnist":
-        return _chestmnist(
-            Path(place).expanduser() if place else None, raw_dir.with_name("medmnist")
-        )
-    if word == "nih" and place:
-        folder = Path(place).expanduser().resolve()
-        return _from_nih(
-            folder, raw_dir.with_name(f"nih-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}")
-        )
-    raise ValueError(
-        f"{source!r} is not a source: {', '.join(KEYWORDS[:3])}, chestmnist:FILE.npz or nih:PATH"
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-
-
-def _from_kaggle(kaggle_set: kaggle_nih.KaggleSet, store: Path) -> dict[str, Any]:
-    note, held = _noted(store)
-    if note is None or any((store / name).exists() for name in note["unpacked"]):
-        with paths.alone(store):
-            note, held = _noted(store)  # somebody else may have filled it meanwhile
-            if note is None:
-                remote = kaggle_nih.remote(kaggle_set)
-                try:
-                    note = _take_zip(remote, store, kaggle_set.label)
-                finally:
-                    remote.close()
-                held = _contents(store)
-                note |= held
-                paths.save_json(store / _WHOLE, note)
-            for name in note["unpacked"]:  # archives of which all is unpacked, verified and noted
-                (store / name).unlink(missing_ok=True)
-    if held["images"] != kaggle_set.images:
-        warnings.warn(
-            f"{kaggle_set.label} brought {held['images']:,} images and not {kaggle_set.images:,}",
-            stacklevel=3,
-        )
-    return {
-        "kind": "nih",
-        "path": str(store.resolve()),
-        "images": held["images"],
-        "csv": held["csv"],
-        "origin": f"{kaggle_set.label} from Kaggle",
-        "verified": f"{note['members']:,} files: length and CRC-32 of each as the archive states them",
-    }
-
-
-def _noted(store: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """The note in a folder that was filled to the end and still is, else None, and what the folder
-    holds.
-    """
-    held = _contents(store)
-    note = paths.load_json(store / _WHOLE) if (store / _WHOLE).is_file() else None
-    if note and (
-        held["files"] < note["files"] or held["bytes"] < note["bytes"]
-    ):  # a file of the user's beside them does no harm
-        note = None
-    return note, held
-
-
-def _take_zip(remote: Remote, store: Path, label: str) -> dict[str, Any]:
-    """Unpack a zip from a server into `store`, member by member; only if the server sends no parts
-    is the archive kept meanwhile.
-    """
-    remote.probe()
-    archive = store / ".archive.zip"
-    if remote.ranged and not archive.exists():
-        opened = io.BufferedReader(RemoteFile(remote), _BUFFER)
+    word, path = parse(source)
+    if word in ("phantom", "digits", "digits-turned"):
+        note = _drawn(word, raw_dir, int(n_phantoms), int(seed))
+    elif word in KAGGLE:
+        store = raw_dir.with_name(KAGGLE[word][0].replace("/", "-"))
+        note = _from_kaggle(*KAGGLE[word], store)
+    elif word == "chestmnist":
+        note = _from_chestmnist(path, raw_dir.with_name("medmnist") / chestmnist.NAME)
+    elif word == "nih":
+        name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+        note = _from_nih(path.resolve(), raw_dir.with_name(f"nih-{name}"))
     else:
-        if not archive.exists():
-            what = f"{label}, whose server sends no parts, so that archive and images must lie here at once,"
-            need_space(store, 2 * (remote.size or 0) + _SPARE, what)
-            fetch_file(remote, archive)
-        opened = open(archive, "rb")  # noqa: SIM115 - closed in the with that follows
-    with opened:
-        try:
-            plan = archives.read_plan(opened, store, label)
-            need_space(store, plan.bytes_needed + _SPARE, f"{label} ({len(plan.todo):,} files)")
-
-            def again() -> None:
-                remote.close()
-                opened.seek(
-                    0, io.SEEK_END
-                )  # a buffered reader keeps what it holds for any other seek
-
-            archives.unpack(plan, again)
-        except archives.ArchiveError:
-            archive.unlink(missing_ok=True)  # of no use: the next call asks for it anew
-            raise
-    members = plan.done + len(plan.todo)
-    copies = plan.copies
-    zips = [
-        name
-        for name in plan.archive.namelist()
-        if name.endswith(archives.NESTED) and (store / name).is_file()
-    ]
-    for name in zips:  # the sample was published as a zip within a zip
-        with open(store / name, "rb") as nested:
-            plan = archives.read_plan(nested, (store / name).parent, name)
-            need_space(store, plan.bytes_needed + _SPARE, f"{name} ({len(plan.todo):,} files)")
-            archives.unpack(plan)
-        members, copies = members + plan.done + len(plan.todo), copies + plan.copies
-    return {"members": members, "copies_left_out": copies, "unpacked": [archive.name, *zips]}
+        note = _note(path, "your own folder", csv=csv, needed=True)
+    if "path" in note:
+        paths.save_json(raw_dir / "source.json", note)
+    shown = {key: note.get(key) for key in ("kind", "images", "csv", "origin", "verified")}
+    folder = paths.show(note.get("path", raw_dir))
+    return shown | {"folder": folder, "attribution": ATTRIBUTIONS[note["kind"]]}
 
 
-def _contents(store: Path) -> dict[str, Any]:
-    """Number and bytes of the files in a folder, of different images among them, and the name of
-    the table.
+def read_source(raw_dir: Path) -> dict[str, Any]:
+    """The note that `fetch` left in a folder; empty if there is none."""
+    note = _json(raw_dir / "source.json")
+    return note if isinstance(note, dict) and note.get("kind") in ATTRIBUTIONS else {}
+
+
+def _json(path: Path) -> Any:
+    return paths.load_json(path) if path.is_file() else {}
+
+
+def find_images(folder: Path, needed: bool = True) -> tuple[list[str], list[str]]:
+    """Relative paths (``/``) of the images in a folder and of its other files, without hidden ones.
+
+    ValueError if it is no folder, or if there are no images and they are `needed`.
     """
-    files, n_bytes, images, tables = 0, 0, set(), []
-    for base, folders, names in os.walk(store):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.startswith(".") or name == "source.json" or name.endswith(archives.NESTED):
-                continue
-            files, n_bytes = files + 1, n_bytes + os.stat(os.path.join(base, name)).st_size
-            if _IMAGE.search(name):
-                images.add(name)
-            elif _TABLE.fullmatch(name) or name == "sample_labels.csv":
-                tables.append(name)
-    return {
-        "files": files,
-        "bytes": n_bytes,
-        "images": len(images),
-        "csv": min(tables, default=None),
-    }
+    if not folder.is_dir():
+        what = "is a file, not a folder: unpack it" if folder.exists() else "is not there"
+        raise ValueError(f"{folder} {what}; give a folder with X-rays, or --data phantom")
+    images, others = [], []
+    for base, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        for path in (Path(base, name) for name in names if not name.startswith(".")):
+            is_image = tables.IMAGE_SUFFIX.search(path.name)
+            if "." not in path.name or path.suffix[1:].isdecimal():  # perhaps a DICOM
+                is_image = path.name != "DICOMDIR" and decode.is_dicom(path)
+            (images if is_image else others).append(path.relative_to(folder).as_posix())
+    if needed and not images:
+        found = Counter(Path(other).suffix.lower() or "no extension" for other in others)
+        held = ", ".join(f"{n} {tables.printable(end)}" for end, n in found.most_common(4))
+        text = f"it holds {held or 'no file'}; give a folder with X-rays"
+        raise ValueError(f"no images in {folder}: {text}")
+    return sorted(images), sorted(others)
 
 
-# --------------------------------------------------------------------------------------------------
+def kind_of(images: Collection[str]) -> str:
+    """``"nih"`` if most images are named as NIH's are, else ``"folder"``."""
+    named = sum(nih.NIH_NAME.fullmatch(image.rpartition("/")[2]) is not None for image in images)
+    return "nih" if 2 * named > len(images) else "folder"
 
 
-def _chestmnist(given: Path | None, store: Path) -> dict[str, Any]:
-    path = given or store / chestmnist.NAME
-    if given is None and not path.is_file():
-        with paths.alone(store):
-            if not path.is_file():  # somebody else may have fetched it meanwhile
-                _fetch_chestmnist(path)
-    facts = chestmnist.check(path)
+def _note(
+    folder: Path, origin: str, verified: str = _UNREAD, csv: Any = None, needed: bool = False
+) -> dict[str, Any]:
+    """A note of a folder with images."""
+    images, others = find_images(folder, needed)
+    with warnings.catch_warnings(action="ignore"):  # 01_preprocess says which tables it cannot use
+        table = tables.find_metadata(folder, others, given=csv)
+    note = {"kind": kind_of(images), "path": str(folder.resolve()), "images": len(images)}
+    return note | {"csv": table and table.name, "origin": origin, "verified": verified}
+
+
+def _drawn(word: str, raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
+    """Phantoms or digits in Kaggle's layout, drawn anew beside `raw_dir` if it holds others."""
+    kind, module = ("phantom", phantom) if word == "phantom" else ("digits", digits)
+    # The generator is part of the identity: what an older version has drawn is drawn again.
     note = {
-        "kind": "chestmnist",
-        "path": str(path.resolve()),
-        "images": sum(facts["counts"].values()),
-        "csv": None,
-        "md5": facts["md5"],
+        "kind": kind,
+        "origin": "drawn here",
+        "verified": _UNREAD,
+        "images": n if kind == "phantom" else digits.IMAGES,
+        "csv": nih.METADATA_NAMES[0],
+        "seed": seed,
+        "generator": hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest(),
     }
-    if facts["published"]:
-        origin = f"{chestmnist.NAME}, Zenodo record {chestmnist.RECORD}"
-        return note | {
-            "origin": origin,
-            "verified": "length and MD5 as published, form and range of the arrays",
-        }
-    return note | {
-        "origin": f"{path.name}, not the published file",
-        "verified": "form and range of the arrays; the MD5 is another one",
-    }
+    note |= {"orientation": "any"} if word == "digits-turned" else {}
+    if read_source(raw_dir) == note:
+        return note
+    new, old, lock = (raw_dir.with_name(f".{raw_dir.name}.{end}") for end in ("new", "old", "lock"))
+    with paths.alone(raw_dir, lock), http.naming_disk_errors(raw_dir):
+        files = {path.name for path in raw_dir.iterdir()} if raw_dir.exists() else set()
+        there = read_source(raw_dir).get("kind")
+        if there not in ("phantom", "digits") and files - {"source.json"}:
+            holds = f"{paths.show(raw_dir)} holds files that were not drawn here"
+            raise ValueError(f"{holds}: move them away, or choose another dataset name")
+        if kind == "phantom":
+            images, table = phantom.make_phantoms(n, seed)
+        else:
+            images, table = digits.make_digits(word == "digits-turned", seed)
+        for leftover in (new, old):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        for place, (image_id, image) in enumerate(zip(table["image_id"], images, strict=True)):
+            folder = new / f"images_{place // 10_000 + 1:03d}" / "images"  # as on Kaggle
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / image_id)
+        with open(new / note["csv"], "w", encoding="utf-8", newline="\n") as handle:
+            table.rename(columns=_HEADERS).to_csv(handle, index=False, lineterminator="\n")
+        paths.save_json(new / "source.json", note)
+        if raw_dir.exists():
+            os.replace(raw_dir, old)
+        os.replace(new, raw_dir)
+        shutil.rmtree(old, ignore_errors=True)
+    return note
 
 
-def _fetch_chestmnist(path: Path) -> None:
-    remote = Remote(
-        chestmnist.request, f"{chestmnist.NAME} from Zenodo", {404: f"see {chestmnist.PAGE}"}
-    )
+def _from_kaggle(name: str, expected: int, store: Path) -> dict[str, Any]:
+    """A Kaggle data set. Its zip is unpacked while it is read and never lies on the disk."""
+    origin = f"{name} from Kaggle"
+    done = _json(store / _DONE)
+    note = _note(store, origin) if done else {}
+    if not done or note["images"] < done["images"]:
+        with paths.alone(store):
+            remote = http.RemoteFile(lambda: _kaggle_address(name), origin)
+            with io.BufferedReader(remote, http.READ_AHEAD) as opened:
+                files = http.unzip(opened, store, name)
+            zips = sorted(store.rglob("*.zip"))  # the sample was published as a zip in a zip
+            for file in zips:
+                with open(file, "rb") as opened:
+                    files += http.unzip(opened, file.parent, file.name)
+            note = _note(store, origin)
+            done = {"files": files, "images": note["images"]}
+            paths.save_json(store / _DONE, done)
+            for file in zips:
+                file.unlink()
+    if note["images"] != expected:
+        warnings.warn(f"{name} has {note['images']:,} images and not {expected:,}", stacklevel=3)
+    return note | {"verified": f"length and CRC-32 of each of {done['files']:,} files"}
+
+
+def _kaggle_address(name: str) -> str:
+    """The signed address of a data set's zip, to which Kaggle's API redirects.
+
+    The package ``kaggle`` finds the credentials. It is imported here and not above, since on import
+    it looks for them and asks the network. If there are none, it prints a help and calls ``exit``,
+    which is a NameError in a Jupyter kernel. Its errors may hold a credential: none is chained.
+    """
+    page = f"https://www.kaggle.com/datasets/{name} while signed in and accept what it asks for"
+    hint = f"open {page}, or make a new token at https://www.kaggle.com/settings/api"
+    unseen = io.StringIO()
     try:
-        fetch_file(remote, path, chestmnist.BYTES, chestmnist.MD5)
-    finally:
-        remote.close()
+        with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen):
+            from kaggle.api.kaggle_api_extended import KaggleApi
+            from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
+
+            api = KaggleApi()
+            api.authenticate()
+            question = ApiDownloadDatasetRequest()
+            question.owner_slug, question.dataset_slug = name.split("/")
+            with api.build_kaggle_client() as client:
+                http.patient(client.http_client()._session)
+                answer = client.datasets.dataset_api_client.download_dataset(question)
+                answer.close()  # its body is asked for in parts
+                return answer.url
+    except (SystemExit, NameError):
+        fault = NO_CREDENTIALS
+    except requests.HTTPError as error:
+        fault = f"Kaggle refuses {name} ({error.response.status_code}): {hint}"
+    except Exception as error:
+        fault = f"Kaggle's client failed ({type(error).__name__}): try again later, or {hint}"
+    raise DownloadError(fault)
 
 
-# --------------------------------------------------------------------------------------------------
+def _from_chestmnist(given: Path | None, path: Path) -> dict[str, Any]:
+    """ChestMNIST's file, `given` or downloaded to `path`."""
+    if given is None and not path.is_file():
+        with paths.alone(path.parent):
+            http.download(chestmnist.URL, path, chestmnist.MD5)
+    path = given or path
+    facts = chestmnist.check(path)
+    note = {"kind": "chestmnist", "path": str(path.resolve()), "images": facts["images"]}
+    origin, verified = chestmnist.PAGE, "MD5 as published, all arrays"
+    if not facts["published"]:
+        origin, verified = f"{path.name}, not the published file", "all arrays"
+    return note | {"csv": None, "origin": origin, "verified": verified}
 
 
 def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
     """NIH's own files: used where they lie if they are unpacked, else unpacked into `store`."""
-    if not folder.is_dir():
+    note = _note(folder, "NIH's own files")
+    if not note["csv"]:
         raise ValueError(
-            f"{folder} is not a folder: give the one with images_001.tar.gz to images_012.tar.gz and Data_Entry_2017*.csv"
+            f"there is no Data_Entry_2017*.csv in {folder}: download it from "
+            "https://nihcc.app.box.com/v/ChestXray-NIHCC and put it beside the archives"
         )
-    files = sorted(
-        Path(base, name)
-        for base, _, names in os.walk(folder)
-        for name in names
-        if not name.startswith(".")
-    )
-    tables = [file for file in files if _TABLE.fullmatch(file.name)]
-    if not tables:
-        raise ValueError(
-            f"there is no Data_Entry_2017*.csv in {folder}: download it from https://nihcc.app.box.com/v/ChestXray-NIHCC and put it "
-            "beside the archives"
-        )
-    here = {(file.name, file.stat().st_size): file for file in files}
-    images = {name for name, _ in here if _IMAGE.search(name)}
-    tars = {name: file for file in files if (name := archives.tar_folder(file))}
-    if len(tars) < sum(archives.tar_folder(file) is not None for file in files):
-        raise ValueError(f"{folder} holds two archives of one name: leave one of each")
-    if not images and not tars:
-        raise ValueError(
-            f"{folder} holds neither images nor images_001.tar.gz to images_012.tar.gz"
-        )
-    origin = "NIH's own files"
-    note = {
-        "kind": "nih",
-        "path": str(folder),
-        "images": len(images),
-        "csv": tables[0].name,
-        "origin": origin,
-        "verified": f"name and length of each file in {len(tars)} archives"
-        if tars
-        else "nothing yet: the files are read where they lie",
-    }
-    if not tars:
+    if note["kind"] == "nih":
         return note
+    files = [folder / file for file in find_images(folder, needed=False)[1]]
+    tars = {name[1].lower(): file for file in files if (name := _TAR.fullmatch(file.name))}
+    if not tars:
+        raise ValueError(f"{folder} holds neither images nor images_001.tar.gz and so on")
     with paths.alone(store):
-        members = _members(tars, store) if images else {name: {} for name in tars}
-        lacking = {name: sorted(set(members[name].items()) - set(here)) for name in tars}
-        if images and not any(lacking.values()):
-            return note
-        begun = {name: gone for name, gone in lacking.items() if 0 < len(gone) < len(members[name])}
-        if begun:
-            name, gone = min(begun.items())
-            warnings.warn(
-                f"{tars[name].name} is unpacked in part only: {len(gone):,} of its {len(members[name]):,} files are not in "
-                f"{paths.show(folder)} or have another length ({gone[0][0]}); {len(begun)} such archive(s) are unpacked anew, elsewhere",
-                stacklevel=3,
-            )
-        whole = {
-            name: [here[member] for member in members[name].items()]
-            for name in tars
-            if members[name] and not lacking[name]
-        }
-        _fill(tars, whole, store)
-        for file in (file for file in here.values() if _BESIDE.fullmatch(file.name)):
-            with paths.atomic_write(store / file.name) as copy, open(file, "rb") as original:
-                shutil.copyfileobj(original, copy)
-        held = _contents(store)
-    if len(tars) != 12:
-        warnings.warn(
-            f"{len(tars)} of NIH's 12 archives are in {paths.show(folder)}; the others' images will be missing",
-            stacklevel=3,
-        )
-    checked = "the checksum of each archive" + (
-        ", the length of each file that was unpacked before" if whole else ""
-    )
-    return note | {
-        "path": str(store.resolve()),
-        "images": held["images"],
-        "csv": held["csv"],
-        "origin": f"{origin}, {len(tars)} archives unpacked",
-        "verified": f"{checked}; {size_text(held['bytes'])} in all",
-    }
-
-
-def _members(tars: dict[str, Path], store: Path) -> dict[str, dict[str, int]]:
-    """Length of each file in each archive by its name. To know it an archive must be read to its
-    end, so it is noted in `store`.
-    """
-    noted = store / _LISTED
-    known = paths.load_json(noted) if noted.is_file() else {}
-    states = {name: [file.stat().st_size, file.stat().st_mtime_ns] for name, file in tars.items()}
-    for name, file in tars.items():
-        if known.get(name, {}).get("state") != states[name]:
-            known[name] = {"state": states[name], "members": archives.list_tar(file)}
-            paths.save_json(noted, known)
-    return {
-        name: {
-            member: n for member, n in known[name]["members"].items() if not member.startswith(".")
-        }
-        for name in tars
-    }
-
-
-def _fill(tars: dict[str, Path], whole: dict[str, list[Path]], store: Path) -> None:
-    """A folder in `store` for each archive: by hard links to what is unpacked elsewhere, where the
-    disk allows that, else unpacked.
-    """
-    todo = {name: file for name, file in tars.items() if not (store / name).is_dir()}
-    for name in [name for name in todo if name in whole and _linked(whole[name], store / name)]:
-        del todo[name]
-    need = sum(file.stat().st_size for file in todo.values())
-    need_space(
-        store, need + need // 20 + _SPARE, f"unpacking {len(todo)} archives"
-    )  # PNG is packed already: out is what was in
-    for name, file in todo.items():
-        archives.unpack_tar(file, store / name)
-
-
-def _linked(files: list[Path], target: Path) -> bool:
-    """Whether `target` now has a hard link to each of `files`."""
-    staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        (staging / "images").mkdir(parents=True)
+        done = _json(store / _DONE)
+        states = {name: [file.stat().st_size, file.stat().st_mtime] for name, file in tars.items()}
+        todo = [name for name in tars if done.get(name) != states[name]]
+        need = sum(states[name][0] for name in todo)  # PNGs unpack to what they were packed to
+        http.need_space(store, need + need // 20, f"unpacking {len(todo)} archives")
+        for name in todo:
+            http.untar(tars[name], store / name)
+            done[name] = states[name]
+            paths.save_json(store / _DONE, done)
         for file in files:
-            os.link(file, staging / "images" / file.name)
-        os.replace(staging, target)
-        return True
-    except OSError:  # another disk, or a file system without links
-        shutil.rmtree(staging, ignore_errors=True)
-        return False
+            if file.suffix in (".csv", ".txt"):
+                shutil.copyfile(file, store / file.name)
+    if len(tars) != 12:
+        warnings.warn(f"{len(tars)} of NIH's 12 archives are in {paths.show(folder)}", stacklevel=3)
+    return _note(store, note["origin"], f"the checksum of each of {len(tars)} archives")

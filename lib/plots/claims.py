@@ -1,509 +1,313 @@
-"""Figures of the claims: numbers of claims.json and of runs in, a matplotlib `Figure` out. The look
-is that of `lib.plots`.
-"""
-
-from __future__ import annotations
+"""Figures of the claims, from the numbers of all runs; `lib.plots.style` says what their arguments
+are. `arms` maps the name of an arm to its ``seeds`` and ``measures``: by key, each with ``mean``
+and ``by_seed``."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from lib.plots.style import DARK, GRAY, LIGHT, MARKERS, PALETTE, absent, context, finish, new_figure
-from lib.study import markdown
+from lib.plots import style
+from lib.plots.style import CHANCE, DARK, LIGHT, LINES, NO_FINDING, PALETTE
 
-LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+Arms = Mapping[str, Mapping[str, Any]]
+Curves = Mapping[str, Mapping[str, Sequence[float]]]
 PRICES = {
-    "tells_mirrored": "mirrored film\n(situs inversus)",
+    "tells_mirrored": "mirrored\nfilm",
     "tells_upside_down": "upside-down\nfilm",
-    "tells_quarter_turn": "quarter turn",
-    "tells_effusion_side": "left or right\neffusion (AUROC)",
+    "tells_quarter_turn": "quarter\nturn",
+    "tells_effusion_side": "effusion left\nor right (AUROC)",
 }
+LEVEL, LEAST = 0.05, 5  # of a discovery; images of a property
+HEADINGS = {"macro": "macro: mean of\nthe findings", "micro": "micro: all image-\nfinding pairs"}
 
 
-def _seeds_text(arms: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
-    """``"3 seeds"``, or ``"1 to 5 seeds an arm"``."""
-    numbers = sorted(
-        {len(arms[name]["seeds"]) for name in names if name in arms and arms[name]["seeds"]}
-    )
-    if not numbers:
-        return "no seeds"
-    return (
-        _count(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} seeds an arm"
-    )
+def _dots(axes: Axes, look: style.Look, values: Sequence, mean: tuple, flat: bool) -> None:
+    """Seeds as small dots, and their mean as a marker at `mean` (x, y)."""
+    x, y = (values, [mean[1]] * len(values)) if flat else ([mean[0]] * len(values), values)
+    axes.plot(x, y, "o", color=look.colour, markersize=2, alpha=0.6)
+    edge = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 4}
+    axes.plot(*mean, **look.line, **edge)
 
 
-def _count(n: int) -> str:
-    return f"{n} seed{'s' * (n != 1)}"
+def _differences(arms: Arms, comparison: Mapping, measure: Mapping, seeds: Sequence) -> list[float]:
+    """Treatment minus reference of each seed, positive if it speaks for the claim."""
+    both = (arms[comparison[side]]["measures"] for side in ("treatment", "reference"))
+    a, b = (measures.get(measure["key"], {}).get("by_seed", {}) for measures in both)
+    sign = 1 if measure["higher_is_better"] else -1
+    return [sign * (a[seed] - b[seed]) for seed in map(str, seeds)]
 
 
-@context()
-def forest(result: Mapping[str, Any], most: int = 6) -> Figure:
-    """Paired differences of the five deciding measures, a row a claim, a colour a comparison.
+@style.context()
+def forest(result: Mapping[str, Any]) -> Figure:
+    """Paired differences of the deciding measures of at most 6 comparisons: a panel per claim, in
+    the measure's unit.
 
-    Each difference and its 95 % interval stand in units of the smallest difference that would
-    matter for that measure, so that claims share an axis; positive speaks for the claim. The axis
-    is linear between -1 and 1, the band of differences that would not matter, and logarithmic
-    outside. A single seed is a point without an interval.
+    To the right speaks for the claim. The gray band is the smallest difference that matters.
 
     Parameters
     ----------
     result : mapping
-        Contents of claims.json.
-    most : int
-        Comparisons drawn, in their order.
+        ``claims`` (``title``), ``measures`` (``key, title, higher_is_better, smallest``), ``arms``,
+        ``comparisons`` (``treatment, reference``, ``measures`` with ``measure, seeds, mean, low,
+        high``, and a verdict per claim: ``measure, verdict, n``) and ``dataset_label``.
     """
-    comparisons = result["comparisons"][:most]
-    claims = result["claims"]
-    smallest = {m["key"]: m["smallest"] for m in result["measures"]}
-    figure = new_figure(
-        2, 1.6 + len(claims) * (0.32 + 0.13 * max(len(comparisons), 1)) + 0.16 * len(comparisons)
-    )
-    axes = figure.subplots()
-    if not comparisons:
-        absent(axes, "no two arms can be compared yet")
-    axes.axvspan(-1, 1, color=LIGHT, alpha=0.35, linewidth=0)
-    axes.axvline(0, color=DARK, linewidth=0.7)
-    extent = 3.0
-    for number, comparison in enumerate(comparisons):
-        by_key = {e["measure"]: e for e in comparison["measures"]}
-        color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
-        names = [result["arms"][comparison[side]]["title"] for side in ("treatment", "reference")]
-        axes.plot(
-            [],
-            [],
-            color=color,
-            marker=marker,
-            label=f"{names[0]} against {names[1]} ({_count(len(comparison['seeds']))})",
-        )
-        for row, decided in enumerate(comparison["verdicts"]):
-            entry, unit = by_key[decided["measure"]], smallest[decided["measure"]]
-            if not entry["seeds"]:
-                continue
-            at = row + (number - (len(comparisons) - 1) / 2) * 0.8 / max(len(comparisons), 1)
-            mean = entry["mean"] / unit
-            bounds = [entry[name] for name in ("low", "high")]
-            bounds = [mean if b is None or not math.isfinite(b) else b / unit for b in bounds]
-            axes.plot(bounds, [at, at], color=color, linewidth=1.2)
-            axes.plot(
-                mean,
-                at,
-                color=color,
-                marker=marker,
-                markersize=4.5,
-                markerfacecolor=color if number else "white",
-            )
-            extent = max(extent, *np.abs([mean, *bounds]))
-            if number == 0:
-                text = "undecided" if decided["verdict"] == "undecided" else decided["verdict"]
-                axes.annotate(
-                    text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=7
-                )
-    axes.set_xscale("symlog", linthresh=1, linscale=0.8)
-    axes.set_xlim(-1.3 * extent, 1.3 * extent)
-    decades = 10.0 ** np.arange(0, math.floor(math.log10(1.3 * extent)) + 1)
-    axes.xaxis.set_major_locator(FixedLocator([*-decades[::-1], 0, *decades]))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.set_yticks(range(len(claims)), [c["title"] for c in claims])
-    axes.set_ylim(len(claims) - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(
-        "difference, in units of the smallest that would matter; right speaks for the claim"
-    )
-    if comparisons:
-        axes.set_title("verdict on the first comparison", loc="right", fontsize=7)
-        figure.legend(
-            loc="outside upper center", ncols=1, fontsize=7
-        )  # below it would lie on the small print
-    how = "points: means over seeds, bars: 95 % intervals of paired differences; gray band: differences that would not matter"
-    return finish(figure, result["dataset_label"], how)
+    comparisons, claims = result["comparisons"][:6], result["claims"]
+    measures = {measure["key"]: measure for measure in result["measures"]}
+    height = 0.3 + len(claims) * (0.72 + 0.11 * len(comparisons))
+    figure = style.new_figure(height, "Which claims hold?")
+    panels = figure.subplots(len(claims), 1, squeeze=False)[:, 0]
+    for place, (axes, claim) in enumerate(zip(panels, claims, strict=True)):
+        axes.set_title(claim["title"], loc="left", fontweight="bold")
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        if not comparisons:
+            style.absent(axes, "no two arms can be compared yet")
+            continue
+        verdict = comparisons[0]["verdicts"][place]
+        measure = measures[verdict["measure"]]
+        axes.set_title(f"{verdict['verdict']} (n = {verdict['n']})", loc="right")
+        axes.axvspan(-measure["smallest"], measure["smallest"], color=LIGHT, alpha=0.5, lw=0)
+        axes.axvline(0, color=DARK, linewidth=0.6)
+        extent = [1.5 * measure["smallest"]]
+        for row, comparison in enumerate(comparisons):
+            look = style.arm(comparison["reference"])
+            entry = next(e for e in comparison["measures"] if e["measure"] == measure["key"])
+            if each := _differences(result["arms"], comparison, measure, entry["seeds"]):
+                if entry["low"] is not None and math.isfinite(entry["low"]):
+                    axes.plot([entry["low"], entry["high"]], [row, row], color=look.colour)
+                _dots(axes, look, each, (entry["mean"], row), flat=True)
+                extent += np.abs(each).tolist()
+        limit = 1.25 * max(extent)
+        axes.set(xlim=(-limit, limit), ylim=(len(comparisons) - 0.4, -0.6))
+        axes.set_xlabel("\n".join(textwrap.wrap(measure["title"], 62)), fontsize=6)
+    keys = {}
+    for comparison in comparisons:
+        treatment, reference = (style.arm(comparison[s]) for s in ("treatment", "reference"))
+        keys[f"{treatment.title.split(',')[0]} against {reference.title}"] = reference.line
+    style.legend_below(figure, keys, ncols=1)
+    notes = ["right of 0: for the claim; small dots: seeds; lines: 95 % intervals, cut at the edge"]
+    notes += ["gray: differences too small to matter; verdict: on the first comparison"]
+    return style.finish(figure, result["dataset_label"], *notes)
 
 
-@context()
+@style.context()
 def control_curves(
-    curves: Mapping[str, pd.DataFrame],
-    chance: Mapping[str, float],
-    titles: Mapping[str, str],
-    dataset_label: str,
+    curves: Mapping[str, pd.DataFrame], chance: Mapping[str, float], dataset_label: str
 ) -> Figure:
-    """NMI of consecutive epochs of each backbone on its own clusters, beside controls that are
-    trained on labels which mean nothing.
+    """NMI of consecutive epochs of each backbone on its own clusters and on labels that mean
+    nothing: is a steady clustering a good one?
 
-    Parameters
-    ----------
-    curves : mapping of arm to DataFrame
-        Columns ``epoch``, ``seed``, ``nmi_prev``. ``<backbone>-index`` and ``<backbone>-shuffled``
-        are drawn with ``<backbone>``.
-    chance : mapping of arm to float
-        NMI of unrelated clusterings of its sizes.
-    titles : mapping of arm to str
-    dataset_label : str
+    `curves` map an arm to a table of ``epoch``, ``seed``, ``nmi_prev``; ``<backbone>-index`` and
+    ``<backbone>-shuffled`` are drawn with ``<backbone>``. `chance` maps an arm to the NMI of
+    unrelated clusterings of its sizes.
     """
     kinds = {
-        "": "on its clusters",
-        "-index": "on index mod K",
-        "-shuffled": "on labels shuffled once",
+        "": ("trained on its clusters", {"marker": "o"}),
+        "-index": ("trained on index mod K", {"linestyle": "--", "marker": "X"}),
+        "-shuffled": ("trained on labels shuffled once", {"linestyle": LINES[2]}),
     }
-    figure = new_figure(2, 3.4)
-    counts = []
-    for axes, backbone in zip(figure.subplots(1, 2, sharey=True), ("alexnet", "p4m"), strict=True):
-        axes.set_title(titles.get(backbone, backbone))
-        axes.set(ylim=(0, 1), xlabel="epoch")
-        axes.grid(axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
-        drawn = False
-        for (suffix, name), color, line, marker in zip(
-            kinds.items(), PALETTE, LINES, MARKERS, strict=False
-        ):
-            arm = backbone + suffix
-            if arm not in curves:
-                continue
-            table = (
-                curves[arm]
-                .pivot(index="epoch", columns="seed", values="nmi_prev")
-                .dropna(how="all")
-            )
-            counts.append(table.shape[1])
-            whole = table.dropna()
-            axes.plot(
-                whole.index,
-                whole.mean(axis=1),
-                color=color,
-                linestyle=line,
-                marker=marker,
-                label=f"{name} (n = {table.shape[1]})",
-            )
-            if table.shape[1] > 1:
-                axes.fill_between(
-                    whole.index,
-                    whole.min(axis=1),
-                    whole.max(axis=1),
-                    color=color,
-                    alpha=0.18,
-                    linewidth=0,
-                )
-            drawn = True
+    figure = style.new_figure(2.1, "Is a steady clustering a good one?")
+    for backbone, axes in style.epoch_panels(figure, ("alexnet", "p4m")).items():
+        if not {backbone + "-index", backbone + "-shuffled"} & set(curves):
+            style.absent(axes, "no control with meaningless\nlabels was trained")
+            continue
+        for suffix, (_, look) in kinds.items():
+            if (arm := backbone + suffix) in curves:
+                table = style.by_seed(curves[arm], "nmi_prev")
+                style.seed_lines(axes, table, color=style.arm(arm).colour, **look)
         if backbone in chance:
-            axes.axhline(
-                chance[backbone], color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)), label="chance"
-            )
-        if drawn:
-            axes.legend(loc="best", fontsize=7)
-        else:
-            absent(axes, "no run of this arm")
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel("NMI of consecutive epochs")
-    more = "lines: means over seeds, bands: smallest to largest; a control that is missing was not trained"
-    return finish(figure, dataset_label, more)
+            axes.axhline(chance[backbone], **CHANCE)
+    figure.axes[0].set(ylim=(0, 1), ylabel="NMI of consecutive epochs")
+    style.legend_below(figure, {**dict(kinds.values()), "chance": CHANCE})
+    seeds = style.seeds_per_arm(table["seed"].nunique() for table in curves.values())
+    return style.finish(figure, dataset_label, f"thick: mean, thin: one seed; {seeds}")
 
 
-@context()
+@style.context()
 def roc(
-    curves: Mapping[str, Mapping[str, Sequence[float]]],
-    arms: Mapping[str, Mapping[str, Any]],
-    false_positive_rates: Sequence[float],
-    dataset_label: str,
-    n_test: int,
-    most: int = 6,
+    curves: Curves, arms: Arms, rates: Sequence[float], dataset_label: str, n_test: int
 ) -> Figure:
-    """ROC curves of the probe of findings, macro- and micro-averaged, beside a guess that looks at
-    no image.
+    """ROC curves of the probe of findings, macro- and micro-averaged, at most 6 with those of a
+    guess that looks at no image.
 
     Parameters
     ----------
     curves : mapping of arm to mapping
-        See `lib.study.claims.rocs`.
-    arms : mapping of arm to mapping
-        As ``arms`` in claims.json; areas are among its measures.
-    false_positive_rates : sequence of float
-    dataset_label : str
+        ``macro`` and ``micro``: true positive rates. Areas are the measures ``auroc_<average>``;
+        those of the arm ``guess`` are ``auroc_<average>_prevalence`` of the first arm.
+    rates : sequence
+        False positive rates.
     n_test : int
         Images tested.
-    most : int
-        Curves drawn, in their order.
     """
-    titles = {arm: entry["title"] for arm, entry in arms.items()} | {
-        "guess": "guess: how frequent each finding is"
+    names = list(curves)[:6]
+    lines = {
+        name: {"color": style.arm(name).colour, "linestyle": line}
+        for name, line in zip(names, LINES, strict=False)
     }
-    figure = new_figure(2, 4.3)
-    names = list(curves)[:most]
-    headings = {
-        "macro": "macro: mean of the findings' curves",
-        "micro": "micro: all image-finding pairs together",
-    }
-    for axes, average in zip(figure.subplots(1, 2, sharey=True), headings, strict=True):
-        for arm, color, line in zip(names, PALETTE, (LINES * 2)[: len(PALETTE)], strict=False):
-            of, key = (
-                (names[0], f"auroc_{average}_prevalence")
-                if arm == "guess"
-                else (arm, f"auroc_{average}")
-            )
-            area = markdown.number(arms[of]["measures"][key]["mean"])
-            axes.plot(
-                false_positive_rates, curves[arm][average], color=color, linestyle=line, label=area
-            )
-        axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.set(
-            xlim=(0, 1), ylim=(0, 1.005), xlabel="false positive rate", title=headings[average]
-        )
+    figure = style.new_figure(2.1, "What do probes of the findings tell?")
+    for axes, average in zip(figure.subplots(1, 2, sharey=True), HEADINGS, strict=True):
+        for name, line in lines.items():
+            of, key = (names[0], "_prevalence") if name == "guess" else (name, "")
+            area = arms[of]["measures"].get(f"auroc_{average}{key}", {"mean": None})["mean"]
+            label = "–" if area is None else f"{area:.3f}"
+            axes.plot(rates, curves[name][average], label=label, **line)
+        axes.plot([0, 1], [0, 1], **CHANCE)
+        axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", title=HEADINGS[average])
         axes.grid()
         if names:
-            axes.legend(loc="lower right", fontsize=7, title="area", title_fontsize=7)
+            axes.legend(loc="lower right", title="area", title_fontsize=6, labelspacing=0.2)
         else:
-            absent(axes, "no findings to test on")
-    lines = figure.axes[0].get_lines()[: len(names)]
-    if names:
-        figure.legend(
-            lines, [titles[arm] for arm in names], loc="outside upper center", ncols=2, fontsize=7
-        )
+            style.absent(axes, "no findings to test on")
     figure.axes[0].set_ylabel("true positive rate")
-    return finish(
-        figure, dataset_label, f"{n_test:,} test images; means over {_seeds_text(arms, names)}"
-    )
+    keys = {style.arm(name).title: line for name, line in lines.items()}
+    style.legend_below(figure, keys, ncols=1)
+    seeds = style.seeds_per_arm(len(arms[name]["seeds"]) for name in names if name in arms)
+    return style.finish(figure, dataset_label, f"{n_test:,} test images; means; {seeds}")
 
 
-@context()
+@style.context()
 def invariance(
-    curves: Mapping[str, Mapping[str, Sequence[float]]],
-    arms: Mapping[str, Mapping[str, Any]],
-    angles: Sequence[float],
-    dataset_label: str,
-    n_images: int,
-    most: int = 6,
+    curves: Curves, arms: Arms, angles: Sequence[float], dataset_label: str, n_images: int
 ) -> Figure:
-    """Share of images keeping their cluster and distance of their features against the angle of a
-    turn; below, what is lost by it.
+    """Agreement of clusters and distance of features against the angle of a turn (degrees); below,
+    what a probe can no longer tell; for at most 5 arms.
 
     Parameters
     ----------
     curves : mapping of arm to mapping
-        ``kept`` and ``distance``, one value an angle, means over seeds.
-    arms : mapping of arm to mapping
-        As ``arms`` in claims.json; its measures ``tells_...`` are the price.
-    angles : sequence of float
-        Degrees.
-    dataset_label : str
+        ``ami`` (of the clusters before and after) and ``distance``: a value per angle, means over
+        seeds, None if not defined.
     n_images : int
         Images turned.
-    most : int
-        Arms drawn, in their order.
     """
-    names = list(curves)[:most]
-    looks = list(zip(names, PALETTE, (LINES * 2)[: len(PALETTE)], MARKERS, strict=False))
-    figure = new_figure(2, 5.6)
-    grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
-    panels = (
-        ("kept", "share keeping their cluster", (0, 1.04)),
-        ("distance", "distance features move\n(1: as far as another image)", (0, None)),
-    )
-    for column, (key, label, limits) in enumerate(panels):
+    names = list(curves)[:5]
+    looks = [style.arm(name) for name in names]
+    figure, keys = style.new_figure(3.5, "What does a turn change?"), {}
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.15, 1])
+    labels = {"ami": "AMI of clusters\nbefore and after"}
+    labels |= {"distance": "distance features move\n(1: to another image)"}
+    for column, (key, label) in enumerate(labels.items()):
         axes = figure.add_subplot(grid[0, column])
-        for arm, color, line, marker in looks:
-            values = np.array([math.nan if v is None else v for v in curves[arm][key]], dtype=float)
-            axes.plot(
-                [*angles, 360],
-                [*values, values[0]],
-                color=color,
-                linestyle=line,
-                marker=marker,
-                markersize=2.5,
-                label=arms[arm]["title"],
-            )
-        axes.set(xlabel="turn, degrees", ylabel=label, ylim=limits, xticks=range(0, 361, 90))
+        for name, look, line in zip(names, looks, LINES, strict=False):
+            drawn = {**look.line, "linestyle": line, "linewidth": 1, "markersize": 2.5}
+            keys[look.title] = drawn
+            values = np.array([*curves[name][key], curves[name][key][0]], dtype=float)
+            axes.plot([*angles, 360], values, **drawn)
+        axes.set(xlabel="turn, degrees", ylabel=label, xticks=range(0, 361, 90))
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if key == "ami" else 0)
         axes.grid()
-    handles = figure.axes[0].get_legend_handles_labels()
-    axes = figure.add_subplot(grid[1, :])
-    prices = [key for key in PRICES if any(key in arms[arm]["measures"] for arm in names)]
-    width = 0.8 / max(len(names), 1)
-    for number, (arm, color, _, marker) in enumerate(looks):
+    axes = figure.add_subplot(grid[1, :], title="What a probe can still tell", ylim=(0.35, 1.04))
+    prices = [key for key in PRICES if any(key in arms[name]["measures"] for name in names)]
+    for number, (name, look) in enumerate(zip(names, looks, strict=True)):
         for at, key in enumerate(prices):
-            entry = arms[arm]["measures"].get(key)
-            if entry is None:
-                continue
-            place = at + (number - (len(names) - 1) / 2) * width
-            axes.bar(place, entry["mean"], width * 0.9, color=color, alpha=0.75)
-            axes.plot(
-                [place] * entry["n"],
-                [v for v in entry["by_seed"].values() if v is not None],
-                linestyle="",
-                marker=marker,
-                color=DARK,
-                markersize=2,
-            )
-    axes.axhline(0.5, color=DARK, linestyle=":", linewidth=1)
-    axes.annotate(
-        "chance",
-        (1, 0.5),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        fontsize=6.5,
-    )
+            if entry := arms[name]["measures"].get(key):
+                place = at + 0.15 * (number - (len(names) - 1) / 2)
+                each = list(entry["by_seed"].values())
+                _dots(axes, look, each, (place, entry["mean"]), flat=False)
+    axes.axhline(0.5, **CHANCE)
     axes.set_xticks(range(len(prices)), [PRICES[key] for key in prices])
-    axes.set(ylim=(0, 1.04), ylabel="linear probe tells it")
-    axes.set_title("The price of invariance", fontsize=8)
+    axes.set(xlim=(-0.5, max(len(prices), 1) - 0.5), ylabel="accuracy (0.5: chance)")
     if not prices:
-        absent(axes, "no patients to test on")
-    if names:
-        figure.legend(*handles, loc="outside upper center", ncols=2, fontsize=7)
-    return finish(
-        figure,
-        dataset_label,
-        f"{n_images:,} images turned, black corners, quarter turns exact; means over {_seeds_text(arms, names)}",
-    )
+        style.absent(axes, "no patients to test on")
+    style.legend_below(figure, keys, ncols=1)
+    seeds = style.seeds_per_arm(len(arms[name]["seeds"]) for name in names)
+    note = f"{n_images:,} images turned, black corners, quarter turns exact; {seeds}"
+    return style.finish(figure, dataset_label, note)
 
 
-@context()
-def enrichment_maps(
-    tables: Mapping[str, pd.DataFrame],
-    titles: Mapping[str, str],
-    dataset_label: str,
-    most: int = 20,
-    level: float = 0.05,
-    least: int = 5,
-) -> Figure:
-    """Which properties are over- and under-represented in which cluster: findings above the line,
+@style.context()
+def enrichment_maps(tables: Mapping[str, pd.DataFrame], dataset_label: str) -> Figure:
+    """What is more or less frequent in which of the 20 largest clusters: findings above the line,
     below it what should not matter.
 
-    Parameters
-    ----------
-    tables : mapping of arm to DataFrame
-        As `lib.study.enrichment.enrichment` returns them.
-    titles : mapping of arm to str
-    dataset_label : str
-    most : int
-        Clusters drawn, the largest first.
-    level : float
-        A dot marks q at or below it.
-    least : int
-        A property of fewer images is gray: the 1/2 that is added to each count would give its odds
-        ratios nearly alone.
+    A dot marks q at or below `LEVEL`. A property of fewer than `LEAST` images is gray: its odds
+    ratios mean nothing. `tables` map an arm to a row per property and cluster: ``property, kind,
+    cluster, n, share, log2_odds, q``.
     """
-    properties = list(
-        dict.fromkeys(
-            name
-            for table in tables.values()
-            for name in table.sort_values("kind", kind="stable")["property"]
-        )
-    )
-    kinds = {row.property: row.kind for table in tables.values() for row in table.itertuples()}
-    figure = new_figure(2, 1.3 + 0.17 * max(len(properties), 6))
-    panels = figure.subplots(1, max(len(tables), 1), sharey=True, squeeze=False)[0]
-    image = None
-    norm = TwoSlopeNorm(0, -4, 4)
-    colors = matplotlib.colormaps["RdBu_r"].with_extremes(bad=LIGHT)
+    rows = pd.concat(tables.values()) if tables else pd.DataFrame(columns=["property", "kind"])
+    kinds = rows.sort_values("kind", kind="stable").drop_duplicates("property")
+    kinds = kinds.set_index("property")["kind"]
+    height = 0.6 + max(len(tables), 1) * (0.55 + 0.115 * max(len(kinds), 6))
+    figure = style.new_figure(height, "What do clusters follow?")
+    panels = figure.subplots(max(len(tables), 1), 1, squeeze=False)[:, 0]
+    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad=LIGHT)
     for axes, (arm, table) in zip(panels, tables.items(), strict=False):
-        size = table.groupby("cluster")["n"].max().sort_values(ascending=False, kind="stable")
-        clusters = list(size.index[:most])
-        odds = table.pivot(index="property", columns="cluster", values="log2_odds").reindex(
-            index=properties, columns=clusters
-        )
-        q = table.pivot(index="property", columns="cluster", values="q").reindex(
-            index=properties, columns=clusters
-        )
-        seen = (
-            (table["share"] * table["n"])
-            .groupby(table["property"])
-            .sum()
-            .reindex(properties)
-            .to_numpy()
-        )
-        odds[seen < least - 0.5] = np.nan
-        image = axes.imshow(odds, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
-        rows, columns = np.nonzero(q.to_numpy() <= level)
-        axes.plot(columns, rows, linestyle="", marker="o", color=DARK, markersize=2)
-        axes.set_title(titles.get(arm, arm))
-        axes.set_xticks(
-            range(len(clusters)), [str(size[c]) for c in clusters], rotation=90, fontsize=5.5
-        )
-        axes.set_xlabel(f"{len(clusters)} of {len(size)} clusters (images in each)")
-        axes.set_yticks(range(len(properties)), [name.replace("_", " ") for name in properties])
-        boundary = sum(kinds[name] == kinds[properties[0]] for name in properties)
-        axes.axhline(boundary - 0.5, color=DARK, linewidth=1)
+        sizes = table.groupby("cluster")["n"].max().sort_values(ascending=False, kind="stable")
+        some = sizes.index[:20]
+        grids = table.pivot(index="property", columns="cluster", values=["log2_odds", "q"])
+        odds, q = (grids[name].reindex(kinds.index)[some] for name in ("log2_odds", "q"))
+        images = (table["share"] * table["n"]).groupby(table["property"]).sum()
+        odds[images.reindex(kinds.index) < LEAST - 0.5] = np.nan
+        drawn = axes.imshow(odds, cmap=colours, vmin=-4, vmax=4, aspect="auto")
+        for dark, colour in ((True, "white"), (False, DARK)):
+            places = np.nonzero(((q <= LEVEL) & ((odds.abs() > 2) == dark)).to_numpy())
+            axes.plot(places[1], places[0], "o", color=colour, markersize=1.8)
+        follows = (q <= LEVEL).any(axis=1).groupby(kinds, sort=False).agg(["sum", "size"])
+        counts = "; ".join(f"{kind}: {n} of {size}" for kind, (n, size) in follows.T.items())
+        axes.set_title(f"{style.arm(arm).title}\n{counts}")
+        axes.set_xticks(range(len(some)), sizes[some].astype(str), rotation=90)
+        axes.set_xlabel(f"images in each of {len(some)} of {len(sizes)} clusters")
+        axes.set_yticks(range(len(kinds)), map(style.shown, kinds.index))
+        axes.axhline((kinds == kinds.iloc[0]).sum() - 0.5, color=DARK, linewidth=0.8)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    if image is None:
-        absent(panels[0], "no clusters with known properties")
+    if tables:
+        bar = {"orientation": "horizontal", "aspect": 40, "extend": "both", "pad": 0.01}
+        figure.colorbar(drawn, ax=list(panels), label="log2 of the odds ratio", **bar)
     else:
-        figure.colorbar(
-            image, ax=list(panels), label="log2 of the odds ratio", shrink=0.7, extend="both"
-        )
-    more = f"first seed; dots: false-discovery rate at most {level:g} (Fisher's exact test); below the line: what should not matter"
-    more += f"; gray: fewer than {least} images"
-    return finish(figure, dataset_label, more)
+        style.absent(panels[0], "no clusters with known properties")
+    notes = [f"first seed; dots: false-discovery rate at most {LEVEL:g} (Fisher's exact test)"]
+    notes += [f"below the line: what should not matter; gray: fewer than {LEAST} images"]
+    return style.finish(figure, dataset_label, *notes)
 
 
-@context()
+@style.context()
 def retrieval_panels(
     images: np.ndarray,
     queries: Sequence[int],
     matches: Mapping[str, np.ndarray],
     findings: Sequence[str],
     patients: Sequence[Any],
-    titles: Mapping[str, str],
     dataset_label: str,
 ) -> Figure:
-    """Queries and their matches, a row a query and arm.
+    """Queries and the images nearest to them, a row per query and arm.
 
-    Parameters
-    ----------
-    images : uint8, shape (N, 64, 64)
-    queries : sequence of Q int
-        Rows of `images`.
-    matches : mapping of arm to int array, shape (Q, k)
-        Rows of `images`, nearest first; -1 is none.
-    findings : sequence of N str
-        Findings joined by ``|``.
-    patients : sequence of N
-    titles : mapping of arm to str
-    dataset_label : str
+    `queries` are Q rows of `images`; `matches` map an arm to the rows nearest to each, nearest
+    first, shape (Q, k), where -1 is none; `patients` are N.
     """
-    k = max((m.shape[1] for m in matches.values()), default=1)
-    rows = [(query, place, arm) for place, query in enumerate(queries) for arm in matches]
-    figure = new_figure(2, 0.5 + 1.12 * max(len(rows), 1))
-    grid = figure.subplots(max(len(rows), 1), k + 1, squeeze=False)
-    sets = [set(f.split("|")) - {"No Finding", ""} for f in findings]
-
-    def show(axes: Any, index: int, text: str, color: str, width: float, line: str = "-") -> None:
-        axes.imshow(images[index], cmap="gray", vmin=0, vmax=255)
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set(visible=True, color=color, linewidth=width, linestyle=line)
-        axes.set_xlabel(text, fontsize=5.5, labelpad=1.5)
-
-    def short(index: int) -> str:
-        names = sorted(name.replace("_", " ") for name in sets[index])
-        text = ", ".join(names) or "no finding"
-        return text if len(text) <= 24 else text[:22] + "..."
-
-    for (query, place, arm), line in zip(rows, grid, strict=False):
-        show(line[0], query, short(query), DARK, 1.5)
-        line[0].set_ylabel(titles.get(arm, arm).split(",")[0], fontsize=6.5)
-        for axes in line[1:]:
-            axes.set_axis_off()
-        for axes, match in zip(line[1:], matches[arm][place], strict=False):
-            if match < 0:
+    k = max((found.shape[1] for found in matches.values()), default=1)
+    rows = [(query, matches[arm][i], arm) for i, query in enumerate(queries) for arm in matches]
+    figure = style.new_figure(0.4 + 1.3 * max(len(rows), 1), "What lies nearest?", 2)
+    grid = style.blank_panels(figure, max(len(rows), 1), k + 1)
+    sets = [set(text.split("|")) - {NO_FINDING, ""} for text in findings]
+    for (query, found, arm), line in zip(rows, grid, strict=False):
+        for axes, index in zip(line, (query, *found), strict=False):
+            if index < 0:
                 continue
-            axes.set_axis_on()
-            same, shared = patients[match] == patients[query], bool(sets[match] & sets[query])
-            color, dash = (
-                (PALETTE[1], "--") if same else (PALETTE[2], "-") if shared else (LIGHT, "-")
-            )
-            show(
-                axes,
-                match,
-                short(match) + (" (same patient)" if same else ""),
-                color,
-                2.2 if same or shared else 0.8,
-                dash,
-            )
-    if rows:
-        grid[0, 0].set_title("query", fontsize=7)
-        grid[0, 1].set_title("nearest", fontsize=7)
-    more = "first seed, R-MAC of the last convolutional maps; green: shares a finding, dashed orange: the same patient"
-    return finish(figure, dataset_label, more)
+            style.picture(axes, images[index])
+            # what is shared with the query comes first
+            names = sorted(sets[index], key=lambda name, own=sets[query]: (name not in own, name))
+            text = ", ".join(map(style.shown, names)) or "no finding"
+            if axes is line[0]:
+                style.frame(axes, DARK, 1.5)
+            elif patients[index] == patients[query]:
+                style.frame(axes, PALETTE[1], 2.2, "--")
+                text = f"same patient: {text}"
+            elif sets[index] & sets[query]:
+                style.frame(axes, PALETTE[2], 2.2)
+            else:
+                style.frame(axes, LIGHT, 0.8)
+            axes.set_xlabel("\n".join(textwrap.wrap(text, 20)), fontsize=6, labelpad=1.5)
+        line[0].set_ylabel(style.arm(arm).heading, fontsize=6)
+    for column, axes in enumerate(grid[0] if rows else []):
+        axes.set_title(f"nearest: {column}" if column else "query", fontsize=7)
+    note = "first seed, R-MAC of the last maps; green: shares a finding, dashed: the same patient"
+    return style.finish(figure, dataset_label, note)

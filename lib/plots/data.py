@@ -1,167 +1,81 @@
-"""Figures of a data set before any training: arrays and tables in, a matplotlib `Figure` out, in
-the look of `lib.plots`.
-"""
+"""Figures of a data set before any training; `lib.plots.style` says what their arguments are."""
 
-from __future__ import annotations
-
-from collections import Counter
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from skimage.filters import sobel as sobel_filter
 
-from lib.data import texture
 from lib.plots import style
-from lib.plots.style import DARK, FINDINGS, GRAY, LIGHT, NO_FINDING, PALETTE
+from lib.plots.style import GRAY, LIGHT, NO_FINDING, PALETTE
 
-
-def _names(findings: Sequence[str]) -> list[str]:
-    """Findings that occur, in NIH's order; other names after them, and No Finding last."""
-    there = set("|".join(findings).split("|")) - {""}
-    known = [name for name in FINDINGS if name in there and name != NO_FINDING]
-    return [*known, *sorted(there - set(FINDINGS)), *([NO_FINDING] if NO_FINDING in there else [])]
-
-
-def _shown(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _check(images: np.ndarray, findings: Sequence[str]) -> None:
-    if images.ndim != 3 or len(images) != len(findings):
-        raise ValueError(
-            f"images must be (N, H, W) with one entry of findings each, got {images.shape} and {len(findings)} findings"
-        )
+LEAST = 10  # images behind a mean or a share that is worth a colour
 
 
 @style.context()
 def cooccurrence(findings: Sequence[str], dataset_label: str) -> Figure:
-    """Which findings come together: of the images with the finding of the row, how many show that
-    of the column.
+    """Which of the 24 most frequent labels come together: of the images with the label of the row,
+    how many have that of the column.
 
-    Parameters
-    ----------
-    findings : sequence of N str
-        Joined by ``|``.
-    dataset_label : str
-
-    Returns
-    -------
-    Figure
-        Colour is the share of the row's images, numbers are images; the diagonal counts all images
-        with a finding.
-
-    Raises
-    ------
-    ValueError
-        No image has a finding.
+    Numbers are images, colour is their share; a row of fewer than `LEAST` images is left blank.
     """
-    texts = list(findings)
-    names = [name for name in _names(texts) if name != NO_FINDING]
-    if not names:
-        raise ValueError("no image has a finding, so none come together")
-    parts = [set(text.split("|")) for text in texts]
+    parts = [set(text.split("|")) for text in findings]
+    names = [name for name in style.label_names(findings) if name != NO_FINDING]
     matrix = np.array([[name in part for name in names] for part in parts], np.int64)
-    counts = matrix.T @ matrix
+    counts = matrix.T @ matrix  # (F, F)
     totals = np.diag(counts)
-    share = counts / totals[:, None]
-    np.fill_diagonal(share, np.nan)
-    figure = style.new_figure(2, 0.6 + 0.27 * len(names) + 0.8)
+    left_out = np.eye(len(names), dtype=bool) | (totals < LEAST)[:, None]
+    figure = style.new_figure(1.4 + 0.22 * len(names), "Which labels come together?", 2)
     axes = figure.subplots()
-    top = float(np.nanmax(share)) if len(names) > 1 and np.nanmax(share) > 0 else 1.0
-    drawn = axes.imshow(share, cmap="cividis", vmin=0, vmax=top, aspect="auto")
-    for row, column in np.ndindex(counts.shape):
-        dark = row != column and share[row, column] < 0.6 * top
-        weight = "bold" if row == column else "normal"
-        axes.text(
-            column,
-            row,
-            f"{counts[row, column]:,}",
-            ha="center",
-            va="center",
-            fontsize=6,
-            color="white" if dark else DARK,
-            fontweight=weight,
-        )
-    axes.set_xticks(
-        range(len(names)), map(_shown, names), rotation=45, ha="right", rotation_mode="anchor"
-    )
-    axes.set_yticks(range(len(names)), map(_shown, names))
-    axes.set(xlabel="also shows", ylabel="images with")
-    axes.spines[:].set_visible(False)
+    rows = [f"{style.shown(name)} ({total:,})" for name, total in zip(names, totals, strict=True)]
+    look = {"xticklabels": False, "yticklabels": rows, "cmap": "cividis"}
+    look |= {"annot": counts, "fmt": ",", "annot_kws": {"fontsize": 6}, "vmin": 0}
+    look["cbar_kws"] = {"label": "share of the row's images", "pad": 0.02}
+    sns.heatmap(counts / totals[:, None], mask=left_out, ax=axes, **look)
+    slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(np.arange(len(names)) + 0.5, map(style.shown, names), **slant)
+    axes.set(xlabel="also has", ylabel="images with")
     axes.tick_params(length=0)
-    bar = figure.colorbar(
-        drawn, ax=axes, fraction=0.04, pad=0.02, label="share of the row's images"
-    )
-    bar.outline.set_visible(False)
-    return style.finish(
-        figure, dataset_label, "Numbers: images. Diagonal: all images with the finding."
-    )
+    axes.tick_params(axis="y", rotation=0)
+    note = f"numbers: images; blank: the label itself, and rows of fewer than {LEAST} images"
+    return style.finish(figure, dataset_label, note)
 
 
 @style.context()
 def population(metadata: pd.DataFrame, dataset_label: str) -> Figure:
-    """Images of each patient, ages, and views by sex.
+    """Images per patient, ages, and views by sex.
 
-    Parameters
-    ----------
-    metadata : DataFrame
-        patient_id, age, sex and view_position as `lib.data.load` returns them.
-    dataset_label : str
+    `metadata` has ``patient_id, age, sex, view_position``; "" and NaN are not known.
     """
-    figure = style.new_figure(2, 2.2)
+    figure = style.new_figure(2.1, "Who was imaged?", 2)
     patients, ages, views = figure.subplots(1, 3)
-    number = metadata.loc[metadata["patient_id"] != "", "patient_id"].value_counts()
-    last = 20  # the few patients with more would stretch the axis
+    bars = {"color": PALETTE[0], "edgecolor": "white", "linewidth": 0.3, "alpha": 1}
+    number = metadata.loc[metadata["patient_id"] != "", "patient_id"].value_counts().to_numpy()
+    known = metadata["age"].dropna().to_numpy()
+    patients.set(xlabel="images of a patient (20: or more)", ylabel="patients")
+    ages.set(xlabel="age (years)", ylabel="images")
     if len(number):
-        bins = np.arange(0.5, min(int(number.max()), last) + 1.5)
-        patients.hist(
-            number.clip(upper=last), bins=bins, color=PALETTE[0], edgecolor="white", lw=0.3
-        )
+        sns.histplot(np.minimum(number, 20), discrete=True, ax=patients, **bars)
         patients.set_title(f"{len(number):,} patients, up to {number.max():,} images", loc="left")
-        more = f" ({last}: or more)" if number.max() > last else ""
-        patients.set(xlabel=f"images of a patient{more}", ylabel="patients")
     else:
         style.absent(patients, "no patients known")
-    known = metadata["age"].dropna()
     if len(known):
-        ages.hist(
-            known,
-            bins=np.arange(0, max(100, known.max()) + 5, 5),
-            color=PALETTE[0],
-            edgecolor="white",
-            lw=0.3,
-        )
-        ages.set_title(
-            f"median {known.median():.0f} years, {len(metadata) - len(known):,} unknown", loc="left"
-        )
+        sns.histplot(known, binwidth=5, binrange=(0, max(100, known.max())), ax=ages, **bars)
+        unknown = len(metadata) - len(known)
+        ages.set_title(f"median {np.median(known):.0f} years, {unknown:,} unknown", loc="left")
     else:
-        style.absent(ages, "no ages")
-    ages.set(xlabel="age (years)", ylabel="images")
-    table = pd.crosstab(
-        metadata["view_position"].replace("", "not stated"),
-        metadata["sex"].replace("", "not stated"),
-    )
-    table = table.loc[table.sum(axis=1).sort_values(ascending=False).index]
-    bottom = np.zeros(len(table))
-    for place, sex in enumerate(table.columns):
-        hatch, color = ("", "////", "....", "xx")[place % 4], PALETTE[place % len(PALETTE)]
-        views.bar(
-            table.index,
-            table[sex],
-            bottom=bottom,
-            color=color,
-            hatch=hatch,
-            edgecolor="white",
-            lw=0.5,
-            label=sex,
-            width=0.6,
-        )
-        bottom += table[sex].to_numpy()
-    views.set(xlabel="view", ylabel="images", ylim=(0, bottom.max() * 1.25))
-    views.legend(ncols=len(table.columns), loc="upper center", handlelength=1.2, columnspacing=0.8)
-    views.set_title("by sex", loc="left")
+        style.absent(ages, "no ages known")
+    stated = metadata[["view_position", "sex"]].replace("", "not stated")
+    look = {"multiple": "stack", "shrink": 0.6, "edgecolor": "white", "alpha": 1, "ax": views}
+    tints = cycle((PALETTE[0], PALETTE[5], LIGHT))  # told apart in gray, too
+    sexes = dict(zip(sorted(stated["sex"].unique()), tints, strict=False))
+    sns.histplot(stated, x="view_position", hue="sex", palette=sexes, **look)
+    sns.move_legend(views, "lower left", bbox_to_anchor=(0, 0.98), ncols=4, title="")
+    views.set(xlabel="view", ylabel="images")
     for axes in (patients, ages, views):
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     return style.finish(figure, dataset_label)
@@ -169,216 +83,103 @@ def population(metadata: pd.DataFrame, dataset_label: str) -> Figure:
 
 @style.context()
 def mean_images(images: np.ndarray, findings: Sequence[str], dataset_label: str) -> Figure:
-    """Mean image of each finding, and how it differs from the mean image without a finding.
+    """Mean image of each of the 24 most frequent labels, and how it differs from the mean image
+    without a finding (of all images, if none has No Finding): orange is brighter, blue darker.
 
-    Parameters
-    ----------
-    images : uint8 array, shape (N, H, W)
-    findings : sequence of N str
-    dataset_label : str
-
-    Returns
-    -------
-    Figure
-        For each finding its mean image in gray, and beside it the difference, orange where brighter
-        and blue where darker. The reference is the mean of all images if none is without a finding.
+    A difference is drawn for labels of at least `LEAST` images.
     """
-    _check(images, findings)
-    texts = list(findings)
-    names = _names(texts) or [""]
-    sums: dict[str, np.ndarray] = {name: np.zeros(images.shape[1:]) for name in names}
-    numbers: Counter[str] = Counter()
-    total = np.zeros(images.shape[1:])
-    for image, text in zip(images, texts, strict=True):
-        total += image
-        for name in text.split("|"):
-            if name in sums:
-                sums[name] += image
-                numbers[name] += 1
-    means = {name: sums[name] / max(numbers[name], 1) for name in names}
-    reference = means.get(NO_FINDING, total / len(images))
-    spread = max(
-        float(np.percentile(np.abs(np.stack([mean - reference for mean in means.values()])), 99.5)),
-        1.0,
-    )
-    columns = 5
-    rows = -(-len(names) // columns)
-    figure = style.new_figure(2, rows * 0.92 + 0.75)
-    grid = figure.subplots(rows, 2 * columns, squeeze=False, gridspec_kw={"wspace": 0.03})
-    for axes in grid.ravel():
-        axes.set_axis_off()
-    drawn = None
-    for place, name in enumerate(names):
-        row, column = divmod(place, columns)
-        left, right = grid[row, 2 * column : 2 * column + 2]
-        left.imshow(means[name], cmap="gray", vmin=0, vmax=255)
-        left.set_title(
-            f"{_shown(name) or 'not stated'} ({numbers[name]:,})", loc="left", fontsize=6.5, pad=2
-        )
-        if name != NO_FINDING:
-            drawn = right.imshow(means[name] - reference, cmap="PuOr_r", vmin=-spread, vmax=spread)
-    if drawn is not None:
-        bar = figure.colorbar(
-            drawn, ax=grid, orientation="horizontal", fraction=0.03, pad=0.02, aspect=50
-        )
-        bar.set_label(
-            f"mean minus mean of {NO_FINDING if NO_FINDING in means else 'all images'} (gray levels)"
-        )
-        bar.outline.set_visible(False)
-    return style.finish(figure, dataset_label)
+    members = style.members(findings)
+    means = {name: images[has].mean(axis=0) for name, has in members.items() if has.any()}
+    reference = means[NO_FINDING] if NO_FINDING in means else images.mean(axis=0)
+    differences = {
+        name: mean - reference
+        for name, mean in means.items()
+        if name not in (NO_FINDING, "") and members[name].sum() >= LEAST
+    }
+    top = max([1.0, *(float(np.percentile(np.abs(d), 99.5)) for d in differences.values())])
+    n_rows = -(-len(means) // 5)
+    figure = style.new_figure(n_rows * 0.9 + 0.85, "How do labels differ on average?", 2)
+    grid = style.blank_panels(figure, n_rows, 10, gridspec_kw={"wspace": 0.03})
+    for (name, mean), (left, right) in zip(means.items(), grid.reshape(-1, 2), strict=False):
+        style.picture(left, mean, f"{style.shown(name)} ({members[name].sum():,})")
+        if name in differences:
+            drawn = style.picture(right, differences[name], cmap="PuOr_r", vmin=-top, vmax=top)
+    if differences:
+        bar = {"orientation": "horizontal", "fraction": 0.03, "pad": 0.02, "aspect": 50}
+        other = NO_FINDING if NO_FINDING in means else "all images"
+        figure.colorbar(drawn, ax=grid, label=f"mean minus mean of {other} (gray levels)", **bar)
+    note = f"in brackets: images; no difference is drawn for fewer than {LEAST}"
+    return style.finish(figure, dataset_label, note)
 
 
 @style.context()
 def brightness(
-    images: np.ndarray, limits: tuple[float, float, float], dataset_label: str, examples: int = 4
+    images: np.ndarray, limits: tuple[float, float, float], dataset_label: str
 ) -> Figure:
-    """Mean and spread of the gray levels of each image, the limits of outliers, and the darkest and
-    brightest images.
+    """Mean and spread of the gray levels of each image, and the four darkest and brightest.
 
-    Parameters
-    ----------
-    images : uint8 array, shape (N, H, W)
-    limits : (float, float, float)
-        Darkest and brightest mean and smallest standard deviation of an image that shows a chest.
-    dataset_label : str
-    examples : int
-        Number of darkest and of brightest images shown.
+    An image is flagged if its mean is below the first of `limits` or above the second, or its
+    standard deviation is below the third.
     """
     dark, bright, constant = limits
-    if images.ndim != 3 or not len(images):
-        raise ValueError(f"images must be (N, H, W), got {images.shape}")
-    mean = np.array([image.mean() for image in images])
-    deviation = np.array([image.std() for image in images])
+    mean, deviation = np.array([(image.mean(), image.std()) for image in images]).T
     outside = (mean < dark) | (mean > bright) | (deviation < constant)
-    figure = style.new_figure(2, 2.6)
+    figure = style.new_figure(2.5, "Are images too dark, too bright or constant?", 2)
     left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
     axes = left.subplots()
-    axes.axvspan(0, dark, color=LIGHT, lw=0)
-    axes.axvspan(bright, 255, color=LIGHT, lw=0)
+    for low, high in ((0, dark), (bright, 255)):
+        axes.axvspan(low, high, color=LIGHT, lw=0)
     axes.axhspan(0, constant, color=LIGHT, lw=0)
-    size = float(np.clip(3000 / len(images), 0.5, 8))
-    axes.scatter(
-        mean[~outside],
-        deviation[~outside],
-        s=size,
-        color=PALETTE[0],
-        alpha=0.5,
-        lw=0,
-        rasterized=True,
-    )
-    axes.scatter(
-        mean[outside],
-        deviation[outside],
-        s=22,
-        color=PALETTE[1],
-        marker="X",
-        lw=0,
-        label=f"outlier ({outside.sum():,})",
-    )
-    axes.set(
-        xlabel="mean gray level of an image",
-        ylabel="standard deviation",
-        xlim=(0, 255),
-        ylim=(0, max(deviation.max() * 1.08, 10)),
-    )
-    axes.set_title(f"{outside.sum():,} of {len(images):,} images are outliers", loc="left")
-    if outside.any():
-        axes.legend(loc="upper left")
+    dots = {"s": float(np.clip(3000 / len(images), 0.5, 8)), "alpha": 0.5, "rasterized": True}
+    axes.scatter(mean[~outside], deviation[~outside], color=PALETTE[0], lw=0, **dots)
+    axes.scatter(mean[outside], deviation[outside], s=22, color=PALETTE[1], marker="X", lw=0)
+    axes.set(xlabel="mean gray level of an image", ylabel="standard deviation")
+    axes.set(xlim=(0, 255), ylim=(0, max(deviation.max() * 1.08, 10)))
+    axes.set_title(f"{outside.sum():,} of {len(images):,} images are flagged (X)", loc="left")
     order = np.argsort(mean, kind="stable")
-    count = min(examples, len(images))
-    rows = {"darkest": order[:count], "brightest": order[::-1][:count]}
-    for row, (name, chosen) in zip(
-        right.subplots(2, count, squeeze=False), rows.items(), strict=True
-    ):
-        for panel, index in zip(row, chosen, strict=True):
-            panel.imshow(images[index], cmap="gray", vmin=0, vmax=255)
-            panel.set_axis_off()
-            panel.set_title(f"{mean[index]:.0f}", fontsize=6.5, pad=2)
-        row[0].text(
-            -0.12,
-            0.5,
-            name,
-            transform=row[0].transAxes,
-            rotation=90,
-            ha="right",
-            va="center",
-            fontsize=7,
-        )
-    return style.finish(figure, dataset_label, "Gray areas: limits of outliers.")
+    grid = right.subplots(2, min(4, len(images)), squeeze=False)
+    for row, name, chosen in zip(grid, ("darkest", "brightest"), (order, order[::-1]), strict=True):
+        for panel, index in zip(row, chosen, strict=False):
+            style.picture(panel, images[index], f"{mean[index]:.0f}")
+        row[0].set_title(f"{name}: {mean[chosen[0]]:.0f}", loc="left", fontsize=6, pad=2)
+    return style.finish(figure, dataset_label, "gray areas: flagged images")
 
 
 @style.context()
 def texture_by_finding(table: pd.DataFrame, dataset_label: str) -> Figure:
-    """Texture of each finding: the median of four statistics, and the middle half of the images.
+    """Statistics of the images of each label: the median and the middle half.
 
-    Parameters
-    ----------
-    table : DataFrame
-        As `lib.data.texture.texture_by_finding` returns it.
-    dataset_label : str
-
-    Raises
-    ------
-    ValueError
-        The table is empty.
+    `table` has a row per image and label: ``finding``, and a panel for each numeric column (but
+    ``image``).
     """
-    if table.empty:
-        raise ValueError(
-            "the table has no rows: no image has a finding, nor is any said to have none"
-        )
-    names = _names(table["finding"].tolist())
-    figure = style.new_figure(2, 0.75 + 0.17 * len(names))
-    panels = figure.subplots(1, len(texture.MEASURES), sharey=True)
-    quartiles = table.groupby("finding")[list(texture.MEASURES)].quantile([0.25, 0.5, 0.75])
-    counts = table["finding"].value_counts()
-    for axes, measure in zip(panels, texture.MEASURES, strict=True):
+    measures = [name for name in table.select_dtypes("number") if name != "image"]
+    names, counts = style.label_names(table["finding"]), table["finding"].value_counts()
+    figure = style.new_figure(0.85 + 0.17 * len(names), "Does texture differ by label?", 2)
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    look = {"estimator": "median", "errorbar": ("pi", 50), "err_kws": {"linewidth": 1}}
+    look |= {"order": names, "linestyle": "none", "markersize": 3, "color": PALETTE[0]}
+    for axes, measure in zip(panels, measures, strict=True):
         if NO_FINDING in names:
-            axes.axvline(quartiles.loc[(NO_FINDING, 0.5), measure], color=GRAY, lw=0.7, ls="--")
-        for place, name in enumerate(names):
-            low, middle, high = (
-                quartiles.loc[(name, share), measure] for share in (0.25, 0.5, 0.75)
-            )
-            axes.plot([low, high], [place, place], color=LIGHT, lw=3, solid_capstyle="butt")
-            axes.plot(middle, place, "o", color=PALETTE[0])
-        axes.set(title=measure, ylim=(len(names) - 0.5, -0.5))
+            middle = table.loc[table["finding"] == NO_FINDING, measure].median()
+            axes.axvline(middle, color=GRAY, lw=0.7, ls="--")
+        sns.pointplot(table, x=measure, y="finding", ax=axes, **look)
+        style.rows_of(axes, [f"{style.shown(name)} ({counts[name]:,})" for name in names])
+        axes.set(title=measure, xlabel="")
         axes.xaxis.set_major_locator(MaxNLocator(3))
-        axes.tick_params(axis="y", length=0)
-    panels[0].set_yticks(
-        range(len(names)), [f"{_shown(name)} ({counts[name]:,})" for name in names]
-    )
-    dashed = " Dashed: median of No Finding." if NO_FINDING in names else ""
-    return style.finish(
-        figure, dataset_label, f"Dot: median; bar: middle half of the images.{dashed}"
-    )
+    note = "dot: median; bar: middle half of the images; dashed: median of No Finding"
+    return style.finish(figure, dataset_label, note)
 
 
 @style.context()
 def sobel(images: np.ndarray, titles: Sequence[str], dataset_label: str) -> Figure:
-    """Images above, their edges by Sobel's filter below, on one scale.
-
-    Parameters
-    ----------
-    images : uint8 array, shape (n, H, W)
-        A few, up to 8.
-    titles : sequence of n str
-    dataset_label : str
-    """
-    if images.ndim != 3 or not 1 <= len(images) <= 8 or len(images) != len(titles):
-        raise ValueError(
-            f"need 1 to 8 images (n, H, W) with a title each, got {images.shape} and {len(titles)} titles"
-        )
-    found = [texture.edges(image) for image in images]
-    top = max(float(np.percentile(found, 99.5)), 1e-6)
-    figure = style.new_figure(2, 2 * min(6.6 / len(images), 2.4) + 0.55)
+    """1 to 8 images above, their edges by Sobel's filter below, on one scale."""
+    edges = [sobel_filter(image / 255) for image in images]
+    top = max(float(np.percentile(edges, 99.5)), 1e-6)
+    height = 2 * min(6.6 / len(images), 2.4) + 0.55
+    figure = style.new_figure(height, "What does Sobel's filter leave?", 2)
     grid = figure.subplots(2, len(images), squeeze=False)
-    for column, (image, edge, title) in enumerate(zip(images, found, titles, strict=True)):
-        grid[0, column].imshow(image, cmap="gray", vmin=0, vmax=255)
-        grid[0, column].set_title(_shown(title), fontsize=6.5, pad=2)
-        grid[1, column].imshow(edge, cmap="gray", vmin=0, vmax=top)
-    for axes in grid.ravel():
-        axes.set_axis_off()
-    return style.finish(
-        figure,
-        dataset_label,
-        f"Below: Sobel's gradient magnitude; white is {top:.2f} of a step from black to white, or more.",
-    )
+    for (above, below), image, edge, title in zip(grid.T, images, edges, titles, strict=True):
+        style.picture(above, image, style.shown(title))
+        style.picture(below, edge, vmax=top)
+    note = f"below: size of the gradient; white: {top:.2f} of a step from black to white, or more"
+    return style.finish(figure, dataset_label, note)

@@ -1,219 +1,252 @@
-"""One function per figure: arrays and tables in, a matplotlib `Figure` out. Only `save` writes, and
-nothing here needs pyplot.
+"""The look of all figures and the parts they share: arrays and tables in, a `Figure` out.
 
-Colours are Okabe and Ito's (2008, *Color Universal Design*), told apart under every common colour
-blindness; a line style or a marker always says the same a second time, so that a figure reads in
-gray. Widths are those of a journal's one or two columns."""
+In all figures, `images` are uint8 (N, H, W), 0 to 255; `findings` are N texts, the labels of each
+image joined by ``|``; `dataset_label` names the data in the small print. A figure is 3.3 in wide,
+one column of a journal, or 7 in if it shows many images.
+Colours are Okabe and Ito's (2008, *Color Universal Design*); a marker or a line style says the same
+a second time, so that a figure reads in gray."""
 
-from __future__ import annotations
-
-import hashlib
 import io
-import re
-from collections.abc import Mapping
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib.style
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from lib.data import phantom
 from lib.paths import atomic_write
+from lib.study.arms import ARMS
 
-COLUMN_INCHES = {1: 3.4, 2: 7.0}
+COLUMN_INCHES = {1: 3.3, 2: 7.0}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-ARM_TITLES = {"alexnet": "AlexNet, rotation augmentation", "p4m": "P4M, no augmentation"}
+LINES = ("-", "--", (0, (4, 1, 1, 1)), ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 GRAY, LIGHT, DARK = "#767676", "#D0D0D0", "#333333"
 NO_FINDING = "No Finding"
-FINDINGS = (*phantom.FINDINGS, NO_FINDING)
+CHANCE = {"color": GRAY, "linestyle": (0, (3, 1, 1, 1)), "linewidth": 0.8}
+SEEDS = {"mean of the seeds": {"marker": "o"}, "one seed": {"linewidth": 0.5}}  # of `seed_lines`
 
-_RC = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs on every machine
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "legend.handlelength": 2.2,
-    "legend.handletextpad": 0.6,
-    "legend.columnspacing": 1.2,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.edgecolor": DARK,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.5,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 3.5,
-    "text.hinting": "none",  # texts are as wide at a screen's resolution as in print, so none is cut off there
-    "figure.dpi": 110,
-    "svg.fonttype": "path",  # glyphs as outlines: nothing to install where the figure is read
-    "svg.hashsalt": "equivariant-cxr-clustering",  # element ids from the content, not from chance
-}
+# DejaVu comes with matplotlib: the same glyphs on every machine
+_RC = {"font.family": "DejaVu Sans", "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7}
+_RC |= {f"{part}.labelsize": 6 for part in ("xtick", "ytick")} | {"figure.titleweight": "bold"}
+_RC |= {"figure.titlesize": 8, "legend.fontsize": 6, "legend.frameon": False}
+_RC |= {"legend.handlelength": 2.2, "legend.handletextpad": 0.6, "legend.columnspacing": 1.2}
+_RC |= {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": DARK}
+_RC |= {"axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
+_RC |= {"xtick.major.size": 2.5, "ytick.major.size": 2.5, "axes.axisbelow": True}
+_RC |= {"grid.color": "#E6E6E6", "grid.linewidth": 0.5, "lines.linewidth": 1.2}
+# without hinting texts are as wide on a screen as in print, so none is cut off there
+_RC |= {"lines.markersize": 3, "text.hinting": "none", "figure.dpi": 110}
+# glyphs as outlines, so nothing must be installed to read them; ids from the content, not by chance
+_RC |= {"svg.fonttype": "path", "svg.hashsalt": "equivariant-cxr-clustering"}
+
+
+class Look(NamedTuple):
+    """How an arm of the study is named and drawn in every figure."""
+
+    title: str
+    colour: str
+    marker: str
+
+    @property
+    def line(self) -> dict[str, str]:
+        """The look of its lines."""
+        return {"color": self.colour, "marker": self.marker}
+
+    @property
+    def heading(self) -> str:
+        """The title on two lines, for a narrow panel."""
+        return self.title.replace(", ", "\n", 1)
+
+
+def arm(name: str) -> Look:
+    """Title, colour and marker of an arm; one that the study does not know is gray."""
+    if name in ARMS:
+        return Look(ARMS[name].title, ARMS[name].colour, ARMS[name].marker)
+    return Look(name.replace("_", " ").replace("-", ", ", 1), GRAY, "X")
+
+
+def arm_order(given: Iterable[str]) -> list[str]:
+    """AlexNet, P4M, then the other arms in the order given."""
+    return sorted(given, key=lambda name: {"alexnet": 0, "p4m": 1}.get(name, 2))
 
 
 def context() -> AbstractContextManager:
-    """Context (or decorator) with the look of all figures: matplotlib's defaults, whatever the user
-    has set, plus this module's own.
-    """
+    """Context (or decorator) with the look of all figures, whatever the user has set."""
     return matplotlib.style.context(["default", _RC])
 
 
 def save(figure: Figure, path: Path | str) -> list[Path]:
-    """Write a figure as PNG (300 dpi) and SVG, each atomically; the same figure gives the same
-    bytes.
-
-    Parameters
-    ----------
-    figure : Figure
-    path : Path
-        Where to, without suffix: ``.png`` and ``.svg`` are appended.
-
-    Returns
-    -------
-    list of Path
-        The PNG and the SVG.
-
-    Raises
-    ------
-    OSError
-        Folder not writable or disk full (see `lib.paths.atomic_write`).
-    """
-    path = Path(path)
-    written = []
+    """Write ``<path>.png`` (300 dpi) and ``<path>.svg``, each atomically; return the two paths."""
+    path, written = Path(path), []
     # no version, no date: they would change the bytes and say nothing of the figure
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        target = path.with_name(f"{path.name}.{suffix}")
-        drawn = io.BytesIO()
-        with context(), atomic_write(target) as handle:
-            figure.savefig(drawn, format=suffix, dpi=300, metadata=metadata)
-            handle.write(_stable_clips(drawn.getvalue()) if suffix == "svg" else drawn.getvalue())
-        written.append(target)
+        written.append(path.with_name(f"{path.name}.{suffix}"))
+        with context(), atomic_write(written[-1]) as handle:
+            figure.savefig(handle, format=suffix, dpi=300, metadata=metadata)
     return written
 
 
-def _stable_clips(svg: bytes) -> bytes:
-    """An SVG whose clip paths are named by what stands in the file, each of them once.
-
-    matplotlib names them by exact coordinates, of which the layout's solver does not settle the
-    last bit: one figure in twenty would get another name for the same rectangle."""
-    names: dict[bytes, bytes] = {}
-
-    def rename(clip: re.Match[bytes]) -> bytes:
-        name = b"p" + hashlib.sha256(clip[3]).hexdigest()[:10].encode()
-        known = name in names.values()
-        names[clip[2]] = name
-        return b"" if known else clip[1] + name + clip[3]
-
-    svg = re.sub(
-        rb'( *<clipPath id=")(p[0-9a-f]{10})(">.*?</clipPath>\n)', rename, svg, flags=re.DOTALL
-    )
-    return re.sub(rb"(?<=url\(#)p[0-9a-f]{10}(?=\))", lambda use: names.get(use[0], use[0]), svg)
-
-
 def show_in_notebooks(dpi: int = 90, colors: int = 64) -> None:
-    """Make figures that end a cell appear as PNGs of few colours, so that a saved notebook stays
-    small.
+    """Show figures that end a cell as PNGs of few colours, so that a saved notebook stays small.
 
-    Does nothing outside IPython.
+    `dpi` is that of a figure 7 in wide; narrower ones get as many pixels. Does nothing outside
+    IPython.
     """
     try:
-        shell = get_ipython()  # a builtin where IPython runs
+        shell = get_ipython()  # a builtin in IPython
     except NameError:
         return
 
     def png(figure: Figure) -> bytes:
         drawn, small = io.BytesIO(), io.BytesIO()
         with context():
-            figure.savefig(drawn, format="png", dpi=dpi)
-        # Pillow's default cuts by numbers of pixels and gives the gray of letters the palette; thin
-        # coloured lines then lose their colour
-        few = (
-            Image.open(drawn)
-            .convert("RGB")
-            .quantize(colors, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        )
+            scale = max(COLUMN_INCHES[2] / figure.get_figwidth(), 1)
+            figure.savefig(drawn, format="png", dpi=dpi * scale)
+        # Pillow's default cuts by numbers of pixels: thin coloured lines then lose their colour
+        look = {"method": Image.Quantize.FASTOCTREE, "dither": Image.Dither.NONE}
+        few = Image.open(drawn).convert("RGB").quantize(colors, **look)
         few.save(small, format="png", optimize=True)
         return small.getvalue()
 
     shell.display_formatter.formatters["image/png"].for_type(Figure, png)
 
 
-# --------------------------------------------------------------------------------------------------
+# --- parts of figures -----------------------------------------------------------------------------
 
 
-def new_figure(columns: int, height: float) -> Figure:
-    if columns not in COLUMN_INCHES:
-        raise ValueError(
-            f"columns must be 1 ({COLUMN_INCHES[1]} in wide) or 2 ({COLUMN_INCHES[2]} in), got {columns!r}"
-        )
-    return Figure(figsize=(COLUMN_INCHES[columns], height), layout="constrained")
-
-
-def finish(figure: Figure, dataset_label: str, *more: str) -> Figure:
-    """Name the dataset, and what else a reader must know, in small gray print under the figure;
-    then settle where things stand.
-    """
-    if not isinstance(dataset_label, str) or not dataset_label.strip():
-        raise ValueError(
-            f"dataset_label must name the dataset, e.g. 'synthetic phantom, 2,000 images', got {dataset_label!r}"
-        )
-    figure.supxlabel(
-        "\n".join((dataset_label, *more)),
-        x=0.01,
-        ha="left",
-        fontsize=6.5,
-        color=GRAY,
-        linespacing=1.35,
-    )
-    # constrained layout moves things a little at each drawing: kept as it is now, every copy of the
-    # figure has the same bytes
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+def new_figure(height: float, title: str, columns: int = 1) -> Figure:
+    """A figure one or two columns wide; `height` (inches) is without legend and small print."""
+    figure = Figure(figsize=(COLUMN_INCHES[columns], height), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
-def arm_name(arm: str) -> str:
-    """``"p4m-untrained"`` -> ``"P4M untrained"``."""
-    backbone, _, variant = arm.replace("_", " ").partition("-")
-    return f"{ARM_TITLES.get(backbone, backbone).split(',')[0]} {variant}".strip()
+def finish(figure: Figure, dataset_label: str, *notes: str) -> Figure:
+    """Add the small print, dataset first, below all else, and settle the layout."""
+    width, height = figure.get_size_inches()
+    texts = (textwrap.wrap(text, int(23 * width)) for text in (dataset_label, *notes))
+    lines = [line for text in texts for line in text]
+    foot = 0.11 * len(lines) + 0.06
+    below = foot + sum(legend.get_window_extent().height for legend in figure.legends) / figure.dpi
+    height += below
+    figure.set_figheight(height)
+    figure.get_layout_engine().set(rect=(0, below / height, 1, 1 - below / height))
+    for legend in figure.legends:
+        legend.set_bbox_to_anchor((0.5, foot / height), figure.transFigure)
+    small = {"fontsize": 6, "color": GRAY, "linespacing": 1.25, "va": "bottom"}
+    figure.text(0.01, 0.03 / height, "\n".join(lines), **small)
+    # constrained layout moves things a little at each drawing, and does not settle the last bit
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position(np.round(axes.get_position(original=True).bounds, 5))
+    return figure
 
 
-def arm_title(arm: str) -> str:
-    return ARM_TITLES.get(arm, arm_name(arm))
+def legend_below(figure: Figure, keys: Mapping[str, Mapping], ncols: int = 2, **look: Any) -> None:
+    """One legend for the whole figure, from labels and the looks of their lines."""
+    keys = {label: {"color": DARK, **line} for label, line in keys.items()}
+    handles = [Line2D([], [], label=label, **line) for label, line in keys.items()]
+    if handles:
+        figure.legend(handles=handles, loc="lower center", ncols=ncols, **look)
 
 
-def arm_order(given: Mapping) -> list[str]:
-    """AlexNet left and P4M right whether or not there is a run of it, then any other arm in the
-    order given.
-    """
-    return [*ARM_TITLES, *(arm for arm in given if arm not in ARM_TITLES)]
+def epoch_panels(figure: Figure, names: Sequence[str]) -> dict[str, Axes]:
+    """At most two panels per row, titled with arms or other names, with epochs below."""
+    rows, columns = max(-(-len(names) // 2), 1), min(max(len(names), 1), 2)
+    grid = blank_panels(figure, rows, columns, sharey=True).ravel()
+    panels = dict(zip(names, grid, strict=False))
+    for name, axes in panels.items():
+        axes.set_axis_on()
+        axes.grid(axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
+        axes.set(xlabel="epoch", title=arm(name).heading)
+    return panels
+
+
+def blank_panels(figure: Figure, rows: int, columns: int, **look: Any) -> np.ndarray:
+    """A grid (rows, columns) of panels without axes, for pictures."""
+    grid = figure.subplots(rows, columns, squeeze=False, **look)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    return grid
+
+
+def rows_of(axes: Axes, names: Sequence[str]) -> None:
+    """Names one below the other as the y axis, the first at the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set(ylim=(len(names) - 0.5, -0.5), ylabel="")
+    axes.tick_params(axis="y", length=0)
 
 
 def absent(axes: Axes, text: str) -> None:
-    axes.text(
-        0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GRAY, fontsize=7
-    )
+    """Say in the middle of an empty panel why it is empty."""
+    look = {"ha": "center", "va": "center", "color": GRAY, "fontsize": 6}
+    axes.set(xticks=[], xlabel="")
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, **look)
 
 
-def legend_below(axes: Axes, inches: float, **kwargs) -> None:
-    """Legend under the panel, `inches` below its lower edge, so that it hides no data."""
-    offset = ScaledTranslation(0, -inches, axes.figure.dpi_scale_trans)
-    if "handles" not in kwargs and not axes.get_legend_handles_labels()[0]:
-        return
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0),
-        bbox_transform=axes.transAxes + offset,
-        borderaxespad=0,
-        **kwargs,
-    )
+def picture(axes: Axes, image: np.ndarray, title: str = "", **look: Any) -> Any:
+    """A gray image (H, W), 0 to 255, without axes."""
+    axes.set_axis_off()
+    axes.set_title(title, loc="left", fontsize=6, pad=2)
+    return axes.imshow(image, **{"cmap": "gray", "vmin": 0, "vmax": 255, **look})
+
+
+def frame(axes: Axes, color: str, width: float, line: str = "-") -> None:
+    """A frame around a picture."""
+    axes.set_axis_on()
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color=color, linewidth=width, linestyle=line)
+
+
+def seeds_per_arm(counts: Iterable[int]) -> str:
+    """``"seeds per arm: 1 to 5"``."""
+    counts = [int(n) for n in counts] or [0]
+    return f"seeds per arm: {' to '.join(str(n) for n in sorted({min(counts), max(counts)}))}"
+
+
+def shown(name: str) -> str:
+    """A label as it is printed."""
+    return name.replace("_", " ") or "not stated"
+
+
+def label_names(findings: Iterable[str]) -> list[str]:
+    """The 24 most frequent labels: No Finding first, as the reference, then by name."""
+    counts = Counter(name for text in findings for name in dict.fromkeys(text.split("|")) if name)
+    names = [name for name, _ in counts.most_common(24)]
+    return sorted(names, key=lambda name: (name != NO_FINDING, name))
+
+
+def members(findings: Sequence[str]) -> dict[str, np.ndarray]:
+    """Which images have each of `label_names`, bool (N,); ``""`` if none has any."""
+    parts = [set(text.split("|")) for text in findings]
+    names = label_names(findings) or [""]
+    return {name: np.array([name in part for part in parts], dtype=bool) for name in names}
+
+
+def by_seed(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """`column` as epoch x seed, without the epochs at which no seed has a value."""
+    return table.pivot(index="epoch", columns="seed", values=column).dropna(how="all")
+
+
+def seed_lines(axes: Axes, table: pd.DataFrame, **look: Any) -> None:
+    """Each seed of an epoch x seed table as a thin line, and their mean as a thick one."""
+    if table.shape[1] > 1:
+        axes.plot(table.index, table, **{**look, "marker": "", "linewidth": 0.5, "alpha": 0.6})
+    mean_line(axes, table, **look)
+
+
+def mean_line(axes: Axes, table: pd.DataFrame, **look: Any) -> None:
+    """The mean over the seeds, of the epochs that all seeds have."""
+    axes.plot(table.dropna().mean(axis=1), **look)

@@ -1,10 +1,10 @@
-"""Tables and text of a study, written from its numbers: no sentence here knows a result."""
+"""Tables and text of a study, written from results.json: no sentence here knows a result."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,364 +13,406 @@ import pandas as pd
 
 from lib.metrics import seed_interval
 from lib.paths import atomic_write
-from lib.study import markdown
+from lib.study.arms import ARMS
+from lib.study.claims import (
+    CLAIMS,
+    LARGEST_CLUSTER,
+    LEAST_PERPLEXITY,
+    LEAST_SEEDS,
+    MEASURE,
+    Results,
+    collapsed,
+    reason,
+    rule,
+    values_of,
+)
 
-ARMS = {
-    "alexnet": "AlexNet, rotation augmentation",
-    "p4m": "P4M, no augmentation",
-    "alexnet-untrained": "AlexNet, untrained",
-    "p4m-untrained": "P4M, untrained",
-    "pixels": "raw pixels",
+COLLAPSED = (
+    f"† Collapsed: the largest cluster holds over {LARGEST_CLUSTER:.0%} of the images, or the "
+    f"perplexity of the cluster sizes is below {LEAST_PERPLEXITY:g} K. No interval is given over a "
+    "mixture of collapsed and whole runs."
+)
+KINDS = {"phantom": "synthetic phantom", "nih": "NIH ChestX-ray14", "chestmnist": "ChestMNIST-64"}
+KINDS |= {"digits": "handwritten digits"}
+SIDES = ("treatment", "reference")
+MAIN = ("alexnet", "p4m", "alexnet-untrained", "p4m-untrained")
+# heading, and the measures that are the columns; what a number must be read beside is next to it
+# fmt: off
+TABLES: dict[str, tuple[str, dict[str, str]]] = {
+    "convergence": ("Curves", {
+        "converged_nmi": "settled at epoch", "nmi_final": "last NMI", "nmi_chance": "chance",
+        "ami_final": "last AMI"}),
+    "stability": ("Steadiness", {
+        "nmi_sd": "sd of NMI", "loss_increases": "rises of the loss",
+        "loss_increase_size": "sum of these / ln K", "loss_final": "last loss / ln K"}),
+    "structure": ("Structure", {
+        "silhouette": "silhouette", "davies_bouldin": "Davies-Bouldin",
+        "map_silhouette": "silhouette, t-SNE", "map_trust": "trustworthiness, t-SNE",
+        "map_findings": "neighbours sharing a label above chance, t-SNE"}),
+    "transfer": ("Linear probes", {
+        "probe_clusters": "clusters", "probe_clusters_majority": "majority",
+        "probe_combinations": "combinations", "probe_combinations_majority": "majority",
+        "auroc_macro": "labels, mean AUROC", "ap_macro": "mean average precision",
+        "ap_macro_prevalence": "of a guess"}),
+    "averages": ("Macro and micro averages", {
+        "auroc_macro": "labels, macro AUROC", "auroc_macro_prevalence": "guess",
+        "auroc_micro": "labels, micro AUROC", "auroc_micro_prevalence": "guess",
+        "micro_combinations": "combinations, micro AUROC",
+        "micro_combinations_prevalence": "guess"}),
+    "invariance": ("Clusters kept", {
+        "kept_lattice": "turns and mirrors of the square", "kept_free": "free turns",
+        "ami_free": "AMI, free turns", "distance_free": "distance, free turns",
+        "kept_drawn": "phantom drawn turned"}),
+    "price": ("The price of invariance: a linear probe tells", {
+        "tells_mirrored": "a mirrored image", "tells_upside_down": "an upside-down image",
+        "tells_quarter_turn": "a quarter turn",
+        "tells_effusion_side": "left from right effusion (AUROC)"}),
+    "meaning": ("What clusters follow (AMI, 0 is chance)", {
+        f"follows_{name}": name.replace("_", " ")
+        for name in ("findings", "view_position", "sex", "age", "brightness", "patient")}),
+    "known": ("Known classes", {
+        "ami_classes": "AMI with the classes, 0 is chance", "nmi_classes": "NMI with the classes"}),
+    "retrieval": ("Retrieval", {
+        "retrieval_lift": "precision at 5 of a label, above chance",
+        "retrieval_same_patient": "matches of the same patient",
+        "retrieval_same_patient_chance": "by chance"}),
 }
-TARGETS = {
-    "clusters": "cluster assignments",
-    "label_combinations": "label combinations",
-    "findings": "14 findings, mean AUROC",
-}
+# fmt: on
+
+
+# --- numbers and tables ---------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with `digits` decimals; a dash for None, NaN and infinity."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def span(low: float | None, high: float | None, digits: int = 3) -> str:
+    """``"0.100 to 0.200"``; a dash if there is no interval."""
+    if low is None or high is None or not math.isfinite(low + high):
+        return "–"
+    return f"{number(low, digits)} to {number(high, digits)}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = False) -> str:
+    """A Markdown table; with `figures` all columns but the first are aligned to the right."""
+    rule = "|---|" + ("---:|" if figures else "---|") * (len(header) - 1)
+    lines = [header, *([str(cell).replace("|", "/") for cell in row] for row in rows)]
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, rule, *body])
 
 
 def dataset_label(kind: str, n_images: int) -> str:
-    """How figures and tables name a dataset, e.g. ``"synthetic phantom, 2,000 images"``."""
-    names = {
-        "phantom": "synthetic phantom",
-        "nih": "NIH ChestX-ray14",
-        "chestmnist": "ChestMNIST-64",
-    }
-    return f"{names.get(kind, 'own images')}, {n_images:,} images"
+    """How figures and tables name a dataset, such as ``"synthetic phantom, 2,000 images"``."""
+    return f"{KINDS.get(kind, 'own images')}, {n_images:,} images"
 
 
-def results_rows(results: Mapping[str, Any]) -> pd.DataFrame:
-    """``results.csv``: one row an arm, seed and probe.
-
-    Returns
-    -------
-    DataFrame
-        ``arm, seed, target, value`` (accuracy, or mean AUROC for the findings), ``patients_low,
-        patients_high`` (95 % bootstrap over test patients), ``majority`` (0.5 for AUROC), ``chance,
-        n_classes, n_test``.
+def cell(results: Results, arm: str, key: str, interval: bool = True) -> str:
+    """A measure of an arm: mean over seeds, from `LEAST_SEEDS` on with its 95 % interval; "†" if
+    runs collapsed; why there is no number.
     """
-    rows = []
-    for arm, entry in results["arms"].items():
-        for seed, numbers in entry["seeds"].items():
-            for target in TARGETS:
-                found = numbers["features"][target]
-                if found is None:
-                    continue
-                auroc = target == "findings"
-                rows.append(
-                    {
-                        "arm": arm,
-                        "seed": int(seed),
-                        "target": target,
-                        "value": found["mean" if auroc else "accuracy"],
-                        "patients_low": found["low"],
-                        "patients_high": found["high"],
-                        "majority": 0.5 if auroc else found["majority"],
-                        "chance": 0.5 if auroc else found["chance"],
-                        "n_classes": found["n_findings" if auroc else "n_classes"],
-                        "n_test": results["n_test"],
-                    }
-                )
-    return pd.DataFrame(rows)
-
-
-def linear_probe_table(results: Mapping[str, Any], published: Mapping[str, Any]) -> pd.DataFrame:
-    """Table 1: each arm's probes over its seeds, beside majority and published value.
-
-    Returns
-    -------
-    DataFrame
-        ``target, arm, n_seeds, accuracy`` (mean over seeds), ``seeds_low, seeds_high`` (95 %,
-        Student's t; NaN for one seed), ``patients_low, patients_high`` (95 % bootstrap bounds over
-        test patients, mean over seeds), ``ci_low, ci_high`` (the wider of both: neither covers the
-        other's chance), ``baseline`` (majority), ``chance, n_classes, n_test, published,
-        published_baseline``.
-    """
-    rows = []
-    table = results_rows(results)
-    for target in TARGETS:
-        for arm in ARMS:
-            part = (
-                table[(table.get("target") == target) & (table.get("arm") == arm)]
-                if len(table)
-                else table
-            )
-            if part.empty:
-                continue
-            mean, low, high = seed_interval(part["value"])
-            patients = part["patients_low"].mean(), part["patients_high"].mean()
-            known = arm in published["linear_probe"] and target != "findings"
-            rows.append(
-                {
-                    "target": target,
-                    "arm": arm,
-                    "n_seeds": len(part),
-                    "accuracy": mean,
-                    "seeds_low": max(low, 0.0),
-                    "seeds_high": min(high, 1.0),
-                    "patients_low": patients[0],
-                    "patients_high": patients[1],
-                    "ci_low": np.nanmin([max(low, 0.0), patients[0], mean]),
-                    "ci_high": np.nanmax([min(high, 1.0), patients[1], mean]),
-                    "baseline": part["majority"].mean(),
-                    "chance": part["chance"].mean(),
-                    "n_classes": part["n_classes"].mean(),
-                    "n_test": part["n_test"].iloc[0],
-                    "published": published["linear_probe"][arm] if known else math.nan,
-                    "published_baseline": published["linear_probe"]["majority_baseline_recomputed"]
-                    if known and target == "label_combinations"
-                    else math.nan,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def linear_probe_markdown(table: pd.DataFrame, label: str) -> str:
-    """Table 1 as Markdown, a block a target."""
-    header = [
-        "features",
-        "value",
-        "95 % over seeds",
-        "95 % over patients",
-        "majority",
-        "classes",
-        "seeds",
-        "published",
-    ]
-    blocks = [f"**Table 1. Linear probes on frozen features.** Dataset: {label}."]
-    for target, name in TARGETS.items():
-        part = table[table["target"] == target]
-        if part.empty:
-            continue
-        rows = [
-            [
-                ARMS[r.arm],
-                markdown.number(r.accuracy),
-                markdown.span(r.seeds_low, r.seeds_high),
-                markdown.span(r.patients_low, r.patients_high),
-                markdown.number(r.baseline),
-                f"{r.n_classes:.0f}",
-                str(r.n_seeds),
-                markdown.number(r.published),
-            ]
-            for r in part.itertuples()
-        ]
-        blocks.append(
-            f"*{name[0].upper()}{name[1:]}*\n\n" + markdown.table(header, rows, figures=True)
-        )
-    blocks.append(
-        "Logistic regression, patients split 80/20. Value: accuracy, mean over seeds; for the findings the mean area under the ROC curve, "
-        "where 0.5 is chance. Majority: always answering the most frequent class of the training images. Cluster assignments are the "
-        "clusters of the same features, so their probe says how linear the clusters are, not what they mean. Published: 0.564 and 0.567, "
-        "which the project page gives for cluster assignments and the published script computes for label combinations, where the majority "
-        "scored 0.590."
-    )
-    return "\n\n".join(blocks) + "\n"
-
-
-def over_seeds(
-    results: Mapping[str, Any],
-    arm: str,
-    pick: Callable[[Mapping[str, Any]], float | None],
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> str:
-    """``mean (low to high, n = seeds)`` of one number of an arm, or a dash; a bound of the interval
-    outside [low, high] is cut there.
-    """
-    seeds = results["arms"].get(arm, {"seeds": {}})["seeds"]
-    values = []
-    for numbers in seeds.values():
-        try:
-            value = pick(numbers)
-        except (KeyError, TypeError):  # a run too short, or data without labels, has no such number
-            value = None
-        if value is not None and math.isfinite(value):
-            values.append(value)
+    values, fallen = values_of(results, arm, key), collapsed(results, arm)
     if not values:
-        return "–"
-    mean, below, above = seed_interval(values)
-    spread = f"{markdown.span(max(below, low), min(above, high))}, " if len(values) > 1 else ""
-    lacking = f" of {len(seeds)}" if len(values) < len(seeds) else ""
-    return f"{markdown.number(mean)} ({spread}n = {len(values)}{lacking})"
+        why = reason(results, arm, key)
+        return f"not defined: {why}" if why else "–"
+    mean, low, high = seed_interval(list(values.values()))
+    text = number(mean) + " †" * bool(fallen)
+    if 0 < len(set(fallen) & set(values)) < len(values):
+        return text + f" ({len(fallen)} of {len(values)} collapsed)" * interval
+    if key.startswith(("probe", "auroc", "ap_", "kept", "nmi", "tells", "retrieval_same")):
+        low, high = max(low, 0.0), min(high, 1.0)
+    shown = interval and len(values) >= LEAST_SEEDS and number(low) != number(high)
+    return text + f" ({span(low, high)})" * shown
 
 
-SHARE = (0.0, 1.0)  # bounds of a share, an accuracy, an NMI
-POSITIVE = (0.0, math.inf)
+def _note(text: str) -> str:
+    """A table, with what "†" means below it."""
+    return f"{text}\n\n{COLLAPSED}" if "†" in text else text
 
-FINDINGS = (
-    (
-        "Faster convergence",
-        "the equivariant network stabilises early",
-        (
-            (
-                "first epoch from which NMI stays within 0.02 of its final mean",
-                lambda n: n["training"]["converged_at"],
-                (2, math.inf),
-            ),
-            ("NMI of the last two epochs", lambda n: n["training"]["nmi_final"], SHARE),
-            (
-                "the same for unrelated clusterings of these sizes (chance)",
-                lambda n: n["training"]["nmi_chance"],
-                SHARE,
-            ),
-            (
-                "AMI of the last two epochs (chance is 0)",
-                lambda n: n["training"]["ami_final"],
-                (-1.0, 1.0),
-            ),
-        ),
-    ),
-    (
-        "Improved stability",
-        "NMI and loss fluctuate less",
-        (
-            (
-                "standard deviation of NMI over the second half",
-                lambda n: n["training"]["nmi_sd"],
-                POSITIVE,
-            ),
-            ("epochs at which the loss rises", lambda n: n["training"]["loss_increases"], POSITIVE),
-            (
-                "sum of these rises, in units of ln K",
-                lambda n: n["training"]["loss_increase_size"] / n["ln_k"],
-                POSITIVE,
-            ),
-        ),
-    ),
-    (
-        "More structured representations",
-        "clusters are more clearly apart",
-        (
-            (
-                "silhouette of the clusters in the clustered space, -1 to 1",
-                lambda n: n["features"]["structure"]["silhouette"],
-                (-1.0, 1.0),
-            ),
-            (
-                "Davies-Bouldin index, lower is better",
-                lambda n: n["features"]["structure"]["davies_bouldin"],
-                POSITIVE,
-            ),
-            (
-                "AMI of clusters with label combinations (chance is 0)",
-                lambda n: n["features"]["labels"]["ami"],
-                (-1.0, 1.0),
-            ),
-        ),
-    ),
-    (
-        "Better transferability",
-        "the linear probe scores higher (0.567 against 0.564)",
-        (
-            (
-                "probe of cluster assignments, accuracy",
-                lambda n: n["features"]["clusters"]["accuracy"],
-                SHARE,
-            ),
-            (
-                "probe of label combinations, accuracy",
-                lambda n: n["features"]["label_combinations"]["accuracy"],
-                SHARE,
-            ),
-            (
-                "majority of label combinations",
-                lambda n: n["features"]["label_combinations"]["majority"],
-                SHARE,
-            ),
-            (
-                "probe of the 14 findings, mean AUROC (chance is 0.5)",
-                lambda n: n["features"]["findings"]["mean"],
-                SHARE,
-            ),
-        ),
-    ),
-    (
-        "No augmentation required",
-        "robustness to rotation comes from the architecture",
-        (
-            (
-                "share of images keeping their cluster under the 7 turns and mirrors of the square",
-                lambda n: n["symmetry"]["lattice"],
-                SHARE,
-            ),
-            (
-                "share keeping it under turns of 15 to 75 degrees",
-                lambda n: n["symmetry"]["free"],
-                SHARE,
-            ),
-        ),
-    ),
+
+def _shown(results: Results, arms: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
+    return {arm: of for arm, of in results["arms"].items() if arms is None or arm in arms}
+
+
+def measure_table(
+    results: Results, columns: Mapping[str, str], arms: Sequence[str] | None = None
+) -> str:
+    """One row per arm, one column per measure, see `cell`; arms without a number are left out."""
+    rows, reasons = [], {}
+    for arm, entry in _shown(results, arms).items():
+        cells = [cell(results, arm, key) for key in columns]
+        if any(values_of(results, arm, key) for key in columns):
+            rows.append([entry["title"], *cells, str(len(entry["seeds"]))])
+        reasons |= dict.fromkeys(cells)
+    if not rows:
+        return "; ".join(why for why in reasons if why != "–") or "No run has these numbers."
+    return _note(table(["arm", *columns.values(), "seeds"], rows))
+
+
+def frame(results: Results) -> pd.DataFrame:
+    """All numbers: one row per arm and seed, one column per measure."""
+    k, rows = results["settings"]["n_clusters"], []
+    for arm, entry in results["arms"].items():
+        for seed, run in entry["seeds"].items():
+            numbers = {key: v for key, v in run["values"].items() if not isinstance(v, str)}
+            rows.append({"arm": arm, "seed": int(seed), "n_clusters": k, **numbers})
+    return pd.DataFrame(rows)
+
+
+def occupancy_table(results: Results, arms: Sequence[str] | None = None) -> str:
+    """Are the images spread over the clusters? One row per arm, one value per seed."""
+    rows, k = [], results["settings"]["n_clusters"]
+    for arm, entry in _shown(results, arms).items():
+        cells = []
+        for key, digits in {"largest_cluster": 2, "clusters_used": 0, "perplexity": 1}.items():
+            values = values_of(results, arm, key).values()
+            cells.append(", ".join(number(value, digits) for value in values))
+        fallen = ", ".join(collapsed(results, arm))
+        rows.append([entry["title"], *cells, f"seed {fallen} †" if fallen else "none"])
+    header = ["arm", "largest cluster, share of the images", f"clusters in use, of {k}"]
+    return _note(table([*header, f"perplexity, at most {k}", "collapsed"], rows))
+
+
+# --- table 1 --------------------------------------------------------------------------------------
+
+
+TARGETS = {  # what a probe predicts: measure, name
+    "clusters": ("probe_clusters", "cluster assignments"),
+    "label_combinations": ("probe_combinations", "label combinations"),
+    "findings": ("auroc_macro", "labels, mean AUROC"),
+}
+BESIDE = {"patients_low": "low", "patients_high": "high", "baseline": "majority"}
+BESIDE |= {"chance": "chance", "n_classes": "n_classes"}
+
+
+def linear_probe_table(results: Results, published: Mapping[str, Any]) -> pd.DataFrame:
+    """Table 1: the probes of each arm over its seeds, beside majority and published value.
+
+    Columns are ``target, arm, n_seeds, accuracy`` (or mean AUROC); ``seeds_low, seeds_high`` (95 %,
+    Student's t; NaN over a mixture of collapsed and whole runs); ``patients_low, patients_high``
+    (95 % bootstrap over test patients); ``ci_low, ci_high`` (the wider of both); ``baseline``
+    (majority; 0.5 for AUROC), ``chance, n_classes, collapsed`` (seeds), ``published,
+    published_baseline``. There is no row for what is not defined.
+    """
+    rows, known = [], published["linear_probe"]
+    for target, (key, _) in TARGETS.items():
+        for arm in (*MAIN, "pixels"):
+            if not (values := values_of(results, arm, key)):
+                continue
+            mean, *seeds = seed_interval(list(values.values()))
+            fallen, row = len(collapsed(results, arm)), {"target": target, "arm": arm}
+            seeds = [math.nan] * 2 if 0 < fallen < len(values) else np.clip(seeds, 0, 1).tolist()
+            row |= {"n_seeds": len(values), "accuracy": mean, "collapsed": fallen}
+            row |= {"seeds_low": seeds[0], "seeds_high": seeds[1]}
+            for name, ending in BESIDE.items():
+                beside = list(values_of(results, arm, f"{key}_{ending}").values())
+                row[name] = np.mean(beside) if beside else 0.5 if target == "findings" else math.nan
+            row["ci_low"] = np.nanmin([seeds[0], row["patients_low"], mean])
+            row["ci_high"] = np.nanmax([seeds[1], row["patients_high"], mean])
+            row |= {"published": math.nan, "published_baseline": math.nan}
+            if arm in known and target != "findings":
+                row["published"] = known[arm]
+                if target == "label_combinations":
+                    row["published_baseline"] = known["majority_baseline_recomputed"]
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def linear_probe_markdown(results: Results, frame: pd.DataFrame) -> str:
+    """Table 1 (`linear_probe_table`) as Markdown, one block per target."""
+    header = ["features", "value", "95 % over seeds", "95 % over patients", "majority", "classes"]
+    label = results["dataset"]["label"]
+    blocks = [f"**Table 1. Linear probes on frozen features.** Dataset: {label}."]
+    for target, (key, name) in TARGETS.items():
+        rows = []
+        for r in frame[frame["target"] == target].itertuples() if len(frame) else ():
+            intervals = span(r.seeds_low, r.seeds_high), span(r.patients_low, r.patients_high)
+            value = number(r.accuracy) + " †" * bool(r.collapsed)
+            about = number(r.baseline), f"{r.n_classes:.0f}", str(r.n_seeds), number(r.published)
+            rows.append([ARMS[r.arm].title, value, *intervals, *about])
+        why = next(filter(None, (reason(results, arm, key) for arm in MAIN)), "no run")
+        text = table([*header, "seeds", "published"], rows, figures=True)
+        text = text if rows else f"not defined: {why}."
+        name = f"{len(results['dataset']['labels'])} {name}" if target == "findings" else name
+        blocks.append(f"*{name[0].upper()}{name[1:]}*\n\n{text}")
+    blocks.append(
+        "Logistic regression; patients are split 80/20. Value: accuracy, mean over seeds; for the "
+        "labels the mean area under the ROC curve, where 0.5 is chance. Majority: always the most "
+        "frequent class of the training images. Cluster assignments are the clusters of the same "
+        "features, so their probe says how linear the clusters are, not what they mean. Published: "
+        "0.564 and 0.567, which the project page gives for cluster assignments and the published "
+        "script computes for label combinations, where the majority scored 0.590."
+    )
+    return _note("\n\n".join(blocks)) + "\n"
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+MEANING = {"supported": "the claim holds here", "reversed": "here it is the other way round"}
+MEANING |= {"not supported": "no advantage of a size that matters", "undecided": "cannot tell"}
+
+
+def verdict_text(results: Results, comparison: Mapping[str, Any], decided: Mapping) -> str:
+    """``"undecided at n = 3"``, ``"supported"``, ``"not defined: fewer than 2 classes"``."""
+    sides = [comparison[side] for side in SIDES]
+    if not decided["n"]:
+        why = [reason(results, arm, decided["measure"]) for arm in sides]
+        return f"not defined: {next(filter(None, why), 'no number')}"
+    text = decided["verdict"]
+    text += f" at n = {decided['n']}" * (text == "undecided")
+    return text + " †" * any(collapsed(results, arm) for arm in sides)
+
+
+def _decided(comparison: Mapping[str, Any]) -> list[tuple[Any, Mapping, Mapping]]:
+    """Claim, verdict and numbers of the measure that decides."""
+    entries = {entry["measure"]: entry for entry in comparison["measures"]}
+    pairs = zip(CLAIMS, comparison["verdicts"], strict=True)
+    return [(claim, decided, entries[decided["measure"]]) for claim, decided in pairs]
+
+
+def verdict_table(results: Results) -> str:
+    """The five claims with the verdicts of the page's own comparison, as Markdown."""
+    if not results["comparisons"]:
+        return "No two arms can be compared yet."
+    comparison, rows = results["comparisons"][0], []
+    for claim, decided, entry in _decided(comparison):
+        measure, p = MEASURE[decided["measure"]], entry.get("p_holm")
+        about = f"{measure.title}; smallest that matters: {measure.smallest:g}"
+        corrected = "< 0.001" if p is not None and p < 0.001 else number(p)
+        numbers = [number(entry.get(key)) for key in (*SIDES, "mean")]
+        numbers += [span(entry.get("low"), entry.get("high")), corrected]
+        numbers += [number(entry.get("hedges_g"), 1)]
+        verdict = f"**{verdict_text(results, comparison, decided)}**"
+        verdict += f": {MEANING[decided['verdict']]}" * bool(decided["n"])
+        rows.append([f"{claim.title}: {claim.page}", about, *numbers, verdict])
+    header = ["claim of the page", "measure, chosen beforehand"]
+    header += [ARMS[comparison[side]].title for side in SIDES]
+    header += ["difference, positive speaks for the claim", "95 %", "p, corrected", "g", "verdict"]
+    return _note(table(header, rows))
+
+
+def verdict_matrix(results: Results) -> str:
+    """All comparisons, one row each, one column per claim: verdict, difference and interval."""
+    rows = []
+    for comparison in results["comparisons"]:
+        cells = []
+        for _, decided, entry in _decided(comparison):
+            numbers = f": {number(entry.get('mean'))} ({span(entry.get('low'), entry.get('high'))})"
+            verdict = verdict_text(results, comparison, decided)
+            cells.append(verdict + numbers * bool(entry["seeds"]))
+        about = " against ".join(ARMS[comparison[side]].title for side in SIDES)
+        about = [f"{about}: {comparison['purpose']}", str(len(comparison["seeds"]))]
+        rows.append([*about, number(comparison["detectable_g"], 1), *cells])
+    header = ["comparison", "seeds", "g found with 80 % power", *(c.title for c in CLAIMS)]
+    return _note(table(header, rows)) if rows else "No two arms can be compared yet."
+
+
+# fmt: off
+GLANCE = (  # name, measure, kind of baseline, its measure (empty: the same of untrained networks)
+    ("NMI of the last two epochs", "nmi_final", "chance", "nmi_chance"),
+    ("largest cluster, share of the images", "largest_cluster", "untrained", ""),
+    ("loss of the last epoch, in units of ln K (1: a guess)", "loss_final", "", ""),
+    ("probe: cluster assignments", "probe_clusters", "majority", "probe_clusters_majority"),
+    ("probe: label combinations", "probe_combinations", "majority",
+     "probe_combinations_majority"),
+    ("probe: labels, mean AUROC", "auroc_macro", "untrained", ""),
+    ("keeps its cluster: turns and mirrors of the square", "kept_lattice", "untrained", ""),
+    ("keeps its cluster: free turns", "kept_free", "untrained", ""),
 )
+# fmt: on
+
+
+def glance(results: Results) -> str:
+    """README's results at a glance: a few measures of both arms, each beside its baseline."""
+    rows = []
+    for name, key, kind, beside in GLANCE:
+        pairs = [(a, beside) for a in MAIN[:2]] if beside else [(a, key) for a in MAIN[2:]]
+        base = " / ".join(cell(results, *pair, interval=False) for pair in pairs)
+        cells = [cell(results, arm, key) for arm in MAIN[:2]]
+        rows.append([name, *cells, f"{kind}: {base}" if kind else ""])
+    titles = [ARMS[arm].title for arm in MAIN[:2]]
+    header = [results["dataset"]["label"], *titles, "baseline (AlexNet / P4M)"]
+    return _note(table(header, rows, figures=True))
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def _head(results: Results, command: str) -> str:
+    about, settings = results["dataset"], results["settings"]
+    patients = f"{about['patients']:,} patients" if about["patients"] else "patients unknown"
+    facts = [about["label"], patients, f"{about['n_test']:,} test images"]
+    facts += [f"K = {settings['n_clusters']}", f"{settings['epochs']} epochs"]
+    return f"{'; '.join(facts)}. Made by `{command}`.\n\n{about['attribution']}"
 
 
 def summary(
-    results: Mapping[str, Any], table: pd.DataFrame, figures: Mapping[str, str], command: str
+    results: Results, frame: pd.DataFrame, captions: Mapping[str, str], command: str
 ) -> str:
     """``summary.md``: the page's five key findings, each with this run's numbers, and the captions
-    of the figures.
-
-    Parameters
-    ----------
-    results : mapping
-        Contents of results.json.
-    table : DataFrame
-        `linear_probe_table`.
-    figures : mapping of file name to caption
-    command : str
-        The command that makes all of it.
+    of the figures. `frame` is `linear_probe_table`; `captions` are by file name.
     """
-    label = results["dataset_label"]
-    epochs = {arm: results["arms"][arm]["config"]["epochs"] for arm in ("alexnet", "p4m")}
-    facts = [
-        f"K = {results['n_clusters']}",
-        f"seeds {', '.join(map(str, results['seeds']))}",
-        f"epochs: AlexNet {epochs['alexnet']}, P4M {epochs['p4m']}",
-        f"parameters: AlexNet {results['arms']['alexnet']['parameters']:,}, P4M {results['arms']['p4m']['parameters']:,}",
-        f"{results['n_patients']:,} patients" if results["n_patients"] else "patients unknown",
-    ]
-    columns = ("alexnet", "p4m", "alexnet-untrained", "p4m-untrained")
-    blocks = [
-        f"# Summary: {label}",
-        f"{'; '.join(facts)}. Made by `{command}`.",
-        results["attribution"],
-        "## The five key findings of the page, with this run's numbers",
-        "Each cell is the mean over seeds, with a 95 % interval (Student's t) where there is more than one. These are measurements; a "
-        "verdict needs controls and more seeds than a quick run has. NMI of consecutive epochs says that a network agrees with itself, not "
-        "with anatomy or disease.",
-    ]
-    for number, (title, claim, measures) in enumerate(FINDINGS, 1):
-        rows = [
-            [name, *(over_seeds(results, arm, pick, *bounds) for arm in columns)]
-            for name, pick, bounds in measures
-        ]
-        header = ["measure", *(ARMS[arm] for arm in columns)]
-        blocks.append(
-            f"### {number}. {title}: {claim}\n\n" + markdown.table(header, rows, figures=True)
-        )
-    blocks += ["## Linear probes", linear_probe_markdown(table, label), "## Figures"]
-    blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in figures.items()]
-    return "\n\n".join(blocks).rstrip() + "\n"
+    label = results["dataset"]["label"]
+    blocks = [f"# Summary: {label}", _head(results, command)]
+    blocks += ["## Are the images spread over the clusters?", occupancy_table(results, MAIN)]
+    blocks += ["## The five key findings of the page, with this run's numbers"]
+    blocks += ["Mean over seeds, from three seeds on with a 95 % interval (Student's t)."]
+    for place, claim in enumerate(CLAIMS, 1):
+        text = measure_table(results, TABLES[claim.key][1], MAIN)
+        blocks.append(f"### {place}. {claim.title}: {claim.page}\n\n{text}")
+    blocks += ["## Linear probes", linear_probe_markdown(results, frame).rstrip(), "## Figures"]
+    blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in captions.items()]
+    return "\n\n".join(blocks) + "\n"
 
+
+def claims_page(results: Results, command: str) -> str:
+    """``claims.md``: verdicts first, then occupancy, arms and every measure."""
+    arms = []
+    for a in results["arms"].values():
+        about = [a["title"], a["backbone"], "yes" if a["rotation"] else "no", a["pseudo_labels"]]
+        about += [f"{a['parameters']:,}", f"{a['flops'] / 1e6:,.1f}", f"{a['feature_dim']:,}"]
+        arms.append([*about, ", ".join(a["seeds"])])
+    header = ["arm", "backbone", "rotation", "trained on", "parameters", "MFLOPs per image"]
+    blocks = [
+        f"# Which of the paper's claims hold: {results['dataset']['label']}",
+        _head(results, command),
+        "**Not for clinical use.** Verdicts are about this data, these network widths and this "
+        "number of seeds, not about the paper's own runs.",
+        verdict_table(results),
+        rule(),
+        "## Are the images spread over the clusters?",
+        occupancy_table(results),
+        "## All comparisons",
+        "Difference of the deciding measure with its 95 % interval; positive speaks for the claim.",
+        verdict_matrix(results),
+        "## What the measures cannot show",
+        "\n".join(f"- **{c.title}.** {c.caution}" for c in CLAIMS),
+        "## Arms",
+        table([*header, "features", "seeds"], arms),
+        "Parameters without the top layer; FLOPs of the features of one image, group convolutions "
+        "counted as dense ones.",
+    ]
+    for heading, columns in TABLES.values():
+        blocks.append(f"## {heading}\n\n{measure_table(results, columns)}")
+    if results["missing"]:
+        blocks.append("## What is missing\n\n" + "\n".join(f"- {m}" for m in results["missing"]))
+    return "\n\n".join(blocks) + "\n"
+
+
+# --- captions of figures, in one summary.md -------------------------------------------------------
 
 SECTION = re.compile(r"<!-- figures of (\S+) -->\n.*?<!-- /figures of \1 -->\n", re.DOTALL)
 
 
 def save_summary(path: Path | str, text: str) -> None:
-    """Write ``summary.md``, and below it the captions that other notebooks have added to the one
-    that is there (`save_captions`).
-    """
+    """Write ``summary.md``, and below it the captions that other notebooks have added."""
     path = Path(path)
     earlier = path.read_text(encoding="utf-8") if path.exists() else ""
+    sections = [section.group() for section in SECTION.finditer(earlier)]
     with atomic_write(path, "w") as handle:
-        handle.write(
-            "\n".join(
-                [
-                    text.rstrip("\n") + "\n",
-                    *(section.group() for section in SECTION.finditer(earlier)),
-                ]
-            )
-        )
+        handle.write("\n".join([text.rstrip("\n") + "\n", *sections]))
 
 
 def save_captions(
@@ -378,134 +420,23 @@ def save_captions(
     notebook: str,
     figures: Mapping[str, str],
     label: str,
-    seeds: Sequence[int],
+    seeds: Sequence[Any],
     command: str,
     attribution: str,
 ) -> None:
-    """Put the captions of a notebook's figures into ``summary.md``, in a section of their own that
-    takes the place of an earlier one.
-
-    Parameters
-    ----------
-    path : Path
-        ``summary.md``. If 05_figures has not written it, it is made, and holds these captions under
-        a title and `attribution`.
-    notebook : str
-        Name of the notebook, such as ``"06_claims"``.
-    figures : mapping of file name to caption
-    label : str
-        Dataset and number of images, as `dataset_label` gives them.
-    seeds : sequence of int
-        Seeds of the runs that are drawn.
-    command : str
-        The command that makes the figures.
-
-    Raises
-    ------
-    ValueError
-        `notebook` is no single word, so its section could not be found again.
+    """Put the captions of a notebook's figures (file name -> caption) into ``summary.md``, in a
+    section that replaces an earlier one of `notebook`, such as ``"06_claims"``. A file that is not
+    there begins with a title and `attribution`.
     """
-    if not re.fullmatch(r"[\w.-]+", notebook):
-        raise ValueError(
-            f"{notebook!r} cannot name a section: give the notebook's name, such as '06_claims'"
-        )
-    path = Path(path)
-    text = (
-        path.read_text(encoding="utf-8")
-        if path.exists()
-        else f"# Figures: {label}\n\n{attribution}\n"
-    )
-    blocks = [
-        f"## Figures of {notebook}",
-        f"Seeds {', '.join(map(str, seeds))}. Made by `{command}`.",
-    ]
+    path, text = Path(path), f"# Figures: {label}\n\n{attribution}\n"
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+    blocks = [f"## Figures of {notebook}"]
+    blocks += [f"Seeds {', '.join(map(str, seeds))}. Made by `{command}`."]
     blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in figures.items()]
-    section = (
-        f"<!-- figures of {notebook} -->\n"
-        + "\n\n".join(blocks)
-        + f"\n<!-- /figures of {notebook} -->\n"
-    )
-    sections = {found[1]: found[0] for found in SECTION.finditer(text)} | {notebook: section}
+    begin, end = (f"<!-- {slash}figures of {notebook} -->\n" for slash in ("", "/"))
+    sections = {found[1]: found[0] for found in SECTION.finditer(text)}
+    sections[notebook] = begin + "\n\n".join(blocks) + "\n" + end
+    ordered = [sections[name] for name in sorted(sections)]
     with atomic_write(path, "w") as handle:
-        handle.write(
-            "\n".join(
-                [
-                    SECTION.sub("", text).rstrip("\n") + "\n",
-                    *(sections[name] for name in sorted(sections)),
-                ]
-            )
-        )
-
-
-def glance(results: Mapping[str, Any]) -> str:
-    """README's result at a glance: a few measures of both arms, each beside its baseline (cells as
-    in `summary`).
-    """
-    nothing_learnt = ("untrained", ("alexnet-untrained", "p4m-untrained"))
-    measures = (
-        (
-            "NMI of the last two epochs",
-            lambda n: n["training"]["nmi_final"],
-            "chance",
-            ("alexnet", "p4m"),
-            lambda n: n["training"]["nmi_chance"],
-        ),
-        (
-            "loss of the last epoch, in units of ln K",
-            lambda n: n["training"]["loss_final"] / n["ln_k"],
-            "chance",
-            (),
-            1.0,
-        ),
-        ("probe: cluster assignments", *_probe("clusters")),
-        ("probe: label combinations", *_probe("label_combinations")),
-        (
-            "probe: 14 findings, mean AUROC",
-            lambda n: n["features"]["findings"]["mean"],
-            *nothing_learnt,
-            None,
-        ),
-        (
-            "keeps its cluster: lattice turns",
-            lambda n: n["symmetry"]["lattice"],
-            *nothing_learnt,
-            None,
-        ),
-        (
-            "keeps its cluster: 15 to 75 degrees",
-            lambda n: n["symmetry"]["free"],
-            *nothing_learnt,
-            None,
-        ),
-    )
-    rows = []
-    for name, pick, kind, arms, baseline in measures:
-        bounds = SHARE
-        if isinstance(baseline, float):
-            beside, bounds = markdown.number(baseline), POSITIVE
-        else:
-            beside = " / ".join(
-                over_seeds(results, arm, baseline or pick).split(" (")[0] for arm in arms
-            )
-        rows.append(
-            [
-                name,
-                *(over_seeds(results, arm, pick, *bounds) for arm in ("alexnet", "p4m")),
-                f"{kind}: {beside}",
-            ]
-        )
-    return markdown.table(
-        [results["dataset_label"], ARMS["alexnet"], ARMS["p4m"], "baseline (AlexNet / P4M)"],
-        rows,
-        figures=True,
-    )
-
-
-def _probe(target: str) -> tuple[Any, ...]:
-    """Measure and majority baseline of a probe, as `glance` lists them."""
-    return (
-        lambda n: n["features"][target]["accuracy"],
-        "majority",
-        ("alexnet", "p4m"),
-        lambda n: n["features"][target]["majority"],
-    )
+        handle.write("\n".join([SECTION.sub("", text).rstrip("\n") + "\n", *ordered]))

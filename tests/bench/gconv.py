@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from lib.fast import gkernel  # noqa: E402
 from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, P4MConvP4M, P4MConvZ2, group_max_pool  # noqa: E402
-from lib.memory import freed_memory_kept  # noqa: E402
+from lib.parallel import freed_memory_kept  # noqa: E402
 
 VARIANTS = (
     "plain",
@@ -48,7 +48,8 @@ VARIANTS = (
     "auto, no compiler",
     *(["escnn"] if importlib.util.find_spec("escnn") else []),
 )
-BARS = {  # width -> (step without, step with, forward without, forward with a compiler), shares of plain
+# width -> shares of plain: step without, step with, forward without, forward with a compiler
+BARS = {
     (64, 128, 256): (0.40, 0.33, 0.45, 0.40),
     (16, 32, 64): (None, 0.65, None, None),
     (8, 16, 32): (None, 0.95, None, None),
@@ -261,7 +262,8 @@ def measure(options: argparse.Namespace, kept: bool) -> None:
     )
     kernel = "compiled kernel" if gkernel.available() else "no compiler"
     print(
-        f"PyTorch {torch.__version__}, {processor}, {options.dtype}, batch {options.batch}, {options.repeats} rounds, {kernel}"
+        f"PyTorch {torch.__version__}, {processor}, {options.dtype}, "
+        f"batch {options.batch}, {options.repeats} rounds, {kernel}"
     )
     kept = kept or os.environ.get("MALLOC_MMAP_MAX_") == "0"
     print(f"Freed memory is {'kept for the next array' if kept else 'given back to the system'}\n")
@@ -281,13 +283,15 @@ def measure(options: argparse.Namespace, kept: bool) -> None:
             rounds = [[bench.run(phase) for bench in benches] for _ in range(options.repeats)]
             fastest = [min(times) for times in zip(*rounds, strict=True)]
             cells = [
-                f"{statistics.median(times[i] / times[0] for times in rounds):.2f} ({fastest[i] / fastest[0]:.2f})"
+                f"{statistics.median(times[i] / times[0] for times in rounds):.2f} "
+                f"({fastest[i] / fastest[0]:.2f})"
                 for i in range(1, len(VARIANTS))
             ]
             bars = BARS.get(widths, (None,) * 4)
             limits = [f"{bar:.2f}" if bar else "" for bar in (bars[first + 1], bars[first])]
             print(
-                f"| {'/'.join(map(str, widths))} | {phase} | {fastest[0] * 1e3:.1f} | {' | '.join(cells + limits)} |",
+                f"| {'/'.join(map(str, widths))} | {phase} | {fastest[0] * 1e3:.1f} | "
+                f"{' | '.join(cells + limits)} |",
                 flush=True,
             )
         del benches
@@ -313,7 +317,9 @@ def measure(options: argparse.Namespace, kept: bool) -> None:
         ]
         shares = " | ".join(f"{peak / peaks[0]:.2f}" for peak in peaks[1:])
         print(
-            f"| {'/'.join(map(str, widths))} | peak memory | {peaks[0] / 2**20:.0f} MiB | {shares} | {1.3 * peaks[1] / peaks[0]:.2f} | |",
+            f"| {'/'.join(map(str, widths))} | peak memory | {peaks[0] / 2**20:.0f} MiB | "
+            f"{shares} | "
+            f"{1.3 * peaks[1] / peaks[0]:.2f} | |",
             flush=True,
         )
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from lib import fast  # noqa: E402
 from lib.fast import gkernel  # noqa: E402
 from lib.gconv import GroupConv, P4ConvP4, P4ConvZ2, P4MConvP4M, P4MConvZ2  # noqa: E402
-from lib.memory import freed_memory_kept  # noqa: E402
+from lib.parallel import freed_memory_kept  # noqa: E402
 
 FIELDS = (
     (2, 4),
@@ -112,7 +112,8 @@ def main() -> None:
                 for k, stride, side, images in shapes
             ]
             print(
-                f"\n{make.__name__}, {'with' if compiled else 'without'} the compiled kernel\n\n| fields | {' | '.join(heads)} |"
+                f"\n{make.__name__}, {'with' if compiled else 'without'} the compiled kernel\n\n"
+                f"| fields | {' | '.join(heads)} |"
             )
             print("| --- " * (len(heads) + 1) + "|")
             for pair in fields:

@@ -1,7 +1,7 @@
 """How much memory each notebook takes at its peak, as it is saved (the smoke run), against what
 Binder gives.
 
-    python tests/bench/notebook_memory.py [--bar 1.0] [--like-run-all] [NOTEBOOK ...]
+    python tests/bench/notebook_memory.py [--bar 1.0] [NOTEBOOK ...]
 
 Each notebook runs in a kernel of its own, in order, in a temporary folder, and is told the limit as
 JupyterHub tells it (``MEM_LIMIT``). Every 50 ms the memory of the kernel and of all processes that
@@ -28,8 +28,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lib.run import _environment, find_notebooks  # noqa: E402
-from lib.study.markdown import table  # noqa: E402
+from lib.notebooks import find_notebooks  # noqa: E402
 
 
 class Watch:
@@ -83,7 +82,7 @@ class Watch:
 
 
 def measure(path: Path) -> tuple[Watch, float]:
-    """Run a notebook and watch its kernel; nbclient.exceptions.CellExecutionError if a cell fails."""
+    """Run a notebook and watch its kernel."""
     client = NotebookClient(
         nbformat.read(path, as_version=4),
         timeout=None,
@@ -114,47 +113,25 @@ def main() -> int:
         help="names such as 06_claims; what they build on must come before",
     )
     parser.add_argument("--bar", type=float, default=1.0, help="GB (default: %(default)s)")
-    parser.add_argument(
-        "--like-run-all",
-        action="store_true",
-        help="with run_all.sh's environment, which lets the C library keep memory",
-    )
     given = parser.parse_args()
     names = given.notebooks or [path.stem for path in find_notebooks()] + ["equivariance"]
     unknown = [name for name in names if not (ROOT / "notebooks" / f"{name}.ipynb").exists()]
     if unknown:
         parser.error(f"notebooks/{unknown[0]}.ipynb is not there")
-    rows, above = [], False
+    header = ["notebook", "peak PSS, GB", "peak RSS, GB", "processes then", "cell", "seconds"]
+    lines, above = [f"| {' | '.join(header)} |", "|---|---:|---:|---:|---:|---:|"], False
     with tempfile.TemporaryDirectory(prefix="cxr-memory-", ignore_cleanup_errors=True) as folder:
-        os.environ |= _environment() if given.like_run_all else {}
-        os.environ |= {
-            "CXR_DATA_DIR": str(Path(folder, "data")),
-            "CXR_FIGURES_DIR": str(Path(folder, "figures")),
-        }
+        os.environ |= {"CXR_DATA_DIR": f"{folder}/data", "CXR_FIGURES_DIR": f"{folder}/figures"}
         os.environ |= {"MEM_LIMIT": str(int(given.bar * 1e9))}
         os.environ |= {"JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         for name in names:
             watch, seconds = measure(ROOT / "notebooks" / f"{name}.ipynb")
             above |= watch.peak > given.bar * 1e9
             pss = f"{watch.peak / 1e9:.2f}" if watch.proportional else "–"
-            rows.append(
-                [
-                    name,
-                    pss,
-                    f"{watch.rss / 1e9:.2f}",
-                    str(watch.processes),
-                    f"[{watch.where}]",
-                    f"{seconds:.0f}",
-                ]
-            )
-            print(f"{name}: {rows[-1][1]} GB", file=sys.stderr, flush=True)
-    print(
-        table(
-            ["notebook", "peak PSS, GB", "peak RSS, GB", "processes then", "cell", "seconds"],
-            rows,
-            figures=True,
-        )
-    )
+            row = [name, pss, f"{watch.rss / 1e9:.2f}", watch.processes, f"[{watch.where}]"]
+            lines.append(f"| {' | '.join(map(str, [*row, round(seconds)]))} |")
+            print(f"{name}: {pss} GB", file=sys.stderr, flush=True)
+    print(*lines, sep="\n")
     return int(above)
 
 

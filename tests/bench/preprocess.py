@@ -1,5 +1,5 @@
-"""Images a second from 1024 x 1024 gray PNGs to 64 x 64: this project beside Pillow, OpenCV and
-torchvision, and one worker beside two.
+"""Images per second from 1024 x 1024 gray PNGs to 64 x 64: this project beside Pillow, OpenCV and
+torchvision.
 
 Run ``PYTHONPATH=. python tests/bench/preprocess.py``. The PNGs are drawn: phantoms enlarged, with
 the grain of a detector, so that a file has about 400 kB as NIH's have; ``--folder PATH`` takes real
@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from lib import data
 from lib.data import decode, phantom
+from lib.data.preprocess import preprocess
 
 FULL = 112_120
 
@@ -36,7 +36,7 @@ def draw(folder: Path, n: int) -> None:
 
 
 def peers() -> tuple[dict[str, Callable[[Path], np.ndarray]], list[str]]:
-    """Each library's fastest way to do the job that we know of, and those that cannot be imported."""
+    """Each library's fastest way to do the job that we know of, and those that are missing."""
 
     def pillow(path: Path) -> np.ndarray:
         with Image.open(path) as image:
@@ -86,18 +86,18 @@ def peers() -> tuple[dict[str, Callable[[Path], np.ndarray]], list[str]]:
 
 
 def rate(read: Callable[[Path], np.ndarray], files: list[Path]) -> float:
-    """Images a second, one after another."""
+    """Images per second, one after another."""
     begin = time.perf_counter()
     for file in files:
         read(file)
     return len(files) / (time.perf_counter() - begin)
 
 
-def preprocess_rate(folder: Path, n: int, workers: int) -> float:
-    """Images a second of `data.preprocess` as a whole: decoding, saving, checksums, joining."""
+def preprocess_rate(folder: Path, n: int) -> float:
+    """Images per second of `preprocess` as a whole: decoding, saving, checksums, joining."""
     with tempfile.TemporaryDirectory() as out:
         begin = time.perf_counter()
-        data.preprocess(folder, out, workers=workers)
+        preprocess(folder, out)
         return n / (time.perf_counter() - begin)
 
 
@@ -119,22 +119,17 @@ def main() -> None:
         files = files[: options.images]
         size = sum(path.stat().st_size for path in files) / len(files)
         print(f"{len(files)} gray PNGs, 1024 x 1024, {size / 1000:.0f} kB on average")
-        print(
-            f"PNG data inflated by {decode.fast_zlib.__name__} (this project) and by each peer's own zlib"
-        )
         found, missing = peers()
         readers = {"this project": lambda path: decode.decode(path)[0], **found}
         best = dict.fromkeys(readers, 0.0)
         some = files[:100]
-        with decode.strict():
-            for file in some[:5]:  # the same job: the same picture, but for rounding
-                for name, read in readers.items():
-                    assert (
-                        np.abs(read(file).astype(int) - readers["this project"](file)).max() <= 1
-                    ), name
-            for _ in range(options.rounds):
-                for name, read in readers.items():
-                    best[name] = max(best[name], rate(read, some))
+        for file in some[:5]:  # the same job: the same picture, but for rounding
+            own = readers["this project"](file)
+            for name, read in readers.items():
+                assert np.abs(read(file).astype(int) - own).max() <= 1, name
+        for _ in range(options.rounds):
+            for name, read in readers.items():
+                best[name] = max(best[name], rate(read, some))
         print("\none thread, an image at a time:")
         for name, images in best.items():
             print(f"  {name:28s} {images:7.1f} images/s  {1000 / images:6.2f} ms")
@@ -144,18 +139,10 @@ def main() -> None:
             f"  ratio to the fastest peer ({fastest}): {best['this project'] / best[fastest]:.3f}"
         )
         if options.folder is None:
-            rates = {1: 0.0, 2: 0.0}
-            for _ in range(options.rounds):
-                for workers in rates:
-                    rates[workers] = max(
-                        rates[workers], preprocess_rate(folder, len(files), workers)
-                    )
-            print(f"\npreprocess as a whole, {os.cpu_count()} cores:")
-            for workers, images in rates.items():
-                print(
-                    f"  {workers} worker(s) {images:7.1f} images/s, {FULL:,} images in {FULL / images / 60:.0f} min"
-                )
-            print(f"  two workers beside one: {rates[2] / rates[1]:.2f} x")
+            whole = max(preprocess_rate(folder, len(files)) for _ in range(options.rounds))
+            minutes = FULL / whole / 60
+            print(f"\npreprocess as a whole, {os.cpu_count()} cores: {whole:.1f} images/s")
+            print(f"  {FULL:,} images in {minutes:.0f} min")
 
 
 if __name__ == "__main__":

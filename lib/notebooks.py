@@ -1,0 +1,247 @@
+"""Running the notebooks: packages, presets and parameters, kernels, and whether all is done.
+
+The top imports the standard library alone, as `lib.__main__` does."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; one line."""
+
+
+class RunError(Exception):
+    """Something failed on the way; a few lines."""
+
+
+def find_notebooks(first: str = "00", last: str = "99") -> list[Path]:
+    """The numbered notebooks in their order, from one number to another."""
+    paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    return [path for path in paths if first <= path.name[:2] <= last]
+
+
+def read_parameters(notebook: Path) -> dict[str, Any]:
+    """Names and defaults of a notebook's parameters: ``name = literal`` in its tagged cell."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    lines = ast.parse("".join(cell["source"])).body
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset's parameters; UsageError for a name or a kind of value that no notebook has."""
+    import yaml
+
+    file = f"notebooks/params/{name}.yaml"
+    values = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} holds no `name: value` lines")
+    valid = {k: v for notebook in find_notebooks() for k, v in read_parameters(notebook).items()}
+    for key, value in values.items():
+        if key not in valid:
+            near = get_close_matches(str(key), valid, 1) or sorted(valid)
+            raise UsageError(f"{file}: unknown parameter {key!r}; valid: {', '.join(near)}")
+        if any(isinstance(value, t) != isinstance(valid[key], t) for t in (str, list, bool)):
+            hint = " (YAML reads 1e-3 as text: write 1.0e-3)" * isinstance(value, str)
+            raise UsageError(f"{file}: {key} is {value!r}, not like {valid[key]!r}{hint}")
+    return values
+
+
+class Notebooks:
+    """The notebooks, run with `parameters`, of which each is given those it has.
+
+    Copies and logs go to ``data/runs/<dataset>/notebooks``. ``done.json`` lies beside them: a
+    digest of all that the results depend on, `inputs` among it, and the files that were made."""
+
+    def __init__(self, parameters: Mapping[str, Any], inputs: Sequence[Path] = ()) -> None:
+        from lib import paths
+
+        self.parameters, self.inputs = parameters, inputs
+        folders = (paths.dataset_dir, paths.runs_dir, paths.figures_dir)
+        self.folders = [folder(parameters["dataset"]) for folder in folders]
+        self.copies = self.folders[1] / "notebooks"
+        file = self.copies / "done.json"
+        self.done = paths.load_json(file) if file.exists() else {}
+        other = self.done.get("source", parameters["source"])
+        if other != parameters["source"] and not parameters["restart"]:
+            what = f"{paths.show(self.folders[1])} holds the results of {other}"
+            raise UsageError(f"{what}: rename your folder, or replace them with --restart")
+
+    def own(self, notebook: Path) -> dict[str, Any]:
+        """The parameters that a notebook has."""
+        known = read_parameters(notebook)
+        return {name: value for name, value in self.parameters.items() if name in known}
+
+    def digest(self) -> str:
+        """Digest of parameters, code and the user's files: by number, size and newest change."""
+        how = ("restart", "nproc", "jobs")  # these change no result
+        facts = [(name, value) for name, value in self.parameters.items() if name not in how]
+        for path in find_notebooks():
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            facts += [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+        code = [p for p in (ROOT / "lib").rglob("*") if p.suffix in {".py", ".c", ".html"}]
+        facts += [path.read_text(encoding="utf-8") for path in sorted(code)]
+        found = [file for path in self.inputs for file in (path, *path.rglob("*"))]
+        states = [file.lstat() for file in found]
+        newest = max((state.st_mtime_ns for state in states), default=0)
+        facts += [len(states), sum(state.st_size for state in states), newest]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def are_done(self) -> bool:
+        """Whether nothing has changed since all was done, and no result is missing."""
+        there = all(map(os.path.exists, self.done.get("files", [])))
+        return there and self.done.get("digest") == self.digest()
+
+    def remember(self) -> None:
+        """Write down that all is done, and which files may not be deleted from now on."""
+        from lib import paths
+
+        passing = {".pt", ".tmp", ".lock", ".log", ".ipynb"}
+        found = [path for folder in self.folders for path in folder.rglob("*.*")]
+        files = [str(path) for path in found if path.suffix not in passing]
+        entry = {"source": self.parameters["source"], "digest": self.digest(), "files": files}
+        paths.save_json(self.copies / "done.json", entry)
+
+    def check_done(self, notebook: Path) -> None:
+        """UsageError unless a notebook was run to its end with these parameters."""
+        copy = self.copies / notebook.name
+        notes = json.loads(copy.read_text(encoding="utf-8"))["metadata"] if copy.exists() else {}
+        stored = notes.get("papermill", {"exception": True})
+        own = {name: value for name, value in self.own(notebook).items() if name != "restart"}
+        if stored["exception"] or stored["parameters"] | own != stored["parameters"]:
+            raise UsageError(f"{notebook.stem} is not done with these parameters: leave --from out")
+
+    def run(self, notebooks: Sequence[Path]) -> None:
+        """Run notebooks and print a line for each; RunError if one fails."""
+        for folder in (*self.folders, self.copies):
+            folder.mkdir(parents=True, exist_ok=True)
+        kernels = [start_kernel()]
+        try:
+            for count, notebook in enumerate(notebooks, 1):
+                if count < len(notebooks):
+                    kernels.append(start_kernel())  # seconds, which nobody has to wait for
+                print(f"[{count}/{len(notebooks)}] {notebook.stem} ... ", end="", flush=True)
+                begin = time.monotonic()
+                execute(notebook, self.copies / notebook.name, self.own(notebook), kernels[0])
+                kernels.pop(0).shutdown_kernel(now=True)
+                print(f"done in {time.monotonic() - begin:.0f} s", flush=True)
+        finally:
+            for kernel in kernels:
+                kernel.shutdown_kernel(now=True)
+
+
+def requirements(test: bool = False) -> list[str]:
+    """The packages that pyproject.toml names; with `test`, those of the tests, too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["dependencies"] + test * project["optional-dependencies"]["test"]
+
+
+def missing_packages(test: bool = False) -> list[str]:
+    """The `requirements` that this Python does not meet."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return requirements(test)
+
+    def is_met(requirement: Requirement) -> bool:
+        try:
+            there = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            return False
+        return requirement.specifier.contains(there, prereleases=True)
+
+    return [line for line in requirements(test) if not is_met(Requirement(line))]
+
+
+def install_missing() -> None:
+    """On Colab, install what the notebooks import and is absent; all else keeps its version."""
+    if "google.colab" not in sys.modules:
+        return
+    there = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
+    runners = {"ipykernel", "jupyter-client", "jupyterlab", "nbclient", "papermill"}
+    wanted = {re.match(r"[\w-]+", line)[0] for line in requirements()} - runners
+    if wanted - set(there):
+        held = [f"{name}=={there[name]}" for name in ("numpy", "torch", "torchvision")]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, *sorted(wanted - set(there)), *held], check=True)
+        importlib.invalidate_caches()
+
+
+def prepare_environment(folder: Path) -> None:
+    """Set what notebooks, runs and tests inherit; paths given to us are relative to `folder`."""
+    import joblib
+
+    for name in ("CXR_DATA_DIR", "CXR_FIGURES_DIR"):
+        if os.environ.get(name):  # notebooks run in another folder
+            os.environ[name] = os.path.abspath(folder / Path(os.environ[name]).expanduser())
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(path), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    os.environ.setdefault("PYTHONUTF8", "1")  # for logs, on Windows
+    os.environ.pop("MPLBACKEND", None)  # a kernel draws inline
+    if joblib.cpu_count() < (os.cpu_count() or 1):  # OpenMP does not see a container's limit
+        os.environ.setdefault("OMP_NUM_THREADS", str(joblib.cpu_count()))
+
+
+def start_kernel() -> Any:
+    """Start a Jupyter kernel of this Python, which then imports PyTorch while others work."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import KernelManager
+
+    this_python = KernelSpecManager(kernel_dirs=[])  # no "python3" that the user has installed
+    client = "jupyter_client.asynchronous.AsyncKernelClient"  # papermill's
+    kernel = KernelManager(kernel_spec_manager=this_python, client_class=client)
+    first = ["--IPKernelApp.exec_lines=import torch, sklearn.linear_model"]
+    kernel.start_kernel(extra_arguments=first, cwd=ROOT / "notebooks", stderr=subprocess.DEVNULL)
+    return kernel
+
+
+def execute(notebook: Path, copy: Path, parameters: Mapping[str, Any], kernel: Any) -> None:
+    """Run a notebook in a kernel; RunError with the cell and its error."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+
+    copy.unlink(missing_ok=True)
+    log = copy.with_suffix(".log")
+    with open(log, "w", encoding="utf-8") as handle, futures.ThreadPoolExecutor(1) as thread:
+        options = {"kernel_name": "python3", "km": kernel, "start_timeout": 300}
+        options |= {"stdout_file": handle, "stderr_file": handle, "progress_bar": False}
+        files = (str(notebook), str(copy), dict(parameters))
+        # in a thread, since in the main one papermill would take Ctrl-C for itself
+        job = thread.submit(execute_notebook, *files, cwd=str(notebook.parent), **options)
+        try:
+            while futures.wait([job], 0.5).not_done:
+                pass
+            job.result()
+            return
+        except PapermillExecutionError as error:
+            lines = f"{error.ename}: {error.evalue}".strip().splitlines()[:3]
+            said = f"In [{error.exec_count}]: " + "\n  ".join(lines)
+        except DeadKernelError:
+            said = "the kernel died; most often it was out of memory: try a smaller preset"
+        finally:
+            if not job.done():  # interrupted: give the cell time to leave its files in order
+                kernel.interrupt_kernel()
+                futures.wait([job], 10)
+                kernel.shutdown_kernel(now=True)
+    print("failed", flush=True)
+    raise RunError(f"{notebook.stem}: {said}\n  cells: {copy}\n  log: {log}")

@@ -1,0 +1,426 @@
+"""What is measured: a run, raw pixels or random clusters, and the parts of the measuring.
+
+`lib.metrics` and `lib.study.scores` define the numbers; `lib.study.measure` runs the parts and
+keeps what they find.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import expit
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+
+from lib import data, images, kmeans, metrics
+from lib.deepcluster import cluster
+from lib.features import extract
+from lib.parallel import resolve_device
+from lib.runs import Run, TrainConfig, assign, embed, load_model
+from lib.study import clusters, retrieval, scores
+
+ANGLES = tuple(range(0, 360, 15))  # degrees; those that are no quarter turn are the free turns
+FREE = np.array([angle % 90 != 0 for angle in ANGLES])
+MOVES = {"mirrored": (True, 0), "upside_down": (False, 2), "quarter_turn": (False, 1)}
+RATES = np.linspace(0, 1, 51)  # false positive rates at which ROC curves are read
+LEAST_SIDED = 10  # effusions of one side in training and in test
+FEW = "fewer than 2 classes"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is looked at: fixed numbers, so that large data sets cost little more.
+
+    `n_turned` images are turned; `n_moved` images are in the probes of moved images; `n_map` images
+    are in each t-SNE map and its silhouette, one map per perplexity and seed. (The silhouette of
+    the clustered space is of at most 5,000 images, see `lib.metrics.cluster_structure`.) `k`
+    matches are retrieved, `n_boot` samples of the test patients drawn.
+    """
+
+    n_turned: int = 96
+    n_moved: int = 240
+    n_map: int = 300
+    perplexities: tuple[int, ...] = (10, 30)
+    map_seeds: tuple[int, ...] = (0, 1)
+    n_neighbors: int = 10
+    k: int = 5
+    n_boot: int = 1000
+
+
+EFFORT = Effort()
+
+
+@dataclass(frozen=True)
+class Material:
+    """Images (N, 64, 64) uint8 and what is known of them; `turned`: see `turned_phantoms`."""
+
+    images: np.ndarray
+    metadata: pd.DataFrame
+    turned: np.ndarray | None = None
+    effort: Effort = EFFORT
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        return data.label_set(self.metadata)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Which of `labels` each image has, (N, F) bool."""
+        return data.finding_matrix(self.metadata["findings"], self.labels)
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """Label combination of each image, (N,); -1 if not stated."""
+        return data.label_combinations(self.metadata["findings"])
+
+    @cached_property
+    def patients(self) -> np.ndarray:
+        """Patient of each image, (N,) int; each image its own if the split is not by patient."""
+        split = self.metadata["split"].to_numpy()
+        patients = np.unique(data.patient_groups(self.metadata), return_inverse=True)[1]
+        shared = np.intersect1d(patients[split == "train"], patients[split == "test"])
+        return np.arange(len(patients)) if len(shared) else patients
+
+    def rows(self, stated: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Rows for training and for testing; with `stated` only those with labels."""
+        split, of = self.metadata["split"].to_numpy(), (self.codes >= 0) | (not stated)
+        return np.flatnonzero((split == "train") & of), np.flatnonzero((split == "test") & of)
+
+    def sample(self, size: int, seed: int = 0) -> np.ndarray:
+        """At most `size` random rows, ascending."""
+        n = len(self.images)
+        return np.sort(np.random.default_rng(seed).choice(n, min(size, n), replace=False))
+
+
+class Network:
+    """A finished run: ``features`` (N, D) for probes, the clustered ``embedding`` (N, d),
+    ``assignments`` (N,). `Pixels` and `Random` are measured in the same way.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.seed, self.n_clusters = run, run.config.seed, run.config.n_clusters
+        self.device = resolve_device(run.config.device)
+        self.model = load_model(run, self.device)
+        self.features = np.asarray(run.features)
+        self.embedding, self.assignments = self.embed(self.features), run.final_assignments
+
+    def extract(self, pictures: np.ndarray) -> np.ndarray:
+        return extract(self.model, pictures, device=self.device)
+
+    def embed(self, features: np.ndarray) -> np.ndarray:
+        return embed(self.run, features)
+
+    def assign(self, features: np.ndarray) -> np.ndarray:
+        return assign(self.run, features)
+
+    def describe(self, pictures: np.ndarray) -> np.ndarray:
+        """Unit vectors to retrieve by, (N, C)."""
+        return retrieval.describe(self.model, pictures, self.device)
+
+
+class Pixels:
+    """Raw pixels (N, 4096) in [-1, 1], clustered with PCA size, K and seed of the arms."""
+
+    def __init__(self, pictures: np.ndarray, config: TrainConfig) -> None:
+        self.seed, self.n_clusters = config.seed, config.n_clusters
+        self.features = self.extract(pictures)
+        found = cluster(self.features, config, config.epochs + 1)
+        self.assignments, self.whiten, self.clusterer = found
+        self.embedding = self.embed(self.features)
+
+    def extract(self, pictures: np.ndarray) -> np.ndarray:
+        return images.normalise(torch.from_numpy(np.array(pictures))).flatten(1).numpy()
+
+    def embed(self, features: np.ndarray) -> np.ndarray:
+        return np.asarray(self.whiten.transform(features))
+
+    def assign(self, features: np.ndarray) -> np.ndarray:
+        return kmeans.nearest(self.embed(features), self.clusterer.cluster_centers_)
+
+    def describe(self, pictures: np.ndarray) -> np.ndarray:
+        return retrieval.centred(self.extract(pictures))
+
+
+class Random(Pixels):
+    """Clusters drawn anew for each image that is asked about: a control that knows nothing."""
+
+    def __init__(self, pictures: np.ndarray, config: TrainConfig) -> None:
+        super().__init__(pictures, config)
+        self.rng = np.random.default_rng([config.seed, 1])
+        self.assignments = self.assign(self.features)
+
+    def assign(self, features: np.ndarray) -> np.ndarray:
+        return self.rng.integers(self.n_clusters, size=len(features))
+
+
+# --- the parts ------------------------------------------------------------------------------------
+# Each returns what it found by name: a number, or a text that says why there is none; a table or
+# curve (dict); answers image by image (array).
+
+Found = dict[str, Any]
+Subject = Network | Pixels
+
+
+def _unfit(labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> str:
+    """Why no probe of `labels` (-1: not stated) can be fitted and tested; empty if it can."""
+    if (labels < 0).all():
+        return "no labels"
+    if not len(train) or not len(test):
+        part = "test" if len(train) else "training"
+        return f"no {part} images" + " with labels" * bool((labels < 0).any())
+    return FEW if len(np.unique(labels[train])) < 2 else ""
+
+
+def _probe(
+    subject: Subject, material: Material, name: str, labels: np.ndarray, *rows: np.ndarray
+) -> tuple[Found, Found]:
+    """Numbers of a probe of `labels`, and the whole answer of `lib.metrics.probe`, if any."""
+    if reason := _unfit(labels, *rows):
+        return {f"probe_{name}": reason}, {}
+    options = {"groups": material.patients, "seed": subject.seed, "n_boot": material.effort.n_boot}
+    answer = metrics.probe(subject.features, labels, *rows, **options)
+    numbers = ("low", "high", "majority", "chance", "n_classes")
+    found = {f"probe_{name}": answer["accuracy"], name: answer["correct"]}
+    return found | {f"probe_{name}_{key}": answer[key] for key in numbers}, answer
+
+
+def cluster_probe(subject: Subject, material: Material) -> Found:
+    """How linear the clusters are in the features: the page's probe."""
+    rows = material.rows(stated=False)
+    found, _ = _probe(subject, material, "clusters", subject.assignments, *rows)
+    return found | {"test": rows[1], "test_patients": material.patients[rows[1]]}
+
+
+def combination_probe(subject: Subject, material: Material) -> Found:
+    """Each distinct set of labels as a class: the probe of the published script."""
+    train, test = material.rows()
+    found, answer = _probe(subject, material, "combinations", material.codes, train, test)
+    if answer:
+        shares = np.unique(material.codes[train], return_counts=True)[1] / len(train)
+        one_of = (material.codes[test][:, None] == answer["classes"]).ravel()
+        guesses = {"": answer["probabilities"], "_prevalence": np.tile(shares, (len(test), 1))}
+        for ending, guess in guesses.items():
+            area = scores.weighted_auroc(guess.ravel(), one_of, np.ones((1, one_of.size)))
+            found[f"micro_combinations{ending}"] = float(area[0])
+    return found | {"labelled_test": test, "labelled_test_patients": material.patients[test]}
+
+
+def label_probe(subject: Subject, material: Material) -> Found:
+    """One linear classifier per label, as the field does."""
+    (train, test), targets, seed = material.rows(), material.targets, subject.seed
+    log_odds = np.full((len(test), len(material.labels)), np.nan)
+    if len(train) and len(test):
+        options = {"groups": material.patients, "seed": seed}
+        log_odds = scores.finding_scores(subject.features, targets, train, test, **options)
+    if np.isnan(log_odds).all():
+        reason = _unfit(material.codes, train, test) or FEW
+        return dict.fromkeys(("auroc_macro", "ap_macro", "auroc_micro"), reason)
+    asked, probabilities = targets[test], expit(log_odds)
+    guess = np.where(np.isnan(log_odds), np.nan, scores.prevalence_guess(targets, train, test))
+    ours, blind = (scores.multilabel_scores(some, asked) for some in (probabilities, guess))
+    draws = metrics.bootstrap_weights(material.patients[test], material.effort.n_boot, seed)
+    low, high = metrics.percentile_interval(
+        scores.multilabel_scores(log_odds, asked, weights, micro=False)["auroc_macro"]
+        for weights in draws
+    )
+    found: Found = {"auroc_macro_low": low, "auroc_macro_high": high}
+    found["auroc_macro_n_classes"] = int((~np.isnan(log_odds).any(axis=0)).sum())
+    for name in ("auroc_macro", "auroc_micro", "ap_macro", "ap_micro"):
+        found |= {name: float(ours[name][0]), f"{name}_prevalence": float(blind[name][0])}
+    found["by_label"] = {name: ours[name][0] for name in ("auroc", "ap")}
+    for name, some in {"roc": probabilities, "roc_guess": guess}.items():
+        found[name] = scores.roc_curves(some, asked, RATES)
+    return found | {"findings": log_odds, "truth": asked}
+
+
+def structure(subject: Subject, material: Material) -> Found:
+    """Are the images spread over the clusters, and are these apart: in the space they were made in,
+    and in several t-SNE maps of it?
+    """
+    effort, index = material.effort, material.sample(material.effort.n_map)
+    points, labels = subject.embedding[index], subject.assignments[index]
+    several, maps = len(np.unique(labels)) > 1, []
+    neighbours = min(effort.n_neighbors, (len(index) - 1) // 2 - 1)
+    for perplexity in sorted({min(p, (len(index) - 1) // 3) for p in effort.perplexities}):
+        for seed in effort.map_seeds:
+            # exact is the faster method for a few hundred points
+            options = {"init": "random", "method": "exact", "max_iter": 500, "random_state": seed}
+            flat = TSNE(perplexity=perplexity, **options).fit_transform(points)
+            trust = scores.trustworthiness(points, flat, neighbours)
+            shared = scores.finding_neighbourhood(flat, material.targets[index], neighbours)
+            maps.append([trust, shared, silhouette_score(flat, labels) if several else math.nan])
+    found = dict(metrics.cluster_structure(subject.embedding, subject.assignments, seed=0))
+    names = ("map_trust", "map_findings", "map_silhouette")
+    found |= dict(zip(names, np.mean(maps, axis=0).tolist(), strict=True))
+    found = {k: "one cluster" if math.isnan(v) and not several else v for k, v in found.items()}
+    return found | metrics.occupancy(subject.assignments, subject.n_clusters)
+
+
+def invariance(subject: Subject, material: Material) -> Found:
+    """Who keeps the cluster, and how far features move, under the symmetries of the square and
+    under turns by 15 degrees.
+    """
+    index = material.sample(material.effort.n_turned)
+    chosen = np.array(material.images[index])
+    copies = [images.moved(chosen, *symmetry) for symmetry in images.SYMMETRIES]  # first: itself
+    copies += [images.turned(chosen, angle) for angle in ANGLES]
+    features = subject.extract(np.concatenate(copies))
+    there = subject.assign(features).reshape(len(copies), len(chosen))
+    embedded = subject.embed(features).reshape(*there.shape, -1)
+    curves = {
+        "kept": metrics.kept_share(there[0], there),
+        "ami": np.array([metrics.ami(there[0], moved) for moved in there]),
+        "distance": scores.relative_distance(embedded[0], embedded),
+    }
+    n = len(images.SYMMETRIES)
+    found: Found = {"symmetries": {key: curve[:n] for key, curve in curves.items()}}
+    found |= {"angles": {key: curve[n:] for key, curve in curves.items()}}
+    for key, curve in curves.items():
+        found[f"{key}_lattice"] = float(curve[1:n].mean())
+        found[f"{key}_free"] = float(curve[n:][FREE].mean())
+    if material.turned is None:
+        return found | {"kept_drawn": "not phantoms"}
+    drawn = subject.assign(subject.extract(np.array(material.turned[index])))
+    return found | {"kept_drawn": float((drawn == there[0]).mean())}
+
+
+def laterality(subject: Subject, material: Material) -> Found:
+    """The price of invariance: can a linear classifier still tell left from right, and up from
+    down? An image and its moved copy are both in the data, so 0.5 is chance.
+    """
+    index = material.sample(material.effort.n_moved, seed=1)
+    chosen, test = np.array(material.images[index]), np.isin(index, material.rows(stated=False)[1])
+    if test.all() or not test.any():
+        reason = f"no {'training' if test.all() else 'test'} images"
+        return {f"tells_{name}": reason for name in MOVES}
+    here, both, found = subject.extract(chosen), np.tile(test, 2), {}
+    options = {"groups": np.tile(material.patients[index], 2), "seed": subject.seed, "n_boot": 0}
+    moved = np.repeat([0, 1], len(index))
+    for name, move in MOVES.items():
+        features = np.concatenate([here, subject.extract(images.moved(chosen, *move))])
+        found[f"tells_{name}"] = metrics.probe(features, moved, ~both, both, **options)["accuracy"]
+    return found
+
+
+def effusion_side(subject: Subject, material: Material) -> Found:
+    """Can a linear classifier tell a left from a right effusion?
+
+    Each image is used twice, as it is and mirrored (side swapped): otherwise left and right
+    effusions are of different patients, and a probe could separate these without seeing the side.
+    """
+    side, (train, test) = material.metadata.get("side"), material.rows()
+    if side is None or "Effusion" not in material.labels:
+        return {"tells_effusion_side": "no side stated"}
+    has = material.targets[:, material.labels.index("Effusion")] & side.isin(["L", "R"]).to_numpy()
+    index = np.concatenate([train[has[train]], test[has[test]]])
+    tested = np.tile(np.isin(index, test), 2)
+    if min((~tested).sum(), tested.sum()) < 2 * LEAST_SIDED:
+        return {"tells_effusion_side": f"fewer than {LEAST_SIDED} effusions"}
+    mirrored = subject.extract(images.moved(np.array(material.images[index]), True, 0))
+    features = np.concatenate([subject.features[index], mirrored])
+    left = (side == "L").to_numpy()[index]
+    left = np.concatenate([left, ~left])[:, None]
+    options = {"groups": np.tile(material.patients[index], 2), "seed": subject.seed}
+    answer = scores.findings_auroc(features, left, ~tested, tested, **options)
+    return {"tells_effusion_side": answer["mean"]}
+
+
+def meaning(subject: Subject, material: Material) -> Found:
+    """Agreement of clusters with labels and with what should not matter."""
+    labels, stated = subject.assignments, material.codes >= 0
+    together = clusters.patient_together(labels, material.patients)
+    found = {"patient_together": together["share"], "patient_together_chance": together["expected"]}
+    for name, value in clusters.drivers(labels, material.images, material.metadata).items():
+        found[f"follows_{name}"] = FEW if math.isnan(value) else value
+    if not stated.any():
+        return found | {"nmi_findings": "no labels"}
+    pair = labels[stated], material.codes[stated]
+    chance = metrics.chance_nmi(*pair, seed=subject.seed)
+    return found | {"nmi_findings": metrics.nmi(*pair), "nmi_findings_chance": chance}
+
+
+def found_again(subject: Subject, material: Material) -> Found:
+    """Precision at k by label, and how often the same patient is found again."""
+    rows = np.flatnonzero(material.codes >= 0)
+    if not len(rows) or not material.targets.any():
+        return {"retrieval_lift": FEW if len(rows) else "no labels"}
+    vectors = subject.describe(material.images)[rows]
+    some = material.targets[rows], material.patients[rows]
+    answer = retrieval.precision_at_k(vectors, *some, material.effort.k)
+    lift = answer["precision"] - answer["chance"]
+    found: Found = {"retrieval": {name: answer[name] for name in ("precision", "chance")}}
+    found["retrieval_lift"] = float(scores.mean_known(lift[None], axis=1)[0])
+    same = ("same_patient", "same_patient_chance")
+    return found | {f"retrieval_{key}": answer[key] for key in same}
+
+
+CURVES = ("epoch", "nmi_prev", "ami_prev", "loss", "largest_cluster", "clusters_used", "perplexity")
+OF_CURVES = ("converged_nmi", "converged_ami", "nmi_sd", "ami_sd", "nmi_final", "ami_final")
+OF_CURVES += ("loss_final", "loss_increases", "loss_increase_size", "nmi_chance")
+
+
+def training(subject: Network, material: Material) -> Found:
+    """Convergence and stability of a run with at least two epochs, and its curves."""
+    table, config = subject.run.metrics, subject.run.config
+    found: Found = {"curves": {name: table[name].tolist() for name in CURVES if name in table}}
+    if len(table) < 2:
+        return found | dict.fromkeys(OF_CURVES, "fewer than 2 epochs")
+    rises, size = metrics.increases(table["loss"])
+    found |= {"loss_increases": rises, "loss_increase_size": size / math.log(config.n_clusters)}
+    found["loss_final"] = float(table["loss"].iloc[-1]) / math.log(config.n_clusters)
+    found["nmi_chance"] = metrics.chance_nmi(*subject.run.assignments[-2:], seed=config.seed)
+    for name in ("nmi", "ami"):
+        curve = table[f"{name}_prev"].dropna().to_numpy()
+        first = 1 + metrics.convergence_epoch(curve)  # the curve starts at epoch 2
+        found[f"converged_{name}"] = len(table) + 1.0 if math.isnan(first) else first
+        sd = metrics.stability(curve)  # of the second half
+        found[f"{name}_sd"] = "fewer than 4 epochs" if math.isnan(sd) else sd
+        found[f"{name}_final"] = float(curve[-1])
+    return found
+
+
+def factors(material: Material) -> dict[str, np.ndarray]:
+    """What is known to differ between the images: name -> class of each image, (N,) of str.
+
+    ``classes`` if each image has exactly one label; view, sex, exposure (quarters of the mean gray
+    value); else the three most frequent labels. What is equal for all images is left out.
+    """
+    texts, gray = material.metadata["findings"], clusters.brightness(material.images)
+    found = {key: material.metadata.get(key) for key in ("view_position", "sex")}
+    found["exposure"] = np.searchsorted(np.quantile(gray, (0.25, 0.5, 0.75)), gray)
+    if (texts != "").all() and not texts.str.contains("|", regex=False).any():
+        found = {"classes": texts} | found
+    else:
+        for place in np.argsort(-material.targets.sum(axis=0), kind="stable")[:3]:
+            found[material.labels[place]] = material.targets[:, place]
+    columns = {name: np.asarray(known).astype(str) for name, known in found.items()}
+    return {name: known for name, known in columns.items() if len(np.unique(known)) > 1}
+
+
+def known(subject: Network, material: Material) -> Found:
+    """Do clusters find what is there? AMI with each of `factors` in each epoch and, last, at the
+    end. The clusters of epoch 1 are those of the untrained network.
+    """
+    rows, there = [*subject.run.assignments, subject.assignments], factors(material)
+    curves = {name: [metrics.ami(row, of) for row in rows] for name, of in there.items()}
+    ami = nmi = "no single classes"
+    if "classes" in there:
+        ami, nmi = curves["classes"][-1], metrics.nmi(subject.assignments, there["classes"])
+    return {"known": curves, "ami_classes": ami, "nmi_classes": nmi}
+
+
+def agreement_by_chance(subject: Random, material: Material) -> Found:
+    """Two sets of random assignments."""
+    pair = subject.assignments, subject.assign(subject.features)
+    return {"nmi_final": metrics.nmi(*pair), "ami_final": metrics.ami(*pair)}
+
+
+BLIND = (cluster_probe, structure, invariance, meaning)  # of clusters alone
+PARTS = (*BLIND, combination_probe, label_probe, laterality, effusion_side, found_again)
+OF_PIXELS = ("map_trust", "map_findings", "distance_")  # what random clusters have no part in

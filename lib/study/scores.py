@@ -1,0 +1,230 @@
+"""How well findings can be read off features or lie together in a map: arrays in, numbers out.
+
+`lib.metrics` holds what needs no findings. A finding that all or none of the training or of the
+test images have is NaN. Arrays that do not fit raise a ValueError."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import sklearn.manifold
+from numpy.typing import ArrayLike
+from scipy.spatial.distance import pdist
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_curve
+from sklearn.neighbors import NearestNeighbors
+from sklearn.utils import check_consistent_length
+
+from lib.metrics import checked_split, fit_linear, standardised
+
+
+def finding_scores(
+    features: np.ndarray,
+    targets: np.ndarray,
+    train: ArrayLike,
+    test: ArrayLike,
+    groups: ArrayLike | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Log-odds (n_test, F) of each finding, by one linear classifier per finding.
+
+    Binary logistic regression of each column of `targets`, bool (N, F). Other parameters and errors
+    as `lib.metrics.probe`.
+    """
+    features, targets = np.asarray(features), np.asarray(targets)
+    if targets.ndim != 2 or targets.dtype != bool:
+        raise ValueError(f"targets must be bool (N, F), got {targets.dtype} {targets.shape}")
+    train, test, _ = checked_split(features, targets, train, test, groups)
+    x_train, x_test = standardised(features, train, test, seed)
+    scores = np.full((len(test), targets.shape[1]), np.nan)
+    for finding, (learnt, asked) in enumerate(zip(targets[train].T, targets[test].T, strict=True)):
+        if 0 < learnt.mean() < 1 and 0 < asked.mean() < 1:
+            # findings are rare and faint: the penalty is stronger than that of lib.metrics.probe
+            model = LogisticRegression(C=1 / features.shape[1], solver="newton-cholesky")
+            scores[:, finding] = fit_linear(model, x_train, learnt).decision_function(x_test)
+    return scores
+
+
+def findings_auroc(
+    features: np.ndarray, targets: np.ndarray, train: ArrayLike, test: ArrayLike, **options: Any
+) -> dict[str, float | np.ndarray]:
+    """Area under the ROC curve of each finding, by the classifiers of `finding_scores`.
+
+    The area is the probability that an image with the finding scores higher than one without (ties
+    count half): 0.5 is chance whatever the prevalence, 1 is perfect. It does not show calibration,
+    nor how useful the alarms of a rare finding are. NIH's findings are a program's reading of
+    reports (Wang et al. 2017), not of the images.
+
+    Returns
+    -------
+    dict
+        ``per_finding`` (F,); ``mean`` of those that have a number; ``n_findings``, how many have.
+    """
+    log_odds = finding_scores(features, targets, train, test, **options)
+    areas = multilabel_scores(log_odds, np.asarray(targets)[test], micro=False)
+    known = int((~np.isnan(areas["auroc"])).sum())
+    mean = float(areas["auroc_macro"][0])
+    return {"mean": mean, "per_finding": areas["auroc"][0], "n_findings": known}
+
+
+def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve (B,) of `scores` (n,) for B weightings at once.
+
+    The Mann-Whitney form, sum over positives i and negatives j of w_i w_j ([s_i > s_j] + [s_i =
+    s_j] / 2) / (sum w_i sum w_j), with `positive` (n,) bool and `weights` (B, n) >= 0: for a
+    bootstrap, how often each image was drawn. NaN if positives or negatives have no weight.
+    """
+    ups, downs = _runs(scores, positive, weights)
+    below = downs.sum(axis=1, keepdims=True) - np.cumsum(downs, axis=1)
+    pairs = ups.sum(axis=1) * downs.sum(axis=1)
+    wins = (ups * (below + downs / 2)).sum(axis=1)
+    return wins / np.where(pairs > 0, pairs, np.nan)
+
+
+def weighted_average_precision(
+    scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Average precision (B,) for B weightings at once; parameters as `weighted_auroc`.
+
+    Sum over thresholds of (recall gained) x (precision there), without interpolation; equal scores
+    are one threshold. A guess that knows nothing scores the prevalence, so findings of different
+    frequency do not compare. NaN if the positives have no weight.
+    """
+    ups, downs = _runs(scores, positive, weights)
+    hits, taken = np.cumsum(ups, axis=1), np.cumsum(ups + downs, axis=1)
+    precision = hits / np.where(taken > 0, taken, 1)
+    total = ups.sum(axis=1)
+    return (ups * precision).sum(axis=1) / np.where(total > 0, total, np.nan)
+
+
+def _runs(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
+    """Weight (B, runs) of positives and of negatives in each run of equal scores, highest first."""
+    order = np.argsort(-scores, kind="stable")
+    starts = np.flatnonzero(np.diff(-scores[order], prepend=-np.inf) != 0)
+    sides = positive[order], ~positive[order]
+    each = np.asarray(weights, dtype=float)[:, order]
+    return [np.add.reduceat(each * side, starts, axis=1) for side in sides]
+
+
+def multilabel_scores(
+    probabilities: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray | None = None,
+    micro: bool = True,
+) -> dict[str, np.ndarray]:
+    """Macro and micro averages of AUROC and average precision over F labels.
+
+    Macro: the mean over labels of the number within each label, so a rare finding counts as much as
+    a frequent one, and to know the frequencies helps nothing. Micro: one number over all pairs of
+    image and label, so a guess that only knows how frequent each label is scores high without a
+    look at any image: read it beside `prevalence_guess`.
+
+    Parameters
+    ----------
+    probabilities : (n, F) float
+        Comparable between labels; a column with NaN is left out.
+    targets : (n, F) bool
+    weights : (B, n), optional
+        Of the images, for a bootstrap; without it each counts once.
+    micro : bool
+        Whether to compute the micro averages, which cost as much as all else.
+
+    Returns
+    -------
+    dict
+        ``auroc_macro, auroc_micro, ap_macro, ap_micro`` (B,); ``auroc, ap`` (B, F).
+    """
+    probabilities, targets = np.asarray(probabilities, dtype=float), np.asarray(targets)
+    if probabilities.shape != targets.shape or targets.ndim != 2 or targets.dtype != bool:
+        got = f"{probabilities.shape} and {targets.dtype} {targets.shape}"
+        raise ValueError(f"expected probabilities and bool targets (n, F), got {got}")
+    weights = np.ones((1, len(targets))) if weights is None else np.asarray(weights, dtype=float)
+    known = ~np.isnan(probabilities).any(axis=0)
+    pairs = probabilities[:, known].ravel(), targets[:, known].ravel()
+    found = {}
+    for name, measure in (("auroc", weighted_auroc), ("ap", weighted_average_precision)):
+        found[name] = np.full((len(weights), len(known)), np.nan)
+        for label in np.flatnonzero(known):
+            found[name][:, label] = measure(probabilities[:, label], targets[:, label], weights)
+        found[f"{name}_macro"] = mean_known(found[name], axis=1)
+        if micro:
+            found[f"{name}_micro"] = measure(*pairs, np.repeat(weights, known.sum(), axis=1))
+    return found
+
+
+def mean_known(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Mean without NaN; NaN, without a warning, if there is nothing else."""
+    return np.ma.filled(np.ma.masked_invalid(values).mean(axis=axis), np.nan)
+
+
+def prevalence_guess(targets: np.ndarray, train: ArrayLike, test: ArrayLike) -> np.ndarray:
+    """What a guess without a look at images gives, (n_test, F): the shares in training."""
+    return np.tile(targets[train].mean(axis=0), (len(targets[test]), 1))
+
+
+def roc_curves(
+    probabilities: np.ndarray, targets: np.ndarray, false_positive_rates: np.ndarray
+) -> dict[str, np.ndarray]:
+    """ROC curves averaged over F labels, ``macro`` and ``micro``: true positive rates (m,).
+
+    Macro: the mean over labels of the true positive rate at the same false positive rate (vertical
+    averaging, Fawcett 2006, section 8); its area is the macro AUROC. Micro: the curve of all pairs
+    of image and label. Read both as `multilabel_scores`, which has the same parameters.
+    `false_positive_rates` (m,) ascend from 0 to 1; between thresholds lines are straight.
+    """
+    targets = np.asarray(targets)
+    known = ~np.isnan(probabilities).any(axis=0)
+    defined = np.flatnonzero(known & targets.any(axis=0) & ~targets.all(axis=0))
+    if not len(defined):
+        return dict.fromkeys(("macro", "micro"), np.full(len(false_positive_rates), np.nan))
+
+    def curve(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+        false, true, _ = roc_curve(positive, scores)
+        return np.interp(false_positive_rates, false, true)  # a vertical piece: its upper end
+
+    macro = np.mean([curve(probabilities[:, f], targets[:, f]) for f in defined], axis=0)
+    micro = curve(probabilities[:, known].ravel(), targets[:, known].ravel())
+    return {"macro": macro, "micro": micro}
+
+
+def finding_neighbourhood(
+    points: np.ndarray, targets: np.ndarray, n_neighbors: int = 10, least: int = 5
+) -> float:
+    """Whether images of one finding lie together in a map `points` (N, d), `targets` (N, F) bool.
+
+    The mean over findings of at least `least` images: of the share of their `n_neighbors` nearest
+    others that have it too, less the share of all others that have it. 0 is chance, 1 the most, NaN
+    if no finding is frequent enough. Images of one patient may lie together for other reasons.
+    """
+    points, targets = np.asarray(points), np.asarray(targets)
+    check_consistent_length(points, targets)
+    nearest = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors()[1]  # without self
+    frequent = targets.T[targets.sum(axis=0) >= least]
+    lifts = [has[nearest[has]].mean() - (has.sum() - 1) / (len(has) - 1) for has in frequent]
+    return float(mean_known(np.array(lifts)))
+
+
+def trustworthiness(embedding: np.ndarray, points: np.ndarray, n_neighbors: int = 10) -> float:
+    """Share of neighbours in a map (N, d) that are neighbours in the space (N, D) it was made from.
+
+    Venna and Kaski 2001; 1: no false neighbours, about 0.5: a random map. It does not punish torn
+    neighbourhoods, nor say that clusters are real. Memory is quadratic in N, and values of
+    different N do not compare. `n_neighbors` must be less than N / 2.
+    """
+    return float(sklearn.manifold.trustworthiness(embedding, points, n_neighbors=n_neighbors))
+
+
+def relative_distance(reference: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """How far features (N, D) move under each of T transformations, `moved` (T, N, D): (T,).
+
+    Mean over images of |f(image) - f(moved image)|, in units of the mean distance between the
+    features of two images. 0 is invariant; at 1 a moved image is as far from itself as from any
+    other. NaN if all features are equal.
+    """
+    reference, moved = np.asarray(reference, dtype=float), np.asarray(moved, dtype=float)
+    unit = pdist(reference).mean()
+    # the difference that rounding leaves between equal images is no distance
+    if not unit > 1e-6 * np.abs(reference).max():
+        return np.full(len(moved), np.nan)
+    return np.linalg.norm(moved - reference, axis=2).mean(axis=1) / unit

@@ -1,0 +1,205 @@
+"""The house in docs and its rules: imports run one way, and files and functions stay short."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+
+import numpy as np
+import pytest
+
+from lib.paths import ROOT
+
+CORE = ("groups", "gconv", "models", "images", "features", "kmeans", "deepcluster", "runs")
+CORE += ("metrics",)
+SUPPORT = ("paths", "parallel", "notebooks", "__main__")
+CORE_LIMIT, SUPPORT_LIMIT = 1960, 1160
+# what a part of lib may import; a part is a file at the top, or a folder
+MAY = {
+    "__init__": set(),
+    "paths": set(),
+    "groups": set(),
+    "notebooks": {"paths"},
+    "parallel": {"paths"},
+    "fast": {"groups"},
+    "gconv": {"groups", "fast"},
+    "models": {"groups", "gconv"},
+    "images": set(),
+    "features": {"images", "parallel"},
+    "kmeans": {"parallel"},
+    "metrics": {"kmeans"},
+    "data": {"paths"},
+}
+MAY["runs"] = {*MAY, "groups"} - {"data", "notebooks"}
+MAY["deepcluster"] = MAY["runs"] | {"runs"}
+MAY["study"] = MAY["deepcluster"] | {"deepcluster", "data"}
+MAY["plots"] = {"paths", "study", "metrics", "images"}
+MAY["explore"] = MAY["study"] | {"study", "plots"}
+MAY["__main__"] = set(MAY)
+DRAWINGS = {"pipeline", "explorer_page"}  # two drawings may take more than 80 lines
+LONG = {"data/phantom.py"}
+
+
+def read_lib(root=ROOT):
+    """Name below lib/ -> syntax tree and number of lines."""
+    found = {}
+    for path in sorted((root / "lib").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        found[path.relative_to(root / "lib").as_posix()] = ast.parse(text), text.count("\n")
+    return found
+
+
+def part(name):
+    return name.split("/")[0].removesuffix(".py")
+
+
+def targets(tree, lib):
+    """Files that a file imports, at its top or in a function; of a folder, the file that is named
+    or else the folder's ``__init__.py``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [[alias.name] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [[f"{node.module}.{alias.name}", node.module] for alias in node.names]
+        else:
+            continue
+        for names in modules:
+            paths = [name[4:].replace(".", "/") for name in names if name.startswith("lib.")]
+            files = [file for path in paths for file in (f"{path}.py", f"{path}/__init__.py")]
+            yield from [file for file in files if file in lib][:1]
+
+
+def forbidden_imports(lib):
+    """``file imports part`` for each arrow against the order; own folder and own part are free."""
+    for name, (tree, _) in lib.items():
+        allowed = MAY.get(part(name), set()) | {part(name)}
+        others = map(part, targets(tree, lib))
+        yield from (f"{name} imports {other}" for other in others if other not in allowed)
+
+
+def circle(lib):
+    """Files that import each other, in a ring; empty if none do."""
+    arrows = {name: set(targets(tree, lib)) - {name} for name, (tree, _) in lib.items()}
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def long_functions(lib, most=80):
+    for name, (tree, _) in lib.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or node.name in DRAWINGS:
+                continue
+            if node.end_lineno - node.lineno + 1 > most:
+                yield f"{name}: {node.name}"
+
+
+def long_files(lib, most=450):
+    return [f"{name}: {n}" for name, (_, n) in lib.items() if n > most and name not in LONG]
+
+
+def lines_of(lib, names):
+    return sum(lib[f"{name}.py"][1] for name in names)
+
+
+LIB = read_lib()
+
+
+def test_imports_run_one_way():
+    assert {part(name) for name in LIB} <= set(MAY), "a new room: say what it may import"
+    assert list(forbidden_imports(LIB)) == []
+
+
+def test_there_are_no_circles():
+    assert circle(LIB) == []
+
+
+def test_the_core_is_read_in_one_sitting():
+    assert lines_of(LIB, CORE) <= CORE_LIMIT
+    assert lines_of(LIB, SUPPORT) <= SUPPORT_LIMIT
+
+
+def test_files_and_functions_are_short():
+    assert list(long_functions(LIB)) == []
+    assert long_files(LIB) == []
+
+
+@pytest.fixture
+def house(tmp_path):
+    """Build a small lib from texts; what `read_lib` finds in it."""
+
+    def build(texts):
+        for name, text in texts.items():
+            path = tmp_path / "lib" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return read_lib(tmp_path)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from lib import data", "import lib.data.nih", "def f():\n    from lib.data import nih"],
+)
+def test_a_label_that_training_could_see_is_found(house, text):
+    lib = house({"deepcluster.py": text, "data/__init__.py": "", "data/nih.py": ""})
+    assert list(forbidden_imports(lib)) == ["deepcluster.py imports data"]
+
+
+def test_a_circle_in_a_function_is_found(house):
+    first, second = "def f():\n    from lib.study import b", "from lib.study import a"
+    lib = house({"study/a.py": first, "study/b.py": second, "study/c.py": "import lib.study.a"})
+    assert set(circle(lib)) == {"study/a.py", "study/b.py"}
+
+
+def test_what_is_long_is_found(house):
+    lib = house({"models.py": "def f():\n" + "    x = 1\n" * 80, "runs.py": "x = 1\n" * 451})
+    assert list(long_functions(lib)) == ["models.py: f"]
+    assert long_files(lib) == ["runs.py: 451"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wing", ["fast", "study", "plots", "explore"])
+def test_without_a_wing_the_core_still_trains(tmp_path, wing):
+    shutil.copytree(ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests").mkdir()
+    for name in ("__init__", "test_deepcluster", "test_models"):
+        shutil.copy(ROOT / "tests" / f"{name}.py", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.rmtree(tmp_path / "lib" / wing)
+    some = "run_folder or classes_that_are_there or same_seed or test_models"
+    command = [sys.executable, "-m", "pytest", "-q", "-k", some, "tests"]
+    path = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_without_fast_the_results_agree_to_rounding(tmp_path):
+    shutil.copytree(ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(tmp_path / "lib" / "fast")
+    script = """
+        import sys, numpy as np, torch
+        from lib.features import extract
+        from lib.models import build
+        images = np.random.default_rng(0).integers(0, 256, (8, 64, 64), dtype=np.uint8)
+        model = build("p4m", 5, (16, 16, 16))
+        model(torch.from_numpy(images)[:, None] / 127.5 - 1).square().sum().backward()
+        gradient = model.blocks[1][0].weight.grad.numpy()
+        np.savez(sys.argv[1], features=extract(model, images), gradient=gradient)
+    """
+    found = []
+    for root in (ROOT, tmp_path):
+        file = tmp_path / f"{len(found)}.npz"
+        code = "\n".join(line[8:] for line in script.splitlines())
+        path = {**os.environ, "PYTHONPATH": str(root)}
+        subprocess.run([sys.executable, "-c", code, str(file)], cwd=root, env=path, check=True)
+        found.append(np.load(file))
+    for name in ("features", "gradient"):
+        here, there = found[0][name], found[1][name]
+        assert np.linalg.norm(here - there) < 1e-4 * np.linalg.norm(there)

@@ -1,0 +1,213 @@
+"""Planted answers are found, what cannot be known stands at chance, and what is not defined says
+why.
+"""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib.study import parts
+from lib.study.parts import Effort, Material
+
+EFFORT = Effort(8, 80, 40, perplexities=(5,), map_seeds=(0,), n_neighbors=5, n_boot=50)
+
+
+class Code:
+    """A subject whose features are a function of the images."""
+
+    seed, n_clusters = 0, 4
+
+    def __init__(self, pictures, function, assignments=None):
+        self.extract = function
+        self.features = self.embedding = function(pictures)
+        self.assignments = np.arange(len(pictures)) % 4 if assignments is None else assignments
+
+    def embed(self, features):
+        return features
+
+    def assign(self, features):
+        return np.abs(features).argmax(axis=1)
+
+
+def metadata(n, **columns):
+    """Patients of two images, every fifth patient for testing."""
+    table = {"findings": "No Finding", "view_position": "", "sex": "", "age": np.nan}
+    table["patient_id"] = [f"p{i // 2}" for i in range(n)]
+    table["split"] = ["test" if i // 2 % 5 == 0 else "train" for i in range(n)]
+    return pd.DataFrame(table | columns, index=range(n))
+
+
+def noise(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, 64, 64), dtype=np.uint8)
+
+
+def merged(subject, material, asked):
+    """All that some parts find."""
+    return {name: some for part in asked for name, some in part(subject, material).items()}
+
+
+def planted(n=400):
+    """Pictures, a code that reads labels off, one that reads noise, and the labels."""
+    rng = np.random.default_rng(1)
+    has = rng.random((n, 2)) < [0.4, 0.3]
+    texts = ["|".join(np.array(["Effusion", "Mass"])[row]) or "No Finding" for row in has]
+    codes = np.unique(texts, return_inverse=True)[1]
+    told = np.eye(4, dtype=np.float32)[codes] + 0.1 * rng.normal(size=(n, 4)).astype(np.float32)
+    untold = rng.normal(size=(n, 4)).astype(np.float32)
+    material = Material(noise(n), metadata(n, findings=texts), effort=EFFORT)
+    knows, guesses = (Code(material.images, lambda _, some=x: some, codes) for x in (told, untold))
+    guesses.assignments = rng.permutation(codes)
+    return material, knows, guesses
+
+
+def test_planted_labels_are_read_and_noise_is_not():
+    material, knows, guesses = planted()
+    asked = (parts.combination_probe, parts.label_probe, parts.meaning)
+    found = [merged(code, material, asked) for code in (knows, guesses)]
+    known, guessed = found
+    assert min(known["probe_combinations"], known["auroc_macro"]) > 0.98
+    assert known["auroc_macro_n_classes"] == 2
+    assert known["nmi_findings"] == pytest.approx(1)
+    assert known["follows_findings"] == pytest.approx(1)
+    assert guessed["probe_combinations"] < guessed["probe_combinations_majority"] + 0.1
+    assert abs(guessed["auroc_macro"] - 0.5) < 0.15
+    assert abs(guessed["follows_findings"]) < 0.03
+    for values in found:
+        assert values["auroc_macro_prevalence"] == 0.5
+        assert values["auroc_micro_prevalence"] > 0.5
+        for key in ("probe_combinations", "auroc_macro"):
+            assert values[f"{key}_low"] <= values[key] <= values[f"{key}_high"]
+
+
+def test_answers_image_by_image_are_of_the_test_images():
+    material, knows, _ = planted(100)
+    asked = (parts.cluster_probe, parts.combination_probe, parts.label_probe)
+    found = merged(knows, material, asked)
+    assert (material.metadata["split"].to_numpy()[found["test"]] == "test").all()
+    assert found["clusters"].mean() == found["probe_clusters"]
+    assert found["combinations"].mean() == found["probe_combinations"]
+    assert found["findings"].shape == found["truth"].shape == (len(found["labelled_test"]), 2)
+
+
+TWO = {"findings": ["COVID", "Normal"] * 20}
+TESTED = [i // 2 % 5 == 0 for i in range(40)]  # as `metadata` splits
+ODD = {
+    "two classes of the user's own": (TWO, ""),
+    "no finding at all": ({}, parts.FEW),
+    "a single positive": ({"findings": ["Mass"] + ["No Finding"] * 39}, parts.FEW),
+    "one class in training": ({"findings": np.where(TESTED, "Edema", "Mass")}, parts.FEW),
+    "no labels": ({"findings": ""}, "no labels"),
+    "no test set": ({"split": "train"}, "no test images"),
+    "no training set": ({"split": "test"}, "no training images"),
+    "labels for training alone": (
+        {"findings": np.where(TESTED, "", ["A", "B"] * 20)},
+        "no test images",
+    ),
+    "one patient, split by image": (TWO | {"patient_id": "ANONYMOUS"}, ""),
+    "no patients": (TWO | {"patient_id": ""}, ""),
+}
+
+
+def first_pixels(some):
+    return some.reshape(len(some), -1)[:, :4] / 255.0
+
+
+@pytest.mark.parametrize(("columns", "why"), ODD.values(), ids=ODD)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_defined_says_why_and_nothing_fails(columns, why):
+    material = Material(noise(40), metadata(40, **columns), effort=EFFORT)
+    code = Code(material.images, first_pixels)
+    code.describe = code.extract
+    found = merged(code, material, parts.PARTS)
+    if why:
+        assert why in found["auroc_macro"]
+    else:
+        assert 0 <= found["auroc_macro"] <= 1
+        assert 0 <= found["probe_combinations"] <= 1
+    assert isinstance(found["probe_clusters"], str) == ("split" in columns)
+    assert isinstance(found["silhouette"], float)
+
+
+def test_clusters_that_are_one_have_no_structure():
+    material = Material(noise(40), metadata(40), effort=EFFORT)
+    code = Code(material.images, first_pixels)
+    code.assignments = np.zeros(40, int)
+    found = parts.structure(code, material)
+    assert (found["silhouette"], found["map_silhouette"]) == ("one cluster", "one cluster")
+    assert (found["largest_cluster"], found["perplexity"]) == (1, 1)
+    assert 0 < found["map_trust"] <= 1
+
+
+def test_only_a_code_that_cannot_change_keeps_its_clusters():
+    pictures = noise(8)
+    pictures[:, :32] //= 2  # darker above
+    material = Material(pictures, metadata(8), turned=noise(8, 1), effort=EFFORT)
+
+    def halves(some):
+        return np.stack([some[:, :32].mean((1, 2)), some[:, 32:].mean((1, 2))], 1)
+
+    def invariant(some):
+        return np.stack([some.mean((1, 2)), some.std((1, 2))], 1)
+
+    found = {f.__name__: parts.invariance(Code(pictures, f), material) for f in (halves, invariant)}
+    assert found["invariant"]["kept_lattice"] == found["invariant"]["kept_drawn"] == 1
+    assert found["invariant"]["distance_lattice"] == pytest.approx(0, abs=1e-9)
+    assert found["halves"]["kept_lattice"] < 0.8
+    for values in found.values():
+        assert values["symmetries"]["kept"][0] == 1
+        assert len(values["angles"]["kept"]) == len(parts.ANGLES)
+        free = values["angles"]["kept"][[a % 90 != 0 for a in parts.ANGLES]].mean()
+        assert values["kept_free"] == pytest.approx(free)
+
+
+def effusions(n=80, seed=0):
+    """Films with one bright corner, left or right; more of one side than of the other, and brighter
+    there.
+    """
+    rng = np.random.default_rng(seed)
+    left = rng.random(n) < 0.7
+    images = rng.integers(40, 60, (n, 64, 64), dtype=np.uint8)
+    for image, side in zip(images, left, strict=True):
+        image[48:, :16] += np.uint8(90 if side else 0)
+        image[48:, 48:] += np.uint8(0 if side else 60)
+    sides, split = np.where(left, "L", "R"), ["test" if i >= n // 2 else "train" for i in range(n)]
+    table = metadata(n, findings="Effusion", side=sides, split=split)
+    return Material(images, table, effort=EFFORT)
+
+
+def apart(some):
+    return np.stack([some[:, :, :32].mean((1, 2)), some[:, :, 32:].mean((1, 2))], 1)
+
+
+def together(some):
+    halves = apart(some)
+    return np.stack([halves.sum(axis=1), halves.max(axis=1)], 1)
+
+
+@pytest.mark.parametrize(("code", "low", "high"), [(apart, 0.99, 1.0), (together, 0.45, 0.55)])
+def test_only_a_code_that_knows_left_tells_the_side_of_an_effusion(code, low, high):
+    material = effusions()
+    subject = Code(material.images, code)
+    assert low <= parts.effusion_side(subject, material)["tells_effusion_side"] <= high
+    mirrored = parts.laterality(subject, material)["tells_mirrored"]
+    assert low <= mirrored <= high or code is apart
+
+
+def test_few_effusions_tell_nothing():
+    material = effusions()
+    material.metadata.loc[material.metadata.index >= 8, "findings"] = "Mass"
+    found = parts.effusion_side(Code(material.images, apart), material)
+    assert "fewer than" in found["tells_effusion_side"]
+
+
+def test_factors_are_what_differs():
+    texts = ["0", "1", "2", "3"] * 10
+    digits = parts.factors(Material(noise(40), metadata(40, findings=texts)))
+    assert list(digits) == ["classes", "exposure"]
+    assert digits["classes"].tolist() == texts
+    views = ["PA", "AP"] * 20
+    findings = ["Mass|Edema", "No Finding", "Mass", "Mass"] * 10
+    films = parts.factors(Material(noise(40), metadata(40, findings=findings, view_position=views)))
+    assert {"view_position", "exposure", "Mass", "Edema"} <= set(films)
+    assert "classes" not in films
+    assert "sex" not in films
