@@ -316,10 +316,11 @@ static void gather(const Layer *q, const Plan *s, const float *x, int image, int
         name[u] = y + (((long)(image) * q->fields + (field)) * q->order + u) * s.pixels +          \
                   (long)row * q->out_width;
 
-/* w (entries, tiles, channels * taps, TILE) from the weight, jobs of a tile and a channel. */
+/* w (slabs, entries, tiles, SLAB * taps, TILE) from the weight; jobs of a tile and a channel. */
 static void transform_filters(const Layer *q, const Plan *s, const float *weight, int job,
                               float *w) {
     const int o = job / q->channels * TILE, c = job % q->channels, tiles = CEIL(q->fields, TILE);
+    const int slab = MIN(q->channels, SLAB);
     for (int t = 0; t < q->taps; t++) {
         float phi[8][TILE] = {{0}};
         for (int i = 0; i < MIN(TILE, q->fields - o); i++)
@@ -330,7 +331,8 @@ static void transform_filters(const Layer *q, const Plan *s, const float *weight
             float sum[TILE] = {0};
             for (int h = 0; h < q->order; h++)
                 for (int i = 0; i < TILE; i++) sum[i] += q->factors[f * q->order + h] * phi[h][i];
-            long row = (long)(f * tiles + o / TILE) * q->channels * q->taps + c * q->taps + t;
+            long row = ((long)(c / slab * s->entries + f) * tiles + o / TILE) * slab * q->taps +
+                       c % slab * q->taps + t;
             memcpy(w + row * TILE, sum, sizeof sum);
         }
     }
@@ -346,9 +348,9 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
     const int blocks = q->n * s.blocks, k = slab * q->taps;
     const long step = STEP((long)s.panels * k * PANEL);
     const long zstep = STEP((long)s.panels * tiles * TILE * PANEL);
-    const long wstep = (long)tiles * q->channels * q->taps * TILE, psize = s.entries * step;
+    const long wstep = (long)tiles * k * TILE, psize = s.entries * step;
     const long each = ROUND(s.window, 16) + ROUND(psize, 16) + ROUND(s.entries * zstep, 16);
-    float *memory = scratch(threads * each + s.entries * wstep), *w = memory + threads * each;
+    float *memory = scratch(threads * each + CEIL(q->channels, slab) * s.entries * wstep), *w = memory + threads * each;
     double *parts = malloc(16L * (blocks + 1) * q->fields);
     if (!memory || !parts) return 1;
     Jobs jobs[threads];
@@ -371,7 +373,7 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
                     for (int j = 0; j < panels; j++)
                         for (int o = 0; o < tiles; o++)
                             multiply(q->fields - o * TILE, depth,
-                                     w + f * wstep + ((long)o * q->channels + c0) * q->taps * TILE,
+                                     w + (c0 / slab * s.entries + f) * wstep + (long)o * k * TILE,
                                      p + f * step + place(0, j, k, s.panels),
                                      z + f * zstep + place(o * TILE, j, TILE, s.panels), c0 > 0);
             }
