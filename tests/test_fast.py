@@ -203,7 +203,7 @@ MUTANTS = {
     "output's gradient": ("ENTRY(9) = y11, ENTRY(10) = y00", "ENTRY(9) = y00, ENTRY(10) = y00"),
     "variance": ("(off * off + b * b + c * c + d * d)", "(off * off + b * b + c * c)"),
     "blur": ("{1, 3, 3, 1}", "{1, 3, 2, 1}"),
-    "relu": ("* values[x] + shift > 0 ? dz : 0", "* values[x] > 0 ? dz : 0"),
+    "relu": ("values[x] + shift > 0 ?", "values[x] > 0 ?"),
     "norm's gradient": ("of_field[o][3] = -", "of_field[o][3] = +"),
 }
 

@@ -20,53 +20,37 @@ int omp_get_thread_num(void); /* of the OpenMP that PyTorch has loaded; its head
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define TILE 8 /* fields of a tile of the product, which has PANEL pixels and stays in registers */
 #define LOW {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
 #define HIGH {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}
-#define LEFT 4 /* rows and fields of a tile of the filters' gradient: LANES numbers */
-#define RIGHT 4
 #define IN_REGISTER(x) __asm__("" : "+v"(x)) /* or GCC loads x again for each product */
 #elif defined(__AVX2__)
 #define LANES 8
-#define TILE 4
 #define LOW {0, 8, 1, 9, 2, 10, 3, 11}
 #define HIGH {4, 12, 5, 13, 6, 14, 7, 15}
-#define LEFT 4
-#define RIGHT 2
 #define IN_REGISTER(x)
 #else
 #define LANES 4
-#define TILE 4
 #define LOW {0, 4, 1, 5}
 #define HIGH {2, 6, 3, 7}
-#define LEFT 2
-#define RIGHT 2
 #define IN_REGISTER(x)
 #endif
 #define PANEL (2 * LANES)
-#ifndef BLOCK
+#define TILE (LANES == 16 ? 8 : 4) /* fields of a tile of a product, TILE x PANEL, in registers */
+#define LEFT (LANES == 4 ? 2 : 4)  /* a tile of the filters' gradient is LEFT rows x RIGHT fields */
+#define RIGHT (LANES / LEFT)
+/* Pixels of a block and channels of a slab, about, measured on an AVX-512 processor with 1 MB of
+   second-level cache per core; so are rows' tiles of a group and bytes of scratch memory. */
 #define BLOCK 128
-#endif
-#ifndef SLAB
 #define SLAB 4
-#endif
-#ifndef GRADIENT_BLOCK
 #define GRADIENT_BLOCK 512
-#endif
-#ifndef GRADIENT_SLAB
 #define GRADIENT_SLAB 16
-#endif
-#ifndef GROUP
 #define GROUP 2
-#endif
+#define SCRATCH (1L << 20)
+#define STEP(n) (ROUND(n, 16) | 16) /* odd in lines of the cache, so that entries share no sets */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define ROUND(a, b) (CEIL(a, b) * (b))
-#ifndef SCRATCH
-#define SCRATCH (1L << 20) /* bytes of transformed gradients held at a time, about */
-#endif
-#define STEP(n) (ROUND(n, 16) | 16) /* odd in lines of the cache, so that entries share no sets */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -522,7 +506,7 @@ static void affine(const Maps *q, int field, float *scale, float *shift) {
 /* Weights of the blur along one axis: output i has pixels 2 * i - 1 + t, weights w[t * next + i]. */
 static void blur_weights(int size, float *w, int next) {
     static const float windows[2][4] = {{1, 3, 3, 1}, {1, 2, 1, 0}};
-    for (int i = 0; i < (size + 1) / 2; i++) {
+    for (int i = 0; i < CEIL(size, 2); i++) {
         float total = 0;
         for (int t = 0; t < 4; t++) {
             const int pixel = 2 * i - 1 + t;
@@ -532,10 +516,11 @@ static void blur_weights(int size, float *w, int next) {
     }
 }
 
+/* The pooled maps, out. */
 int pool(const Maps *q, const float *y, float *out) {
-    const int threads = q->threads, width = q->width, half = (width + 1) / 2;
-    const int tall = (q->height + 1) / 2;
-    const long row = ROUND(width + 2, 16) + 16, each = 8 * row; /* rows of the ring, zeros, sums */
+    const int threads = q->threads, width = q->width, half = CEIL(width, 2);
+    const int tall = CEIL(q->height, 2);
+    const long row = ROUND(width + 2, 16), each = 3 * row;
     float *memory = scratch(threads * each + 4 * (tall + half)), *down = memory + threads * each;
     if (!memory) return 1;
     float *const across = down + 4 * tall;
@@ -544,33 +529,27 @@ int pool(const Maps *q, const float *y, float *out) {
     share(jobs, threads, q->n * q->fields);
 #pragma omp parallel num_threads(threads)
     {
-        float *ring = memory + omp_get_thread_num() * each, *zeros = ring + 4 * row;
-        float *sum = ring + 5 * row, *even = ring + 6 * row, *odd = ring + 7 * row + 1;
-        memset(ring, 0, 4 * each);
-        FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
-            const float *from = y + ((long)job * q->order + u) * q->height * width;
-            float *to = out + ((long)job * q->order + u) * tall * half, scale, shift;
+        float *sum = memory + omp_get_thread_num() * each, *even = sum + row, *odd = even + row + 1;
+        memset(sum, 0, 4 * each);
+        FOR_JOBS(job) {
+            float scale, shift;
             affine(q, job % q->fields, &scale, &shift);
-            for (int i = 0, next = 0; i < tall; i++, to += half) {
-                for (; next < MIN(2 * i + 3, q->height); next++, from += width) {
-                    float *z = ring + next % 4 * row;
-#pragma omp simd
-                    for (int x = 0; x < width; x++) {
-                        float value = scale * from[x] + shift;
-                        z[x] = value < 0 ? 0 : value;
-                    }
-                }
-                const float *w = down + i, *in[4];
-                for (int t = 0; t < 4; t++)
-                    in[t] = w[t * tall] ? ring + (2 * i - 1 + t) % 4 * row : zeros;
-                const float *in0 = in[0], *in1 = in[1], *in2 = in[2], *in3 = in[3];
-                const float w0 = w[0], w1 = w[tall], w2 = w[2 * tall], w3 = w[3 * tall];
+            for (int line = 0; line < q->order * tall; line++) {
+                const int i = line % tall, last = q->height - 1;
+                const float *from = y + ((long)job * q->order + line / tall) * q->height * width;
+                const float *y0 = from + (long)MAX(2 * i - 1, 0) * width;
+                const float *y1 = from + (long)2 * i * width;
+                const float *y2 = from + (long)MIN(2 * i + 1, last) * width;
+                const float *y3 = from + (long)MIN(2 * i + 2, last) * width;
+                const float w0 = down[i], w1 = down[tall + i], w2 = down[2 * tall + i];
+                const float w3 = down[3 * tall + i], *w = across;
+                float *to = out + ((long)job * q->order * tall + line) * half;
+#define RELU(y) (scale * y[x] + shift < 0 ? 0 : scale * y[x] + shift)
 #pragma omp simd
                 for (int x = 0; x < width; x++)
-                    sum[x] = w0 * in0[x] + w1 * in1[x] + w2 * in2[x] + w3 * in3[x];
+                    sum[x] = w0 * RELU(y0) + w1 * RELU(y1) + w2 * RELU(y2) + w3 * RELU(y3);
 #pragma omp simd
                 for (int x = 0; x < half; x++) even[x] = sum[2 * x], odd[x] = sum[2 * x + 1];
-                w = across;
 #pragma omp simd
                 for (int x = 0; x < half; x++)
                     to[x] = w[x] * odd[x - 1] + w[half + x] * even[x] + w[2 * half + x] * odd[x] +
@@ -586,13 +565,14 @@ int pool(const Maps *q, const float *y, float *out) {
    and beta. The first of two passes sums dz, the gradient of the normalised maps, and its products
    with y - mean; the second writes dy = a * dz + b * (y - mean) + c. */
 int pool_gradient(const Maps *q, const float *y, const float *dout, float *dy, float *gradients) {
-    const int threads = q->threads, width = q->width, half = (width + 1) / 2;
-    const int tall = (q->height + 1) / 2, next = half + 2, fields = q->fields;
-    const long row = ROUND(width + 2, 16) + 16, each = 7 * row;
+    const int threads = q->threads, width = q->width, half = CEIL(width, 2), fields = q->fields;
+    const int tall = CEIL(q->height, 2), next = half + 2, row = 2 * half;
+    const long size = (long)tall * next, wide_size = (long)(tall + 2) * row;
+    const long each = ROUND(size, 16) + ROUND(wide_size, 16) + 2 * ROUND(width, 16);
     float *memory = scratch(threads * each + 4 * (tall + next)), *down = memory + threads * each;
     double *sums = calloc(2L * q->n * fields + 1, 8), (*of_field)[4] = calloc(fields, 32);
     if (!memory || !sums || !of_field) return 1;
-    float *const across = down + 4 * tall + 1;
+    float *const across = down + 4 * tall + 1; /* with a zero on either side */
     memset(down, 0, 16 * (tall + next));
     blur_weights(q->height, down, tall), blur_weights(width, across, next);
     Jobs jobs[threads];
@@ -602,47 +582,44 @@ int pool_gradient(const Maps *q, const float *y, const float *dout, float *dy, f
         share(jobs, threads, q->n * fields);
 #pragma omp parallel num_threads(threads)
         {
-            float *ring = memory + omp_get_thread_num() * each, *in = ring + 2 * row + 1;
-            float *even = ring + 3 * row, *odd = ring + 4 * row, *ones = ring + 5 * row;
-            float *products = ring + 6 * row, scale, shift;
-            memset(ring, 0, 4 * each);
+            float *mine = memory + omp_get_thread_num() * each; /* all zero */
+            memset(mine, 0, 4 * each);
+            float *in = take(&mine, size) + 1, *wide = take(&mine, wide_size) + row;
+            float *ones = take(&mine, width), *products = take(&mine, width);
             FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
                 const double *of = of_field[job % fields];
-                const float mean = of[0], a = of[1], b = of[2], c = of[3];
+                const float mean = of[0], a = of[1], b = of[2], c = of[3], *w = across;
                 const float *from = dout + ((long)job * q->order + u) * tall * half;
-                const float *values = y + ((long)job * q->order + u) * q->height * width;
-                float *to = dy + (values - y);
+                const long at = ((long)job * q->order + u) * q->height * width;
+                const float *values = y + at;
+                float *to = dy + at, scale, shift;
                 affine(q, job % fields, &scale, &shift);
+                for (int i = 0; i < tall; i++)
+                    memcpy(in + i * next, from + (long)i * half, 4 * half);
+                for (int i = 0; i < tall; i++) { /* at full width */
+                    const float *d = in + i * next;
+                    float *rows = wide + i * row;
+#pragma omp simd
+                    for (int x = 0; x < half; x++) {
+                        rows[2 * x] = w[next + x] * d[x] + w[3 * next + x - 1] * d[x - 1];
+                        rows[2 * x + 1] = w[2 * next + x] * d[x] + w[x + 1] * d[x + 1];
+                    }
+                }
                 for (int r = 0; r < q->height; r++, values += width, to += width) {
                     /* the pooled rows i and i - 1 have taps t and t + 2 here */
                     const int i = (r + 1) / 2, t = r - 2 * i + 1;
-                    float *wide = ring + i % 2 * row, *last = ring + (i + 1) % 2 * row;
-                    if (i < tall && (r == 0 || t == 0)) { /* row i at full width */
-                        const float *w = across;
-                        memcpy(in, from + (long)i * half, 4 * half);
-#pragma omp simd
-                        for (int x = 0; x < half; x++) {
-                            even[x] = w[next + x] * in[x] + w[3 * next + x - 1] * in[x - 1];
-                            odd[x] = w[2 * next + x] * in[x] + w[x + 1] * in[x + 1];
-                        }
-#pragma omp simd
-                        for (int x = 0; x < half; x++)
-                            wide[2 * x] = even[x], wide[2 * x + 1] = odd[x];
-                    }
-                    const float w0 = i < tall ? down[t * tall + i] : 0;
-                    const float w1 = i ? down[(t + 2) * tall + i - 1] : 0;
+                    const float *d1 = wide + (long)i * row, *d0 = d1 - row;
+                    const float w1 = i < tall ? down[t * tall + i] : 0;
+                    const float w0 = i ? down[(t + 2) * tall + i - 1] : 0;
+#define DZ(x) (scale * values[x] + shift > 0 ? w0 * d0[x] + w1 * d1[x] : 0)
                     if (pass) {
 #pragma omp simd
-                        for (int x = 0; x < width; x++) {
-                            float dz = w0 * wide[x] + w1 * last[x];
-                            dz = scale * values[x] + shift > 0 ? dz : 0;
-                            to[x] = a * dz + (b * (values[x] - mean) + c);
-                        }
+                        for (int x = 0; x < width; x++)
+                            to[x] = a * DZ(x) + (b * (values[x] - mean) + c);
                     } else {
 #pragma omp simd
                         for (int x = 0; x < width; x++) {
-                            float dz = w0 * wide[x] + w1 * last[x];
-                            dz = scale * values[x] + shift > 0 ? dz : 0;
+                            const float dz = DZ(x);
                             ones[x] += dz, products[x] += dz * (values[x] - mean);
                         }
                     }
