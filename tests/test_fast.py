@@ -278,7 +278,7 @@ def test_without_a_compiler_it_says_so_once(monkeypatch, tmp_path, caplog):
 def test_operator_is_sound_for_pytorch(layer, dtype):
     conv = make(layer, 2, 3, dtype=dtype)
     x = make_input(conv, 2, 5, 5, dtype).requires_grad_()
-    torch.library.opcheck(operators.conv, (x, conv.weight, None, conv.group.order, 1, 1))
+    torch.library.opcheck(operators.conv, (x, conv.weight, None, [conv.group.order, 1, 1]))
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "dense", "fourier"])
