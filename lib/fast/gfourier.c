@@ -67,17 +67,14 @@ typedef struct {
     const float *factors; /* (entries, order): the transform of filters */
 } Layer;
 
-/* Jobs, by thread. */
+/* A thread's jobs, in a line of the cache of their own. */
 typedef struct {
     int next, end;
-    char rest_of_the_line[56];
-} Jobs;
+} __attribute__((aligned(64))) Jobs;
 
 static void share(Jobs *jobs, int threads, int count) {
-    for (int i = 0; i < threads; i++) {
-        jobs[i].next = (long)count * i / threads;
-        jobs[i].end = (long)count * (i + 1) / threads;
-    }
+    for (int i = 0; i < threads; i++)
+        jobs[i] = (Jobs){(long)count * i / threads, (long)count * (i + 1) / threads};
 }
 
 static int next_job(Jobs *jobs, int threads) {
@@ -89,6 +86,8 @@ static int next_job(Jobs *jobs, int threads) {
     }
     return -1;
 }
+/* A region of all threads, which share `count` jobs. */
+#define PARALLEL(count) share(jobs, threads, count); _Pragma("omp parallel num_threads(threads)")
 #define FOR_JOBS(job) for (int job; (job = next_job(jobs, threads)) >= 0;)
 
 /* The calling thread allocates the scratch memory of all threads, in whole lines of the cache: what
@@ -293,7 +292,11 @@ static void gather(const Layer *q, const Plan *s, const float *x, int image, int
     }
 }
 
-/* Pointers to the rows from `row` of a field's maps in an output. */
+/* The rows of a block and, from them on, a field's maps of an output. */
+#define BLOCK_ROWS(at)                                                                             \
+    const int image __attribute__((unused)) = (at) / s.blocks, row = (at) % s.blocks * s.rows;     \
+    const int rows = MIN(q->out_height - row, s.rows), pixels = rows * q->out_width;               \
+    const int panels __attribute__((unused)) = CEIL(pixels, PANEL);
 #define FIELD_ROWS(type, name, y, image, field)                                                    \
     type *name[8];                                                                                 \
     for (int u = 0; u < q->order; u++)                                                             \
@@ -311,7 +314,7 @@ static void transform_filters(const Layer *q, const Plan *s, const float *weight
             for (int h = 0; h < q->order; h++)
                 phi[h][i] = q->shares[t] * weight[(o + i) * q->next_field + c * q->next_channel +
                                                   q->cells[t * q->order + h]];
-        for (int f = 0; f < s->entries; f++, o) {
+        for (int f = 0; f < s->entries; f++) {
             float sum[TILE] = {0};
             for (int h = 0; h < q->order; h++)
                 for (int i = 0; i < TILE; i++) sum[i] += q->factors[f * q->order + h] * phi[h][i];
@@ -334,22 +337,19 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
     const long zstep = STEP((long)s.panels * tiles * TILE * PANEL);
     const long wstep = (long)tiles * k * TILE, psize = s.entries * step;
     const long each = ROUND(s.window, 16) + ROUND(psize, 16) + ROUND(s.entries * zstep, 16);
-    float *memory = scratch(threads * each + CEIL(q->channels, slab) * s.entries * wstep), *w = memory + threads * each;
+    float *memory = scratch(threads * each + CEIL(q->channels, slab) * s.entries * wstep);
+    float *w = memory + threads * each;
     double *parts = malloc(16L * (blocks + 1) * q->fields);
     if (!memory || !parts) return 1;
     Jobs jobs[threads];
-    share(jobs, threads, tiles * q->channels);
-#pragma omp parallel num_threads(threads)
+    PARALLEL(tiles * q->channels)
     FOR_JOBS(job) transform_filters(q, &s, weight, job, w);
-    share(jobs, threads, blocks);
-#pragma omp parallel num_threads(threads)
+    PARALLEL(blocks)
     {
         float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
         float *p = take(&mine, psize), *z = take(&mine, s.entries * zstep);
         FOR_JOBS(job) {
-            const int image = job / s.blocks, row = job % s.blocks * s.rows;
-            const int rows = MIN(q->out_height - row, s.rows), pixels = rows * q->out_width;
-            const int panels = CEIL(pixels, PANEL);
+            BLOCK_ROWS(job)
             for (int c0 = 0; c0 < q->channels; c0 += slab) {
                 const int width = MIN(q->channels - c0, slab), depth = width * q->taps;
                 gather(q, &s, x, image, c0, width, row, rows, window, p, step, k);
@@ -366,9 +366,9 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
                 const float shift = bias ? bias[o] : 0;
                 const float centre = shift + z[place(o, 0, TILE, s.panels)];
                 vec sums[2] = {{0}};
-                for (int at = 0; at < pixels; at += PANEL) {
-                    float *from = z + place(o, at / PANEL, TILE, s.panels);
-                    const int n = MIN(PANEL, pixels - at);
+                for (int j = 0; j < panels; j++) {
+                    float *from = z + place(o, j, TILE, s.panels);
+                    const int at = j * PANEL, n = MIN(PANEL, pixels - at);
                     if (q->order == 8) synthesise(8, from, zstep, shift, centre, out, at, n, sums);
                     else synthesise(4, from, zstep, shift, centre, out, at, n, sums);
                 }
@@ -383,9 +383,9 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
     for (int o = 0; statistics && o < q->fields; o++) {
         double count = 0, mean = 0, squares = 0; /* of deviations; Chan, Golub and LeVeque (1983) */
         for (int job = 0; job < blocks; job++) {
-            const int row = job % s.blocks * s.rows, rows = MIN(q->out_height - row, s.rows);
+            BLOCK_ROWS(job)
             const double *part = parts + 2 * ((long)job * q->fields + o), off = part[0] - mean;
-            const double more = (double)q->order * rows * q->out_width, share = more / (count + more);
+            const double more = q->order * pixels, share = more / (count + more);
             mean += off * share, squares += part[1] + off * off * count * share, count += more;
         }
         statistics[o] = mean, statistics[q->fields + o] = squares / count;
@@ -402,6 +402,26 @@ static void clear_tail(const Plan *s, int rows, int pixels, float *p, long step,
         for (int r = 0; r < rows; r++)
             memset(p + f * step + place(r, pixels / PANEL, k, s->panels) + used, 0,
                    4 * (PANEL - used));
+}
+
+/* Add a tile (LEFT, RIGHT) of the transformed filters' gradient, summed over its parts, to that of
+   the weight: rows from `row` up to `end`, fields from o. */
+static void add_tile(const Layer *q, int entries, const float *tile, long next_entry, int parts,
+                     long next_part, int row, int end, int o, float *dweight) {
+    vec phi[8] = {{0}};
+    for (int f = 0; f < entries; f++) {
+        vec sum = {0};
+        for (int part = 0; part < parts; part++)
+            sum += *(const vec *)(tile + part * next_part + f * next_entry);
+        for (int h = 0; h < q->order; h++) phi[h] += q->factors[f * q->order + h] * sum;
+    }
+    for (int i = 0; i < LANES; i++) {
+        const int at = row + i / RIGHT, t = at % q->taps, field = o + i % RIGHT;
+        if (at >= end || field >= q->fields) continue;
+        float *to = dweight + field * q->next_field + at / q->taps * q->next_channel;
+        for (int h = 0; h < q->order; h++)
+            to[q->cells[t * q->order + h]] += q->shares[t] * phi[h][i];
+    }
 }
 
 /* The weight's gradient from x and dy, by chunks of images. First dy is transformed, then each job
@@ -423,32 +443,28 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
     Jobs jobs[threads];
     for (int first = 0; first < q->n; first += chunk) {
         const int blocks = MIN(q->n - first, chunk) * s.blocks;
-        share(jobs, threads, blocks);
-#pragma omp parallel num_threads(threads)
+        PARALLEL(blocks)
         FOR_JOBS(job) {
-            const int row = job % s.blocks * s.rows;
-            const int pixels = MIN(q->out_height - row, s.rows) * q->out_width;
+            BLOCK_ROWS(job)
             for (int o = 0; o < q->fields; o++) {
-                FIELD_ROWS(const float, in, dy, first + job / s.blocks, o)
-                for (int at = 0; at < pixels; at += PANEL) {
-                    float *to = z + job * zsize + place(o, at / PANEL, RIGHT, s.panels);
-                    const int n = MIN(PANEL, pixels - at);
+                FIELD_ROWS(const float, in, dy, first + image, o)
+                for (int j = 0; j < panels; j++) {
+                    float *to = z + job * zsize + place(o, j, RIGHT, s.panels);
+                    const int at = j * PANEL, n = MIN(PANEL, pixels - at);
                     if (q->order == 8) analyse(8, 1, in, at, 1, to, zstep, n);
                     else analyse(4, 1, in, at, 1, to, zstep, n);
                 }
             }
             clear_tail(&s, rights * RIGHT, pixels, z + job * zsize, zstep, RIGHT);
         }
-        share(jobs, threads, parts * slabs);
-#pragma omp parallel num_threads(threads)
+        PARALLEL(parts * slabs)
         {
             float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
             float *p = take(&mine, psize);
             FOR_JOBS(job) for (int at = job / slabs; at < blocks; at += parts) {
-                const int row = at % s.blocks * s.rows, rows = MIN(q->out_height - row, s.rows);
-                const int pixels = rows * q->out_width, panels = CEIL(pixels, PANEL);
+                BLOCK_ROWS(at)
                 const int c0 = job % slabs * slab, width = MIN(q->channels - c0, slab);
-                gather(q, &s, x, first + at / s.blocks, c0, width, row, rows, window, p, step, LEFT);
+                gather(q, &s, x, first + image, c0, width, row, rows, window, p, step, LEFT);
                 clear_tail(&s, lefts * LEFT, pixels, p, step, LEFT);
                 for (int f = 0; f < s.entries; f++)
                     for (int group = 0; group < lefts; group += GROUP)
@@ -462,25 +478,13 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
         }
     }
     memset(dweight, 0, 4L * q->fields * q->next_field);
-    share(jobs, threads, slabs * lefts);
-#pragma omp parallel num_threads(threads)
+    PARALLEL(slabs * lefts)
     FOR_JOBS(job) for (int r = 0; r < rights; r++) {
-        vec phi[8] = {{0}};
-        for (int f = 0; f < s.entries; f++) {
-            vec sum = {0};
-            for (int part = 0; part < parts; part++)
-                sum += *(vec *)(dw + (part * slabs + job / lefts) * dsize +
-                                (f * tiles + job % lefts * rights + r) * LANES);
-            for (int h = 0; h < q->order; h++) phi[h] += q->factors[f * q->order + h] * sum;
-        }
-        for (int i = 0; i < LANES; i++) {
-            const int row = job % lefts * LEFT + i / RIGHT, o = r * RIGHT + i % RIGHT;
-            const int c = job / lefts * slab + row / q->taps, t = row % q->taps;
-            if (row >= slab * q->taps || c >= q->channels || o >= q->fields) continue;
-            float *to = dweight + o * q->next_field + c * q->next_channel;
-            for (int h = 0; h < q->order; h++)
-                to[q->cells[t * q->order + h]] += q->shares[t] * phi[h][i];
-        }
+        const float *from = dw + job / lefts * dsize + (job % lefts * rights + r) * LANES;
+        const int first_row = job / lefts * slab * q->taps + job % lefts * LEFT;
+        const int end = MIN((job / lefts + 1) * slab, q->channels) * q->taps;
+        add_tile(q, s.entries, from, tiles * LANES, parts, slabs * dsize, first_row, end, r * RIGHT,
+                 dweight);
     }
     free(memory);
     return 0;
@@ -526,8 +530,7 @@ int pool(const Maps *q, const float *y, float *out) {
     float *const across = down + 4 * tall;
     blur_weights(q->height, down, tall), blur_weights(width, across, half);
     Jobs jobs[threads];
-    share(jobs, threads, q->n * q->fields);
-#pragma omp parallel num_threads(threads)
+    PARALLEL(q->n * q->fields)
     {
         float *sum = memory + omp_get_thread_num() * each, *even = sum + row, *odd = even + row + 1;
         memset(sum, 0, 4 * each);
@@ -579,8 +582,7 @@ int pool_gradient(const Maps *q, const float *y, const float *dout, float *dy, f
     for (int o = 0; o < fields; o++) /* mean, a, b, c */
         of_field[o][0] = q->statistics ? q->statistics[o] : 0, of_field[o][1] = 1;
     for (int pass = q->statistics ? 0 : 1; pass < 2; pass++) {
-        share(jobs, threads, q->n * fields);
-#pragma omp parallel num_threads(threads)
+        PARALLEL(q->n * fields)
         {
             float *mine = memory + omp_get_thread_num() * each; /* all zero */
             memset(mine, 0, 4 * each);
