@@ -76,7 +76,7 @@ def fast_conv(layer: nn.Module, x: Tensor) -> Tensor | None:
     dtype = torch.promote_types(x.dtype, layer.weight.dtype)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     geometry = (layer.group.order, layer.stride, layer.padding)
-    return operators.conv(x.to(dtype), layer.weight.to(dtype), bias, *geometry)
+    return operators.conv(x.to(dtype), layer.weight.to(dtype), bias, geometry)
 
 
 def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
@@ -111,10 +111,9 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
         if conv.bias is not None:
             shift = shift + conv.bias * scale
         folded = conv.weight * scale[:, None, None, None, None]
-        return operators.ReluPool.apply(operators.conv(x, folded, shift, *geometry))
-    out, statistics = operators.Block.apply(
-        x, conv.weight, norm.weight, norm.bias, norm.eps, *geometry
-    )
+        return operators.ReluPool.apply(operators.conv(x, folded, shift, geometry))
+    weights = conv.weight, norm.weight, norm.bias
+    out, statistics = operators.Block.apply(x, *weights, norm.eps, geometry)
     with torch.no_grad():
         _update(norm, *statistics.float())
     return out

@@ -20,53 +20,37 @@ int omp_get_thread_num(void); /* of the OpenMP that PyTorch has loaded; its head
 
 #if defined(__AVX512F__)
 #define LANES 16
-#define TILE 8 /* fields of a tile of the product, which has PANEL pixels and stays in registers */
 #define LOW {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
 #define HIGH {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}
-#define LEFT 4 /* rows and fields of a tile of the filters' gradient: LANES numbers */
-#define RIGHT 4
 #define IN_REGISTER(x) __asm__("" : "+v"(x)) /* or GCC loads x again for each product */
 #elif defined(__AVX2__)
 #define LANES 8
-#define TILE 4
 #define LOW {0, 8, 1, 9, 2, 10, 3, 11}
 #define HIGH {4, 12, 5, 13, 6, 14, 7, 15}
-#define LEFT 4
-#define RIGHT 2
 #define IN_REGISTER(x)
 #else
 #define LANES 4
-#define TILE 4
 #define LOW {0, 4, 1, 5}
 #define HIGH {2, 6, 3, 7}
-#define LEFT 2
-#define RIGHT 2
 #define IN_REGISTER(x)
 #endif
 #define PANEL (2 * LANES)
-#ifndef BLOCK
+#define TILE (LANES == 16 ? 8 : 4) /* fields of a tile of a product, TILE x PANEL, in registers */
+#define LEFT (LANES == 4 ? 2 : 4)  /* a tile of the filters' gradient is LEFT rows x RIGHT fields */
+#define RIGHT (LANES / LEFT)
+/* Pixels of a block and channels of a slab, about, measured on an AVX-512 processor with 1 MB of
+   second-level cache per core; so are rows' tiles of a group and bytes of scratch memory. */
 #define BLOCK 128
-#endif
-#ifndef SLAB
 #define SLAB 4
-#endif
-#ifndef GRADIENT_BLOCK
 #define GRADIENT_BLOCK 512
-#endif
-#ifndef GRADIENT_SLAB
 #define GRADIENT_SLAB 16
-#endif
-#ifndef GROUP
 #define GROUP 2
-#endif
+#define SCRATCH (1L << 20)
+#define STEP(n) (ROUND(n, 16) | 16) /* odd in lines of the cache, so that entries share no sets */
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define ROUND(a, b) (CEIL(a, b) * (b))
-#ifndef SCRATCH
-#define SCRATCH (1L << 20) /* bytes of transformed gradients held at a time, about */
-#endif
-#define STEP(n) (ROUND(n, 16) | 16) /* odd in lines of the cache, so that entries share no sets */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -83,17 +67,14 @@ typedef struct {
     const float *factors; /* (entries, order): the transform of filters */
 } Layer;
 
-/* Jobs, by thread. */
+/* A thread's jobs, in a line of the cache of their own. */
 typedef struct {
     int next, end;
-    char rest_of_the_line[56];
-} Jobs;
+} __attribute__((aligned(64))) Jobs;
 
 static void share(Jobs *jobs, int threads, int count) {
-    for (int i = 0; i < threads; i++) {
-        jobs[i].next = (long)count * i / threads;
-        jobs[i].end = (long)count * (i + 1) / threads;
-    }
+    for (int i = 0; i < threads; i++)
+        jobs[i] = (Jobs){(long)count * i / threads, (long)count * (i + 1) / threads};
 }
 
 static int next_job(Jobs *jobs, int threads) {
@@ -105,6 +86,8 @@ static int next_job(Jobs *jobs, int threads) {
     }
     return -1;
 }
+/* A region of all threads, which share `count` jobs. */
+#define PARALLEL(count) share(jobs, threads, count); _Pragma("omp parallel num_threads(threads)")
 #define FOR_JOBS(job) for (int job; (job = next_job(jobs, threads)) >= 0;)
 
 /* The calling thread allocates the scratch memory of all threads, in whole lines of the cache: what
@@ -309,28 +292,34 @@ static void gather(const Layer *q, const Plan *s, const float *x, int image, int
     }
 }
 
-/* Pointers to the rows from `row` of a field's maps in an output. */
+/* The rows of a block and, from them on, a field's maps of an output. */
+#define BLOCK_ROWS(at)                                                                             \
+    const int image __attribute__((unused)) = (at) / s.blocks, row = (at) % s.blocks * s.rows;     \
+    const int rows = MIN(q->out_height - row, s.rows), pixels = rows * q->out_width;               \
+    const int panels __attribute__((unused)) = CEIL(pixels, PANEL);
 #define FIELD_ROWS(type, name, y, image, field)                                                    \
     type *name[8];                                                                                 \
     for (int u = 0; u < q->order; u++)                                                             \
         name[u] = y + (((long)(image) * q->fields + (field)) * q->order + u) * s.pixels +          \
                   (long)row * q->out_width;
 
-/* w (entries, tiles, channels * taps, TILE) from the weight, jobs of a tile and a channel. */
+/* w (slabs, entries, tiles, SLAB * taps, TILE) from the weight; jobs of a tile and a channel. */
 static void transform_filters(const Layer *q, const Plan *s, const float *weight, int job,
                               float *w) {
     const int o = job / q->channels * TILE, c = job % q->channels, tiles = CEIL(q->fields, TILE);
+    const int slab = MIN(q->channels, SLAB);
     for (int t = 0; t < q->taps; t++) {
         float phi[8][TILE] = {{0}};
         for (int i = 0; i < MIN(TILE, q->fields - o); i++)
             for (int h = 0; h < q->order; h++)
                 phi[h][i] = q->shares[t] * weight[(o + i) * q->next_field + c * q->next_channel +
                                                   q->cells[t * q->order + h]];
-        for (int f = 0; f < s->entries; f++, o) {
+        for (int f = 0; f < s->entries; f++) {
             float sum[TILE] = {0};
             for (int h = 0; h < q->order; h++)
                 for (int i = 0; i < TILE; i++) sum[i] += q->factors[f * q->order + h] * phi[h][i];
-            long row = (long)(f * tiles + o / TILE) * q->channels * q->taps + c * q->taps + t;
+            long row = ((long)(c / slab * s->entries + f) * tiles + o / TILE) * slab * q->taps +
+                       c % slab * q->taps + t;
             memcpy(w + row * TILE, sum, sizeof sum);
         }
     }
@@ -346,24 +335,21 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
     const int blocks = q->n * s.blocks, k = slab * q->taps;
     const long step = STEP((long)s.panels * k * PANEL);
     const long zstep = STEP((long)s.panels * tiles * TILE * PANEL);
-    const long wstep = (long)tiles * q->channels * q->taps * TILE, psize = s.entries * step;
+    const long wstep = (long)tiles * k * TILE, psize = s.entries * step;
     const long each = ROUND(s.window, 16) + ROUND(psize, 16) + ROUND(s.entries * zstep, 16);
-    float *memory = scratch(threads * each + s.entries * wstep), *w = memory + threads * each;
+    float *memory = scratch(threads * each + CEIL(q->channels, slab) * s.entries * wstep);
+    float *w = memory + threads * each;
     double *parts = malloc(16L * (blocks + 1) * q->fields);
     if (!memory || !parts) return 1;
     Jobs jobs[threads];
-    share(jobs, threads, tiles * q->channels);
-#pragma omp parallel num_threads(threads)
+    PARALLEL(tiles * q->channels)
     FOR_JOBS(job) transform_filters(q, &s, weight, job, w);
-    share(jobs, threads, blocks);
-#pragma omp parallel num_threads(threads)
+    PARALLEL(blocks)
     {
         float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
         float *p = take(&mine, psize), *z = take(&mine, s.entries * zstep);
         FOR_JOBS(job) {
-            const int image = job / s.blocks, row = job % s.blocks * s.rows;
-            const int rows = MIN(q->out_height - row, s.rows), pixels = rows * q->out_width;
-            const int panels = CEIL(pixels, PANEL);
+            BLOCK_ROWS(job)
             for (int c0 = 0; c0 < q->channels; c0 += slab) {
                 const int width = MIN(q->channels - c0, slab), depth = width * q->taps;
                 gather(q, &s, x, image, c0, width, row, rows, window, p, step, k);
@@ -371,7 +357,7 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
                     for (int j = 0; j < panels; j++)
                         for (int o = 0; o < tiles; o++)
                             multiply(q->fields - o * TILE, depth,
-                                     w + f * wstep + ((long)o * q->channels + c0) * q->taps * TILE,
+                                     w + (c0 / slab * s.entries + f) * wstep + (long)o * k * TILE,
                                      p + f * step + place(0, j, k, s.panels),
                                      z + f * zstep + place(o * TILE, j, TILE, s.panels), c0 > 0);
             }
@@ -380,9 +366,9 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
                 const float shift = bias ? bias[o] : 0;
                 const float centre = shift + z[place(o, 0, TILE, s.panels)];
                 vec sums[2] = {{0}};
-                for (int at = 0; at < pixels; at += PANEL) {
-                    float *from = z + place(o, at / PANEL, TILE, s.panels);
-                    const int n = MIN(PANEL, pixels - at);
+                for (int j = 0; j < panels; j++) {
+                    float *from = z + place(o, j, TILE, s.panels);
+                    const int at = j * PANEL, n = MIN(PANEL, pixels - at);
                     if (q->order == 8) synthesise(8, from, zstep, shift, centre, out, at, n, sums);
                     else synthesise(4, from, zstep, shift, centre, out, at, n, sums);
                 }
@@ -397,9 +383,9 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
     for (int o = 0; statistics && o < q->fields; o++) {
         double count = 0, mean = 0, squares = 0; /* of deviations; Chan, Golub and LeVeque (1983) */
         for (int job = 0; job < blocks; job++) {
-            const int row = job % s.blocks * s.rows, rows = MIN(q->out_height - row, s.rows);
+            BLOCK_ROWS(job)
             const double *part = parts + 2 * ((long)job * q->fields + o), off = part[0] - mean;
-            const double more = (double)q->order * rows * q->out_width, share = more / (count + more);
+            const double more = q->order * pixels, share = more / (count + more);
             mean += off * share, squares += part[1] + off * off * count * share, count += more;
         }
         statistics[o] = mean, statistics[q->fields + o] = squares / count;
@@ -416,6 +402,26 @@ static void clear_tail(const Plan *s, int rows, int pixels, float *p, long step,
         for (int r = 0; r < rows; r++)
             memset(p + f * step + place(r, pixels / PANEL, k, s->panels) + used, 0,
                    4 * (PANEL - used));
+}
+
+/* Add a tile (LEFT, RIGHT) of the transformed filters' gradient, summed over its parts, to that of
+   the weight: rows from `row` up to `end`, fields from o. */
+static void add_tile(const Layer *q, int entries, const float *tile, long next_entry, int parts,
+                     long next_part, int row, int end, int o, float *dweight) {
+    vec phi[8] = {{0}};
+    for (int f = 0; f < entries; f++) {
+        vec sum = {0};
+        for (int part = 0; part < parts; part++)
+            sum += *(const vec *)(tile + part * next_part + f * next_entry);
+        for (int h = 0; h < q->order; h++) phi[h] += q->factors[f * q->order + h] * sum;
+    }
+    for (int i = 0; i < LANES; i++) {
+        const int at = row + i / RIGHT, t = at % q->taps, field = o + i % RIGHT;
+        if (at >= end || field >= q->fields) continue;
+        float *to = dweight + field * q->next_field + at / q->taps * q->next_channel;
+        for (int h = 0; h < q->order; h++)
+            to[q->cells[t * q->order + h]] += q->shares[t] * phi[h][i];
+    }
 }
 
 /* The weight's gradient from x and dy, by chunks of images. First dy is transformed, then each job
@@ -437,32 +443,28 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
     Jobs jobs[threads];
     for (int first = 0; first < q->n; first += chunk) {
         const int blocks = MIN(q->n - first, chunk) * s.blocks;
-        share(jobs, threads, blocks);
-#pragma omp parallel num_threads(threads)
+        PARALLEL(blocks)
         FOR_JOBS(job) {
-            const int row = job % s.blocks * s.rows;
-            const int pixels = MIN(q->out_height - row, s.rows) * q->out_width;
+            BLOCK_ROWS(job)
             for (int o = 0; o < q->fields; o++) {
-                FIELD_ROWS(const float, in, dy, first + job / s.blocks, o)
-                for (int at = 0; at < pixels; at += PANEL) {
-                    float *to = z + job * zsize + place(o, at / PANEL, RIGHT, s.panels);
-                    const int n = MIN(PANEL, pixels - at);
+                FIELD_ROWS(const float, in, dy, first + image, o)
+                for (int j = 0; j < panels; j++) {
+                    float *to = z + job * zsize + place(o, j, RIGHT, s.panels);
+                    const int at = j * PANEL, n = MIN(PANEL, pixels - at);
                     if (q->order == 8) analyse(8, 1, in, at, 1, to, zstep, n);
                     else analyse(4, 1, in, at, 1, to, zstep, n);
                 }
             }
             clear_tail(&s, rights * RIGHT, pixels, z + job * zsize, zstep, RIGHT);
         }
-        share(jobs, threads, parts * slabs);
-#pragma omp parallel num_threads(threads)
+        PARALLEL(parts * slabs)
         {
             float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
             float *p = take(&mine, psize);
             FOR_JOBS(job) for (int at = job / slabs; at < blocks; at += parts) {
-                const int row = at % s.blocks * s.rows, rows = MIN(q->out_height - row, s.rows);
-                const int pixels = rows * q->out_width, panels = CEIL(pixels, PANEL);
+                BLOCK_ROWS(at)
                 const int c0 = job % slabs * slab, width = MIN(q->channels - c0, slab);
-                gather(q, &s, x, first + at / s.blocks, c0, width, row, rows, window, p, step, LEFT);
+                gather(q, &s, x, first + image, c0, width, row, rows, window, p, step, LEFT);
                 clear_tail(&s, lefts * LEFT, pixels, p, step, LEFT);
                 for (int f = 0; f < s.entries; f++)
                     for (int group = 0; group < lefts; group += GROUP)
@@ -476,25 +478,13 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
         }
     }
     memset(dweight, 0, 4L * q->fields * q->next_field);
-    share(jobs, threads, slabs * lefts);
-#pragma omp parallel num_threads(threads)
+    PARALLEL(slabs * lefts)
     FOR_JOBS(job) for (int r = 0; r < rights; r++) {
-        vec phi[8] = {{0}};
-        for (int f = 0; f < s.entries; f++) {
-            vec sum = {0};
-            for (int part = 0; part < parts; part++)
-                sum += *(vec *)(dw + (part * slabs + job / lefts) * dsize +
-                                (f * tiles + job % lefts * rights + r) * LANES);
-            for (int h = 0; h < q->order; h++) phi[h] += q->factors[f * q->order + h] * sum;
-        }
-        for (int i = 0; i < LANES; i++) {
-            const int row = job % lefts * LEFT + i / RIGHT, o = r * RIGHT + i % RIGHT;
-            const int c = job / lefts * slab + row / q->taps, t = row % q->taps;
-            if (row >= slab * q->taps || c >= q->channels || o >= q->fields) continue;
-            float *to = dweight + o * q->next_field + c * q->next_channel;
-            for (int h = 0; h < q->order; h++)
-                to[q->cells[t * q->order + h]] += q->shares[t] * phi[h][i];
-        }
+        const float *from = dw + job / lefts * dsize + (job % lefts * rights + r) * LANES;
+        const int first_row = job / lefts * slab * q->taps + job % lefts * LEFT;
+        const int end = MIN((job / lefts + 1) * slab, q->channels) * q->taps;
+        add_tile(q, s.entries, from, tiles * LANES, parts, slabs * dsize, first_row, end, r * RIGHT,
+                 dweight);
     }
     free(memory);
     return 0;
@@ -520,7 +510,7 @@ static void affine(const Maps *q, int field, float *scale, float *shift) {
 /* Weights of the blur along one axis: output i has pixels 2 * i - 1 + t, weights w[t * next + i]. */
 static void blur_weights(int size, float *w, int next) {
     static const float windows[2][4] = {{1, 3, 3, 1}, {1, 2, 1, 0}};
-    for (int i = 0; i < (size + 1) / 2; i++) {
+    for (int i = 0; i < CEIL(size, 2); i++) {
         float total = 0;
         for (int t = 0; t < 4; t++) {
             const int pixel = 2 * i - 1 + t;
@@ -530,45 +520,39 @@ static void blur_weights(int size, float *w, int next) {
     }
 }
 
+/* The pooled maps, out. */
 int pool(const Maps *q, const float *y, float *out) {
-    const int threads = q->threads, width = q->width, half = (width + 1) / 2;
-    const int tall = (q->height + 1) / 2;
-    const long row = ROUND(width + 2, 16) + 16, each = 8 * row; /* rows of the ring, zeros, sums */
+    const int threads = q->threads, width = q->width, half = CEIL(width, 2);
+    const int tall = CEIL(q->height, 2);
+    const long row = ROUND(width + 2, 16), each = 3 * row;
     float *memory = scratch(threads * each + 4 * (tall + half)), *down = memory + threads * each;
     if (!memory) return 1;
     float *const across = down + 4 * tall;
     blur_weights(q->height, down, tall), blur_weights(width, across, half);
     Jobs jobs[threads];
-    share(jobs, threads, q->n * q->fields);
-#pragma omp parallel num_threads(threads)
+    PARALLEL(q->n * q->fields)
     {
-        float *ring = memory + omp_get_thread_num() * each, *zeros = ring + 4 * row;
-        float *sum = ring + 5 * row, *even = ring + 6 * row, *odd = ring + 7 * row + 1;
-        memset(ring, 0, 4 * each);
-        FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
-            const float *from = y + ((long)job * q->order + u) * q->height * width;
-            float *to = out + ((long)job * q->order + u) * tall * half, scale, shift;
+        float *sum = memory + omp_get_thread_num() * each, *even = sum + row, *odd = even + row + 1;
+        memset(sum, 0, 4 * each);
+        FOR_JOBS(job) {
+            float scale, shift;
             affine(q, job % q->fields, &scale, &shift);
-            for (int i = 0, next = 0; i < tall; i++, to += half) {
-                for (; next < MIN(2 * i + 3, q->height); next++, from += width) {
-                    float *z = ring + next % 4 * row;
-#pragma omp simd
-                    for (int x = 0; x < width; x++) {
-                        float value = scale * from[x] + shift;
-                        z[x] = value < 0 ? 0 : value;
-                    }
-                }
-                const float *w = down + i, *in[4];
-                for (int t = 0; t < 4; t++)
-                    in[t] = w[t * tall] ? ring + (2 * i - 1 + t) % 4 * row : zeros;
-                const float *in0 = in[0], *in1 = in[1], *in2 = in[2], *in3 = in[3];
-                const float w0 = w[0], w1 = w[tall], w2 = w[2 * tall], w3 = w[3 * tall];
+            for (int line = 0; line < q->order * tall; line++) {
+                const int i = line % tall, last = q->height - 1;
+                const float *from = y + ((long)job * q->order + line / tall) * q->height * width;
+                const float *y0 = from + (long)MAX(2 * i - 1, 0) * width;
+                const float *y1 = from + (long)2 * i * width;
+                const float *y2 = from + (long)MIN(2 * i + 1, last) * width;
+                const float *y3 = from + (long)MIN(2 * i + 2, last) * width;
+                const float w0 = down[i], w1 = down[tall + i], w2 = down[2 * tall + i];
+                const float w3 = down[3 * tall + i], *w = across;
+                float *to = out + ((long)job * q->order * tall + line) * half;
+#define RELU(y) (scale * y[x] + shift < 0 ? 0 : scale * y[x] + shift)
 #pragma omp simd
                 for (int x = 0; x < width; x++)
-                    sum[x] = w0 * in0[x] + w1 * in1[x] + w2 * in2[x] + w3 * in3[x];
+                    sum[x] = w0 * RELU(y0) + w1 * RELU(y1) + w2 * RELU(y2) + w3 * RELU(y3);
 #pragma omp simd
                 for (int x = 0; x < half; x++) even[x] = sum[2 * x], odd[x] = sum[2 * x + 1];
-                w = across;
 #pragma omp simd
                 for (int x = 0; x < half; x++)
                     to[x] = w[x] * odd[x - 1] + w[half + x] * even[x] + w[2 * half + x] * odd[x] +
@@ -584,63 +568,60 @@ int pool(const Maps *q, const float *y, float *out) {
    and beta. The first of two passes sums dz, the gradient of the normalised maps, and its products
    with y - mean; the second writes dy = a * dz + b * (y - mean) + c. */
 int pool_gradient(const Maps *q, const float *y, const float *dout, float *dy, float *gradients) {
-    const int threads = q->threads, width = q->width, half = (width + 1) / 2;
-    const int tall = (q->height + 1) / 2, next = half + 2, fields = q->fields;
-    const long row = ROUND(width + 2, 16) + 16, each = 7 * row;
+    const int threads = q->threads, width = q->width, half = CEIL(width, 2), fields = q->fields;
+    const int tall = CEIL(q->height, 2), next = half + 2, row = 2 * half;
+    const long size = (long)tall * next, wide_size = (long)(tall + 2) * row;
+    const long each = ROUND(size, 16) + ROUND(wide_size, 16) + 2 * ROUND(width, 16);
     float *memory = scratch(threads * each + 4 * (tall + next)), *down = memory + threads * each;
     double *sums = calloc(2L * q->n * fields + 1, 8), (*of_field)[4] = calloc(fields, 32);
     if (!memory || !sums || !of_field) return 1;
-    float *const across = down + 4 * tall + 1;
+    float *const across = down + 4 * tall + 1; /* with a zero on either side */
     memset(down, 0, 16 * (tall + next));
     blur_weights(q->height, down, tall), blur_weights(width, across, next);
     Jobs jobs[threads];
     for (int o = 0; o < fields; o++) /* mean, a, b, c */
         of_field[o][0] = q->statistics ? q->statistics[o] : 0, of_field[o][1] = 1;
     for (int pass = q->statistics ? 0 : 1; pass < 2; pass++) {
-        share(jobs, threads, q->n * fields);
-#pragma omp parallel num_threads(threads)
+        PARALLEL(q->n * fields)
         {
-            float *ring = memory + omp_get_thread_num() * each, *in = ring + 2 * row + 1;
-            float *even = ring + 3 * row, *odd = ring + 4 * row, *ones = ring + 5 * row;
-            float *products = ring + 6 * row, scale, shift;
-            memset(ring, 0, 4 * each);
+            float *mine = memory + omp_get_thread_num() * each; /* all zero */
+            memset(mine, 0, 4 * each);
+            float *in = take(&mine, size) + 1, *wide = take(&mine, wide_size) + row;
+            float *ones = take(&mine, width), *products = take(&mine, width);
             FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
                 const double *of = of_field[job % fields];
-                const float mean = of[0], a = of[1], b = of[2], c = of[3];
+                const float mean = of[0], a = of[1], b = of[2], c = of[3], *w = across;
                 const float *from = dout + ((long)job * q->order + u) * tall * half;
-                const float *values = y + ((long)job * q->order + u) * q->height * width;
-                float *to = dy + (values - y);
+                const long at = ((long)job * q->order + u) * q->height * width;
+                const float *values = y + at;
+                float *to = dy + at, scale, shift;
                 affine(q, job % fields, &scale, &shift);
+                for (int i = 0; i < tall; i++)
+                    memcpy(in + i * next, from + (long)i * half, 4 * half);
+                for (int i = 0; i < tall; i++) { /* at full width */
+                    const float *d = in + i * next;
+                    float *rows = wide + i * row;
+#pragma omp simd
+                    for (int x = 0; x < half; x++) {
+                        rows[2 * x] = w[next + x] * d[x] + w[3 * next + x - 1] * d[x - 1];
+                        rows[2 * x + 1] = w[2 * next + x] * d[x] + w[x + 1] * d[x + 1];
+                    }
+                }
                 for (int r = 0; r < q->height; r++, values += width, to += width) {
                     /* the pooled rows i and i - 1 have taps t and t + 2 here */
                     const int i = (r + 1) / 2, t = r - 2 * i + 1;
-                    float *wide = ring + i % 2 * row, *last = ring + (i + 1) % 2 * row;
-                    if (i < tall && (r == 0 || t == 0)) { /* row i at full width */
-                        const float *w = across;
-                        memcpy(in, from + (long)i * half, 4 * half);
-#pragma omp simd
-                        for (int x = 0; x < half; x++) {
-                            even[x] = w[next + x] * in[x] + w[3 * next + x - 1] * in[x - 1];
-                            odd[x] = w[2 * next + x] * in[x] + w[x + 1] * in[x + 1];
-                        }
-#pragma omp simd
-                        for (int x = 0; x < half; x++)
-                            wide[2 * x] = even[x], wide[2 * x + 1] = odd[x];
-                    }
-                    const float w0 = i < tall ? down[t * tall + i] : 0;
-                    const float w1 = i ? down[(t + 2) * tall + i - 1] : 0;
+                    const float *d1 = wide + (long)i * row, *d0 = d1 - row;
+                    const float w1 = i < tall ? down[t * tall + i] : 0;
+                    const float w0 = i ? down[(t + 2) * tall + i - 1] : 0;
+#define DZ(x) (scale * values[x] + shift > 0 ? w0 * d0[x] + w1 * d1[x] : 0)
                     if (pass) {
 #pragma omp simd
-                        for (int x = 0; x < width; x++) {
-                            float dz = w0 * wide[x] + w1 * last[x];
-                            dz = scale * values[x] + shift > 0 ? dz : 0;
-                            to[x] = a * dz + (b * (values[x] - mean) + c);
-                        }
+                        for (int x = 0; x < width; x++)
+                            to[x] = a * DZ(x) + (b * (values[x] - mean) + c);
                     } else {
 #pragma omp simd
                         for (int x = 0; x < width; x++) {
-                            float dz = w0 * wide[x] + w1 * last[x];
-                            dz = scale * values[x] + shift > 0 ? dz : 0;
+                            const float dz = DZ(x);
                             ones[x] += dz, products[x] += dz * (values[x] - mean);
                         }
                     }

@@ -31,6 +31,9 @@ SOURCE = Path(__file__).with_name("gfourier.c")
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-march=native"]
 
 
+Norm = tuple[Tensor, Tensor, Tensor, float]  # gamma, beta, statistics (as of `forward`), eps
+
+
 def _fields(**kinds: str) -> list[tuple[str, type]]:
     return [(name, getattr(ctypes, kind)) for kind in kinds for name in kinds[kind].split()]
 
@@ -143,18 +146,16 @@ def _layer(
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    stride: int,
-    padding: int,
-    statistics: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *geometry: int | Tensor
 ) -> None:
-    """Write the convolution into `y`, and mean, variance and unbiased variance of its fields into
-    `statistics`, a float64 tensor of shape (3, fields).
+    """Write the convolution into `y`.
+
+    `geometry` is stride, padding and, if wanted, a float64 tensor (3, fields) for mean, variance
+    and unbiased variance of the fields of y.
     """
-    _call("forward", _layer(x, weight, y, stride, padding), x, weight, bias, y, statistics)
+    stride, padding, *statistics = geometry
+    layer = _layer(x, weight, y, stride, padding)
+    _call("forward", layer, x, weight, bias, y, *(statistics or [None]))
 
 
 def input_gradient(dy: Tensor, weight: Tensor, dx: Tensor, padding: int) -> None:
@@ -168,25 +169,20 @@ def weight_gradient(x: Tensor, dy: Tensor, dweight: Tensor, stride: int, padding
     _call("weight_gradient", _layer(x, dweight, dy, stride, padding), x, dy, dweight)
 
 
-def _maps(y: Tensor, norm: tuple | None) -> Maps:
+def _maps(y: Tensor, norm: Norm | None) -> Maps:
     gamma, beta, statistics, eps = norm or (None, None, None, 0)
-    pointers = map(_address, (gamma, beta, statistics))
-    return Maps(*y.shape, torch.get_num_threads(), eps, *pointers)
+    return Maps(*y.shape, torch.get_num_threads(), eps, *map(_address, (gamma, beta, statistics)))
 
 
-def pool(y: Tensor, out: Tensor, norm: tuple[Tensor, Tensor, Tensor, float] | None = None) -> None:
-    """Write the blur pool of relu(norm(y)) into `out`; `norm`: gamma, beta, statistics, eps."""
+def pool(y: Tensor, out: Tensor, norm: Norm | None = None) -> None:
+    """Write the blur pool of ``relu(norm(y))`` into `out`."""
     _call("pool", _maps(y, norm), y, out)
 
 
 def pool_gradient(
-    y: Tensor,
-    dout: Tensor,
-    dy: Tensor,
-    norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
-    gradients: Tensor | None = None,
+    y: Tensor, dout: Tensor, dy: Tensor, norm: Norm | None = None, of_norm: Tensor | None = None
 ) -> None:
     """Write the gradient of `y`, through `pool` and the statistics, into `dy`, and those of gamma
-    and beta into `gradients`, of shape (2, fields).
+    and beta into `of_norm`, of shape (2, fields).
     """
-    _call("pool_gradient", _maps(y, norm), y, dout, dy, gradients)
+    _call("pool_gradient", _maps(y, norm), y, dout, dy, of_norm)

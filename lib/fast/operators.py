@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
@@ -24,9 +26,7 @@ def _once() -> None:
 
 
 @torch.library.custom_op("cxr::group_conv", mutates_args=())
-def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, order: int, stride: int, padding: int
-) -> Tensor:
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> Tensor:
     """Group convolution.
 
     Parameters
@@ -34,109 +34,83 @@ def conv(
     x : Tensor, shape (n, C, H, W) for a lifting layer, else (n, C, S, H, W)
     weight : Tensor, shape (N, C, S_in, k, k)
     bias : Tensor or None, shape (N,)
-    order, stride, padding : int
-        S, 4 for p4 and 8 for p4m; the others as in `torch.nn.Conv2d`.
+    geometry : (order, stride, padding)
+        The group's order S, 4 for p4 and 8 for p4m; the others as in `torch.nn.Conv2d`.
 
     Returns
     -------
     Tensor, shape (n, N, S, H', W')
     """
     x, weight = x.contiguous(), weight.contiguous()
-    y = _conv_like(x, weight, bias, order, stride, padding)
+    y = _conv_like(x, weight, bias, geometry)
     if _compiled(x):
-        gkernel.forward(x, weight, bias, y, stride, padding)
+        gkernel.forward(x, weight, bias, y, *geometry[1:])
         return y
     with torch.autocast(x.device.type, enabled=False):
-        TorchLayer(x, weight, order, stride, padding).forward(x, y)
+        TorchLayer(x, weight, *geometry).forward(x, y)
     return y if bias is None else y.add_(bias[:, None, None, None])
 
 
 @conv.register_fake
-def _conv_like(
-    x: Tensor, weight: Tensor, bias: Tensor | None, order: int, stride: int, padding: int
-) -> Tensor:
+def _conv_like(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> Tensor:
+    order, stride, padding = geometry
     size = out_size(x, weight.shape[-1], stride, padding)
     return x.new_empty(x.shape[0], weight.shape[0], order, *size)
 
 
-def _conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    order: int,
-    stride: int,
-    padding: int,
-    needs_x: bool,
-    needs_weight: bool,
+def _gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `conv` for x and the weight, each None if it is not needed."""
-    dx = torch.empty_like(x) if needs_x else None
-    dweight = torch.empty_like(weight) if needs_weight else None
+    order, stride, padding = geometry
+    dx = torch.empty_like(x) if needs[0] else None
+    dweight = torch.empty_like(weight) if needs[1] else None
     with torch.autocast(x.device.type, enabled=False):
         if not _compiled(x):
-            TorchLayer(x, weight, order, stride, padding).backward(x, dy, dx, dweight)
+            TorchLayer(x, weight, *geometry).backward(x, dy, dx, dweight)
             return dx, dweight
-        if needs_weight:
+        if needs[1]:
             gkernel.weight_gradient(x, dy, dweight, stride, padding)
-        if needs_x and x.ndim == 5 and stride == 1 and padding < weight.shape[-1]:
+        if needs[0] and x.ndim == 5 and stride == 1 and padding < weight.shape[-1]:
             gkernel.input_gradient(dy, weight, dx, padding)
-        elif needs_x:
-            bank = filter_bank(
-                weight, GROUPS[order].filter_indices(weight.shape[-1], weight.shape[2])
-            )
-            maps = x if x.ndim == 4 else x.flatten(1, 2)
-            dx = conv2d_input(maps.shape, bank, dy.flatten(1, 2), stride, padding).view_as(x)
+        elif needs[0]:
+            index = GROUPS[order].filter_indices(weight.shape[-1], weight.shape[2])
+            bank, shape = filter_bank(weight, index), (x if x.ndim == 4 else x.flatten(1, 2)).shape
+            dx = conv2d_input(shape, bank, dy.flatten(1, 2), stride, padding).view_as(x)
     return dx, dweight
 
 
 @torch.library.custom_op("cxr::group_conv_backward", mutates_args=())
 def conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    order: int,
-    stride: int,
-    padding: int,
-    needs_x: bool,
-    needs_weight: bool,
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `conv` for x and the weight, each of size 0 if it is not needed."""
-    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
-    gradients = _conv_backward(dy, x, weight, order, stride, padding, needs_x, needs_weight)
-    dx, dweight = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return dx, dweight
+    dx, dweight = _gradients(dy.contiguous(), x.contiguous(), weight.contiguous(), geometry, needs)
+    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dweight is None else dweight
 
 
 @conv_backward.register_fake
 def _gradients_like(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    order: int,
-    stride: int,
-    padding: int,
-    needs_x: bool,
-    needs_weight: bool,
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    dx = x.new_empty(x.shape if needs_x else 0)
-    return dx, weight.new_empty(weight.shape if needs_weight else 0)
+    dx = x.new_empty(x.shape if needs[0] else 0)
+    return dx, weight.new_empty(weight.shape if needs[1] else 0)
 
 
-def _save_conv(ctx, inputs, output) -> None:
-    x, weight, bias, *ctx.geometry = inputs
-    ctx.bias = bias is not None
+def _save(ctx, inputs, output) -> None:
+    x, weight, ctx.bias, ctx.geometry = inputs[0], inputs[1], inputs[2] is not None, inputs[3]
     ctx.save_for_backward(x, weight)
 
 
-def _conv_gradients(ctx, dy: Tensor) -> tuple:
+def _backward(ctx, dy: Tensor) -> tuple:
     _once()
-    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    dx, dweight = conv_backward(dy, *ctx.saved_tensors, *ctx.geometry, needs_x, needs_weight)
-    dbias = dy.sum((0, 2, 3, 4)) if ctx.bias and needs_bias else None
-    return dx if needs_x else None, dweight if needs_weight else None, dbias, None, None, None
+    needs = ctx.needs_input_grad[:2]
+    gradients = conv_backward(dy, *ctx.saved_tensors, ctx.geometry, needs)
+    dx, dweight = (of if need else None for of, need in zip(gradients, needs, strict=True))
+    return dx, dweight, dy.sum((0, 2, 3, 4)) if ctx.bias else None, None
 
 
-conv.register_autograd(_conv_gradients, setup_context=_save_conv)
+conv.register_autograd(_backward, setup_context=_save)
 
 
 class ReluPool(torch.autograd.Function):
@@ -145,7 +119,7 @@ class ReluPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor) -> Tensor:
         ctx.save_for_backward(y)
-        out = y.new_empty(_half(y.shape))
+        out = _half(y)
         gkernel.pool(y, out)
         return out
 
@@ -162,22 +136,21 @@ class Block(torch.autograd.Function):
     """Group convolution, batch norm by the batch's statistics, ReLU and blur pool, by the compiled
     kernel.
 
-    ``Block.apply(x, weight, gamma, beta, eps, order, stride, padding)``: x to padding are those of
+    ``Block.apply(x, weight, gamma, beta, eps, geometry)``: x, weight and geometry are those of
     `conv`; gamma and beta, shape (N,), are the norm's. It returns the pooled maps and, without
     gradient, mean, variance and unbiased variance of the convolution's fields, float64 (3, N). The
     backward pass needs x and the convolution; nothing else of their size is kept.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, gamma, beta, eps, order, stride, padding) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x, weight, gamma, beta, eps, geometry) -> tuple[Tensor, Tensor]:
         x, weight = x.contiguous(), weight.contiguous()
-        y = _conv_like(x, weight, None, order, stride, padding)
-        statistics = torch.empty(3, weight.shape[0], dtype=torch.float64)
-        out = y.new_empty(_half(y.shape))
-        gkernel.forward(x, weight, None, y, stride, padding, statistics)
+        y = _conv_like(x, weight, None, geometry)
+        out, statistics = _half(y), torch.empty(3, len(weight), dtype=torch.float64)
+        gkernel.forward(x, weight, None, y, *geometry[1:], statistics)
         gkernel.pool(y, out, (gamma, beta, statistics, eps))
         ctx.save_for_backward(x, weight, y, gamma, beta, statistics)
-        ctx.eps, ctx.geometry = eps, (order, stride, padding)
+        ctx.eps, ctx.geometry = eps, geometry
         ctx.mark_non_differentiable(statistics)
         return out, statistics
 
@@ -187,9 +160,9 @@ class Block(torch.autograd.Function):
         x, weight, y, *norm = ctx.saved_tensors
         dy, gradients = torch.empty_like(y), y.new_empty(2, len(weight))
         gkernel.pool_gradient(y, dout.contiguous(), dy, (*norm, ctx.eps), gradients)
-        dx, dweight = _conv_backward(dy, x, weight, *ctx.geometry, *ctx.needs_input_grad[:2])
-        return dx, dweight, *gradients, None, None, None, None
+        of_conv = _gradients(dy, x, weight, ctx.geometry, ctx.needs_input_grad[:2])
+        return *of_conv, *gradients, None, None
 
 
-def _half(shape: torch.Size) -> tuple[int, ...]:
-    return *shape[:3], (shape[3] + 1) // 2, (shape[4] + 1) // 2
+def _half(y: Tensor) -> Tensor:
+    return y.new_empty(*y.shape[:3], (y.shape[3] + 1) // 2, (y.shape[4] + 1) // 2)
