@@ -121,9 +121,10 @@ class Notebook:
         return [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
 
     def shown(self):
-        """The text of all outputs as the page shows it."""
-        text = "lab.code().map(cell => cell.outputArea.node.innerText).join('\\n')"
-        return self.page.evaluate(text)
+        """All outputs, as JSON: the page itself holds only those of cells in view."""
+        return self.page.evaluate(
+            "JSON.stringify(lab.code().flatMap(cell => cell.model.outputs.toJSON()))"
+        )
 
     def save(self):
         self.start("docmanager:save")
