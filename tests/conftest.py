@@ -9,6 +9,7 @@ import pytest
 
 from tests.server import Server
 
+os.environ.pop("CXR_CALLED_FROM", None)  # run_all.sh sets it: a test's folder is its own
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 
 
