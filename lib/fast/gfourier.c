@@ -564,86 +564,82 @@ int pool(const Maps *q, const float *y, float *out) {
     return 0;
 }
 
-/* dy, the gradient of y, from that of the pooled maps, dout; and gradients (2, fields), of gamma
-   and beta. The first of two passes sums dz, the gradient of the normalised maps, and its products
-   with y - mean; the second writes dy = a * dz + b * (y - mean) + c. */
-int pool_gradient(const Maps *q, const float *y, const float *dout, float *dy, float *gradients) {
+/* From the gradient of the pooled maps, dout, that of the normalised ones, dz. With dy NULL, sums of
+   dz and of dz * (y - mean) give the gradients of gamma and beta, of_norm (2, fields), and the
+   table (3, fields) of a, b and c in the gradient of y, dy = a * dz + b * (y - mean) + c. With dy,
+   which may be of a part of the images, this is written; without statistics it is dz. */
+int pool_gradient(const Maps *q, const float *y, const float *dout, double *table, float *of_norm,
+                  float *dy) {
     const int threads = q->threads, width = q->width, half = CEIL(width, 2), fields = q->fields;
     const int tall = CEIL(q->height, 2), next = half + 2, row = 2 * half;
     const long size = (long)tall * next, wide_size = (long)(tall + 2) * row;
     const long each = ROUND(size, 16) + ROUND(wide_size, 16) + 2 * ROUND(width, 16);
     float *memory = scratch(threads * each + 4 * (tall + next)), *down = memory + threads * each;
-    double *sums = calloc(2L * q->n * fields + 1, 8), (*of_field)[4] = calloc(fields, 32);
-    if (!memory || !sums || !of_field) return 1;
+    double *sums = calloc(2L * q->n * fields + 1, 8);
+    if (!memory || !sums) return 1;
     float *const across = down + 4 * tall + 1; /* with a zero on either side */
-    memset(down, 0, 16 * (tall + next));
+    memset(memory, 0, 4 * (threads * each + 4 * (tall + next)));
     blur_weights(q->height, down, tall), blur_weights(width, across, next);
     Jobs jobs[threads];
-    for (int o = 0; o < fields; o++) /* mean, a, b, c */
-        of_field[o][0] = q->statistics ? q->statistics[o] : 0, of_field[o][1] = 1;
-    for (int pass = q->statistics ? 0 : 1; pass < 2; pass++) {
-        PARALLEL(q->n * fields)
-        {
-            float *mine = memory + omp_get_thread_num() * each; /* all zero */
-            memset(mine, 0, 4 * each);
-            float *in = take(&mine, size) + 1, *wide = take(&mine, wide_size) + row;
-            float *ones = take(&mine, width), *products = take(&mine, width);
-            FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
-                const double *of = of_field[job % fields];
-                const float mean = of[0], a = of[1], b = of[2], c = of[3], *w = across;
-                const float *from = dout + ((long)job * q->order + u) * tall * half;
-                const long at = ((long)job * q->order + u) * q->height * width;
-                const float *values = y + at;
-                float *to = dy + at, scale, shift;
-                affine(q, job % fields, &scale, &shift);
-                for (int i = 0; i < tall; i++)
-                    memcpy(in + i * next, from + (long)i * half, 4 * half);
-                for (int i = 0; i < tall; i++) { /* at full width */
-                    const float *d = in + i * next;
-                    float *rows = wide + i * row;
+    PARALLEL(q->n * fields) {
+        float *mine = memory + omp_get_thread_num() * each;
+        float *in = take(&mine, size) + 1, *wide = take(&mine, wide_size) + row;
+        float *ones = take(&mine, width), *products = take(&mine, width);
+        FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
+            const int o = job % fields, exact = !q->statistics || !dy;
+            const float mean = q->statistics ? q->statistics[o] : 0, a = exact ? 1 : table[o];
+            const float b = exact ? 0 : table[fields + o], c = exact ? 0 : table[2 * fields + o];
+            const float *from = dout + ((long)job * q->order + u) * tall * half, *w = across;
+            const long at = ((long)job * q->order + u) * q->height * width;
+            const float *values = y + at;
+            float *to = dy + at, scale, shift;
+            affine(q, o, &scale, &shift);
+            for (int i = 0; i < tall; i++) memcpy(in + i * next, from + (long)i * half, 4 * half);
+            for (int i = 0; i < tall; i++) { /* at full width */
+                const float *d = in + i * next;
+                float *rows = wide + i * row;
 #pragma omp simd
-                    for (int x = 0; x < half; x++) {
-                        rows[2 * x] = w[next + x] * d[x] + w[3 * next + x - 1] * d[x - 1];
-                        rows[2 * x + 1] = w[2 * next + x] * d[x] + w[x + 1] * d[x + 1];
-                    }
-                }
-                for (int r = 0; r < q->height; r++, values += width, to += width) {
-                    /* the pooled rows i and i - 1 have taps t and t + 2 here */
-                    const int i = (r + 1) / 2, t = r - 2 * i + 1;
-                    const float *d1 = wide + (long)i * row, *d0 = d1 - row;
-                    const float w1 = i < tall ? down[t * tall + i] : 0;
-                    const float w0 = i ? down[(t + 2) * tall + i - 1] : 0;
-#define DZ(x) (scale * values[x] + shift > 0 ? w0 * d0[x] + w1 * d1[x] : 0)
-                    if (pass) {
-#pragma omp simd
-                        for (int x = 0; x < width; x++)
-                            to[x] = a * DZ(x) + (b * (values[x] - mean) + c);
-                    } else {
-#pragma omp simd
-                        for (int x = 0; x < width; x++) {
-                            const float dz = DZ(x);
-                            ones[x] += dz, products[x] += dz * (values[x] - mean);
-                        }
-                    }
-                }
-                for (int x = 0; !pass && x < width; x++) {
-                    sums[2 * job] += ones[x], sums[2 * job + 1] += products[x];
-                    ones[x] = products[x] = 0;
+                for (int x = 0; x < half; x++) {
+                    rows[2 * x] = w[next + x] * d[x] + w[3 * next + x - 1] * d[x - 1];
+                    rows[2 * x + 1] = w[2 * next + x] * d[x] + w[x + 1] * d[x + 1];
                 }
             }
-        }
-        for (int o = 0; !pass && o < fields; o++) {
-            const double count = (double)q->n * q->order * q->height * width;
-            const double inverse = 1 / sqrt(q->statistics[fields + o] + q->eps);
-            double one = 0, product = 0;
-            for (int job = o; job < q->n * fields; job += fields)
-                one += sums[2 * job], product += sums[2 * job + 1];
-            gradients[o] = inverse * product, gradients[fields + o] = one;
-            of_field[o][1] = q->gamma[o] * inverse;
-            of_field[o][2] = -of_field[o][1] * inverse * inverse * product / count;
-            of_field[o][3] = -of_field[o][1] * one / count;
+            for (int r = 0; r < q->height; r++, values += width, to += width) {
+                /* the pooled rows i and i - 1 have taps t and t + 2 here */
+                const int i = (r + 1) / 2, t = r - 2 * i + 1;
+                const float *d1 = wide + (long)i * row, *d0 = d1 - row;
+                const float w1 = i < tall ? down[t * tall + i] : 0;
+                const float w0 = i ? down[(t + 2) * tall + i - 1] : 0;
+#define DZ(x) (scale * values[x] + shift > 0 ? w0 * d0[x] + w1 * d1[x] : 0)
+                if (dy) {
+#pragma omp simd
+                    for (int x = 0; x < width; x++)
+                        to[x] = a * DZ(x) + (b * (values[x] - mean) + c);
+                } else {
+#pragma omp simd
+                    for (int x = 0; x < width; x++) {
+                        const float dz = DZ(x);
+                        ones[x] += dz, products[x] += dz * (values[x] - mean);
+                    }
+                }
+            }
+            for (int x = 0; !dy && x < width; x++) {
+                sums[2 * job] += ones[x], sums[2 * job + 1] += products[x];
+                ones[x] = products[x] = 0;
+            }
         }
     }
-    free(memory), free(sums), free(of_field);
+    for (int o = 0; !dy && o < fields; o++) {
+        const double count = (double)q->n * q->order * q->height * width;
+        const double inverse = 1 / sqrt(q->statistics[fields + o] + q->eps);
+        double one = 0, product = 0;
+        for (int job = o; job < q->n * fields; job += fields)
+            one += sums[2 * job], product += sums[2 * job + 1];
+        of_norm[o] = inverse * product, of_norm[fields + o] = one;
+        table[o] = q->gamma[o] * inverse;
+        table[fields + o] = -table[o] * inverse * inverse * product / count;
+        table[2 * fields + o] = -table[o] * one / count;
+    }
+    free(memory), free(sums);
     return 0;
 }
