@@ -251,18 +251,21 @@ INLINE long place(int r, int j, int rows, int panels) {
     return (((long)(r / rows) * panels + j) * rows + r % rows) * PANEL;
 }
 
-/* One channel under the output rows from `row`, with its border of zeros: (maps, tall, wide). */
-static void load_window(const Layer *q, const Plan *s, const float *x, int row, float *to) {
+/* One channel under the output rows from `row`, into the window (maps, tall, wide), whose border of
+   columns is zero. */
+static void load_window(const Layer *q, const Plan *s, const float *x, int row, float *window) {
     for (int u = 0; u < s->maps; u++)
-        for (int r = 0; r < s->tall; r++, to += s->wide) {
-            int from = row * q->stride + r - q->padding;
-            if (from < 0 || from >= q->height) {
-                memset(to, 0, 4 * s->wide);
+        for (int r = 0; r < s->tall; r++) {
+            const int source = row * q->stride + r - q->padding;
+            const float *from = x + u * s->plane + (long)source * q->width;
+            float *to = window + (u * s->tall + r) * s->wide + q->padding;
+            if (source < 0 || source >= q->height) {
+                memset(to, 0, 4 * q->width);
                 continue;
             }
-            memset(to, 0, 4 * q->padding);
-            memcpy(to + q->padding, x + u * s->plane + (long)from * q->width, 4 * q->width);
-            memset(to + q->padding + q->width, 0, 4 * q->padding);
+            int i = 0; /* these short rows are not worth a call of memcpy */
+            for (; i + LANES <= q->width; i += LANES) *(vec *)(to + i) = *(const vec *)(from + i);
+            for (; i < q->width; i++) to[i] = from[i];
         }
 }
 
@@ -273,17 +276,17 @@ static void gather(const Layer *q, const Plan *s, const float *x, int image, int
     for (int c = 0; c < width; c++, x += s->maps * s->plane) {
         load_window(q, s, x, row, window);
         for (int t = 0; t < q->taps; t++) {
+            float *to = p + place(c * q->taps + t, 0, k, s->panels);
             const float *in[8];
             for (int u = 0; u < q->order; u++) {
                 const int *at = q->offsets + 2 * (t * q->order + u);
                 in[u] = window + ((q->lifting ? 0 : u) * s->tall + at[0]) * s->wide + at[1];
             }
-            for (int r = 0; r < rows; r++)
-                for (int i = 0, n; i < q->out_width; i += n) {
-                    int pixel = r * q->out_width + i, within = pixel % PANEL;
-                    long at = (long)r * q->stride * s->wide + i * q->stride;
-                    float *o = p + place(c * q->taps + t, pixel / PANEL, k, s->panels) + within;
-                    n = MIN(PANEL - within, q->out_width - i);
+            for (int r = 0, pixel = 0; r < rows; r++)
+                for (int i = 0, n; i < q->out_width; i += n, pixel += n) {
+                    const long at = (long)r * q->stride * s->wide + i * q->stride;
+                    float *o = to + pixel / PANEL * k * PANEL + pixel % PANEL;
+                    n = MIN(PANEL - pixel % PANEL, q->out_width - i);
                     if (q->order == 4) analyse(4, 0, in, at, q->stride, o, step, n);
                     else if (q->stride == 1) analyse(8, 0, in, at, 1, o, step, n);
                     else analyse(8, 0, in, at, q->stride, o, step, n);
@@ -348,6 +351,7 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
     {
         float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
         float *p = take(&mine, psize), *z = take(&mine, s.entries * zstep);
+        memset(window, 0, 4 * s.window);
         FOR_JOBS(job) {
             BLOCK_ROWS(job)
             for (int c0 = 0; c0 < q->channels; c0 += slab) {
@@ -439,8 +443,9 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
     float *memory = scratch(threads * each + chunk * s.blocks * zsize + parts * slabs * dsize);
     if (!memory) return 1;
     float *z = memory + threads * each, *dw = z + chunk * s.blocks * zsize;
-    memset(dw, 0, 4 * parts * slabs * dsize);
     Jobs jobs[threads];
+    PARALLEL(parts * slabs)
+    FOR_JOBS(job) memset(dw + job * dsize, 0, 4 * dsize);
     for (int first = 0; first < q->n; first += chunk) {
         const int blocks = MIN(q->n - first, chunk) * s.blocks;
         PARALLEL(blocks)
@@ -461,6 +466,7 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
         {
             float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
             float *p = take(&mine, psize);
+            memset(window, 0, 4 * s.window);
             FOR_JOBS(job) for (int at = job / slabs; at < blocks; at += parts) {
                 BLOCK_ROWS(at)
                 const int c0 = job % slabs * slab, width = MIN(q->channels - c0, slab);
@@ -578,11 +584,12 @@ int pool_gradient(const Maps *q, const float *y, const float *dout, double *tabl
     double *sums = calloc(2L * q->n * fields + 1, 8);
     if (!memory || !sums) return 1;
     float *const across = down + 4 * tall + 1; /* with a zero on either side */
-    memset(memory, 0, 4 * (threads * each + 4 * (tall + next)));
+    memset(down, 0, 16 * (tall + next));
     blur_weights(q->height, down, tall), blur_weights(width, across, next);
     Jobs jobs[threads];
     PARALLEL(q->n * fields) {
-        float *mine = memory + omp_get_thread_num() * each;
+        float *mine = memory + omp_get_thread_num() * each; /* all zero, for the borders */
+        memset(mine, 0, 4 * each);
         float *in = take(&mine, size) + 1, *wide = take(&mine, wide_size) + row;
         float *ones = take(&mine, width), *products = take(&mine, width);
         FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
