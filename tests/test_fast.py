@@ -138,6 +138,7 @@ def test_a_block_is_its_modules(layer, channels, fields, kernel_size, n, size, t
     normalised = copy.deepcopy(exact)[:2](x.double())
     assume(normalised.abs().min() > 2e-6)  # rounding may not decide about a ReLU
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "IMAGES", 2)
         taken = fused(patch)
         results = outcome(ours, x)
         assert taken == ["Block" if training else "ReluPool"]

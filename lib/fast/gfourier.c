@@ -251,18 +251,21 @@ INLINE long place(int r, int j, int rows, int panels) {
     return (((long)(r / rows) * panels + j) * rows + r % rows) * PANEL;
 }
 
-/* One channel under the output rows from `row`, with its border of zeros: (maps, tall, wide). */
-static void load_window(const Layer *q, const Plan *s, const float *x, int row, float *to) {
+/* One channel under the output rows from `row`, into the window (maps, tall, wide), whose border of
+   columns is zero. */
+static void load_window(const Layer *q, const Plan *s, const float *x, int row, float *window) {
     for (int u = 0; u < s->maps; u++)
-        for (int r = 0; r < s->tall; r++, to += s->wide) {
-            int from = row * q->stride + r - q->padding;
-            if (from < 0 || from >= q->height) {
-                memset(to, 0, 4 * s->wide);
+        for (int r = 0; r < s->tall; r++) {
+            const int source = row * q->stride + r - q->padding;
+            const float *from = x + u * s->plane + (long)source * q->width;
+            float *to = window + (u * s->tall + r) * s->wide + q->padding;
+            if (source < 0 || source >= q->height) {
+                memset(to, 0, 4 * q->width);
                 continue;
             }
-            memset(to, 0, 4 * q->padding);
-            memcpy(to + q->padding, x + u * s->plane + (long)from * q->width, 4 * q->width);
-            memset(to + q->padding + q->width, 0, 4 * q->padding);
+            int i = 0; /* these short rows are not worth a call of memcpy */
+            for (; i + LANES <= q->width; i += LANES) *(vec *)(to + i) = *(const vec *)(from + i);
+            for (; i < q->width; i++) to[i] = from[i];
         }
 }
 
@@ -273,17 +276,17 @@ static void gather(const Layer *q, const Plan *s, const float *x, int image, int
     for (int c = 0; c < width; c++, x += s->maps * s->plane) {
         load_window(q, s, x, row, window);
         for (int t = 0; t < q->taps; t++) {
+            float *to = p + place(c * q->taps + t, 0, k, s->panels);
             const float *in[8];
             for (int u = 0; u < q->order; u++) {
                 const int *at = q->offsets + 2 * (t * q->order + u);
                 in[u] = window + ((q->lifting ? 0 : u) * s->tall + at[0]) * s->wide + at[1];
             }
-            for (int r = 0; r < rows; r++)
-                for (int i = 0, n; i < q->out_width; i += n) {
-                    int pixel = r * q->out_width + i, within = pixel % PANEL;
-                    long at = (long)r * q->stride * s->wide + i * q->stride;
-                    float *o = p + place(c * q->taps + t, pixel / PANEL, k, s->panels) + within;
-                    n = MIN(PANEL - within, q->out_width - i);
+            for (int r = 0, pixel = 0; r < rows; r++)
+                for (int i = 0, n; i < q->out_width; i += n, pixel += n) {
+                    const long at = (long)r * q->stride * s->wide + i * q->stride;
+                    float *o = to + pixel / PANEL * k * PANEL + pixel % PANEL;
+                    n = MIN(PANEL - pixel % PANEL, q->out_width - i);
                     if (q->order == 4) analyse(4, 0, in, at, q->stride, o, step, n);
                     else if (q->stride == 1) analyse(8, 0, in, at, 1, o, step, n);
                     else analyse(8, 0, in, at, q->stride, o, step, n);
@@ -348,6 +351,7 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
     {
         float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
         float *p = take(&mine, psize), *z = take(&mine, s.entries * zstep);
+        memset(window, 0, 4 * s.window);
         FOR_JOBS(job) {
             BLOCK_ROWS(job)
             for (int c0 = 0; c0 < q->channels; c0 += slab) {
@@ -439,8 +443,9 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
     float *memory = scratch(threads * each + chunk * s.blocks * zsize + parts * slabs * dsize);
     if (!memory) return 1;
     float *z = memory + threads * each, *dw = z + chunk * s.blocks * zsize;
-    memset(dw, 0, 4 * parts * slabs * dsize);
     Jobs jobs[threads];
+    PARALLEL(parts * slabs)
+    FOR_JOBS(job) memset(dw + job * dsize, 0, 4 * dsize);
     for (int first = 0; first < q->n; first += chunk) {
         const int blocks = MIN(q->n - first, chunk) * s.blocks;
         PARALLEL(blocks)
@@ -461,6 +466,7 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
         {
             float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
             float *p = take(&mine, psize);
+            memset(window, 0, 4 * s.window);
             FOR_JOBS(job) for (int at = job / slabs; at < blocks; at += parts) {
                 BLOCK_ROWS(at)
                 const int c0 = job % slabs * slab, width = MIN(q->channels - c0, slab);
@@ -564,86 +570,83 @@ int pool(const Maps *q, const float *y, float *out) {
     return 0;
 }
 
-/* dy, the gradient of y, from that of the pooled maps, dout; and gradients (2, fields), of gamma
-   and beta. The first of two passes sums dz, the gradient of the normalised maps, and its products
-   with y - mean; the second writes dy = a * dz + b * (y - mean) + c. */
-int pool_gradient(const Maps *q, const float *y, const float *dout, float *dy, float *gradients) {
+/* From the gradient of the pooled maps, dout, that of the normalised ones, dz. With dy NULL, sums of
+   dz and of dz * (y - mean) give the gradients of gamma and beta, of_norm (2, fields), and the
+   table (3, fields) of a, b and c in the gradient of y, dy = a * dz + b * (y - mean) + c. With dy,
+   which may be of a part of the images, this is written; without statistics it is dz. */
+int pool_gradient(const Maps *q, const float *y, const float *dout, double *table, float *of_norm,
+                  float *dy) {
     const int threads = q->threads, width = q->width, half = CEIL(width, 2), fields = q->fields;
     const int tall = CEIL(q->height, 2), next = half + 2, row = 2 * half;
     const long size = (long)tall * next, wide_size = (long)(tall + 2) * row;
     const long each = ROUND(size, 16) + ROUND(wide_size, 16) + 2 * ROUND(width, 16);
     float *memory = scratch(threads * each + 4 * (tall + next)), *down = memory + threads * each;
-    double *sums = calloc(2L * q->n * fields + 1, 8), (*of_field)[4] = calloc(fields, 32);
-    if (!memory || !sums || !of_field) return 1;
+    double *sums = calloc(2L * q->n * fields + 1, 8);
+    if (!memory || !sums) return 1;
     float *const across = down + 4 * tall + 1; /* with a zero on either side */
     memset(down, 0, 16 * (tall + next));
     blur_weights(q->height, down, tall), blur_weights(width, across, next);
     Jobs jobs[threads];
-    for (int o = 0; o < fields; o++) /* mean, a, b, c */
-        of_field[o][0] = q->statistics ? q->statistics[o] : 0, of_field[o][1] = 1;
-    for (int pass = q->statistics ? 0 : 1; pass < 2; pass++) {
-        PARALLEL(q->n * fields)
-        {
-            float *mine = memory + omp_get_thread_num() * each; /* all zero */
-            memset(mine, 0, 4 * each);
-            float *in = take(&mine, size) + 1, *wide = take(&mine, wide_size) + row;
-            float *ones = take(&mine, width), *products = take(&mine, width);
-            FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
-                const double *of = of_field[job % fields];
-                const float mean = of[0], a = of[1], b = of[2], c = of[3], *w = across;
-                const float *from = dout + ((long)job * q->order + u) * tall * half;
-                const long at = ((long)job * q->order + u) * q->height * width;
-                const float *values = y + at;
-                float *to = dy + at, scale, shift;
-                affine(q, job % fields, &scale, &shift);
-                for (int i = 0; i < tall; i++)
-                    memcpy(in + i * next, from + (long)i * half, 4 * half);
-                for (int i = 0; i < tall; i++) { /* at full width */
-                    const float *d = in + i * next;
-                    float *rows = wide + i * row;
+    PARALLEL(q->n * fields) {
+        float *mine = memory + omp_get_thread_num() * each; /* all zero, for the borders */
+        memset(mine, 0, 4 * each);
+        float *in = take(&mine, size) + 1, *wide = take(&mine, wide_size) + row;
+        float *ones = take(&mine, width), *products = take(&mine, width);
+        FOR_JOBS(job) for (int u = 0; u < q->order; u++) {
+            const int o = job % fields, exact = !q->statistics || !dy;
+            const float mean = q->statistics ? q->statistics[o] : 0, a = exact ? 1 : table[o];
+            const float b = exact ? 0 : table[fields + o], c = exact ? 0 : table[2 * fields + o];
+            const float *from = dout + ((long)job * q->order + u) * tall * half, *w = across;
+            const long at = ((long)job * q->order + u) * q->height * width;
+            const float *values = y + at;
+            float *to = dy + at, scale, shift;
+            affine(q, o, &scale, &shift);
+            for (int i = 0; i < tall; i++) memcpy(in + i * next, from + (long)i * half, 4 * half);
+            for (int i = 0; i < tall; i++) { /* at full width */
+                const float *d = in + i * next;
+                float *rows = wide + i * row;
 #pragma omp simd
-                    for (int x = 0; x < half; x++) {
-                        rows[2 * x] = w[next + x] * d[x] + w[3 * next + x - 1] * d[x - 1];
-                        rows[2 * x + 1] = w[2 * next + x] * d[x] + w[x + 1] * d[x + 1];
-                    }
-                }
-                for (int r = 0; r < q->height; r++, values += width, to += width) {
-                    /* the pooled rows i and i - 1 have taps t and t + 2 here */
-                    const int i = (r + 1) / 2, t = r - 2 * i + 1;
-                    const float *d1 = wide + (long)i * row, *d0 = d1 - row;
-                    const float w1 = i < tall ? down[t * tall + i] : 0;
-                    const float w0 = i ? down[(t + 2) * tall + i - 1] : 0;
-#define DZ(x) (scale * values[x] + shift > 0 ? w0 * d0[x] + w1 * d1[x] : 0)
-                    if (pass) {
-#pragma omp simd
-                        for (int x = 0; x < width; x++)
-                            to[x] = a * DZ(x) + (b * (values[x] - mean) + c);
-                    } else {
-#pragma omp simd
-                        for (int x = 0; x < width; x++) {
-                            const float dz = DZ(x);
-                            ones[x] += dz, products[x] += dz * (values[x] - mean);
-                        }
-                    }
-                }
-                for (int x = 0; !pass && x < width; x++) {
-                    sums[2 * job] += ones[x], sums[2 * job + 1] += products[x];
-                    ones[x] = products[x] = 0;
+                for (int x = 0; x < half; x++) {
+                    rows[2 * x] = w[next + x] * d[x] + w[3 * next + x - 1] * d[x - 1];
+                    rows[2 * x + 1] = w[2 * next + x] * d[x] + w[x + 1] * d[x + 1];
                 }
             }
-        }
-        for (int o = 0; !pass && o < fields; o++) {
-            const double count = (double)q->n * q->order * q->height * width;
-            const double inverse = 1 / sqrt(q->statistics[fields + o] + q->eps);
-            double one = 0, product = 0;
-            for (int job = o; job < q->n * fields; job += fields)
-                one += sums[2 * job], product += sums[2 * job + 1];
-            gradients[o] = inverse * product, gradients[fields + o] = one;
-            of_field[o][1] = q->gamma[o] * inverse;
-            of_field[o][2] = -of_field[o][1] * inverse * inverse * product / count;
-            of_field[o][3] = -of_field[o][1] * one / count;
+            for (int r = 0; r < q->height; r++, values += width, to += width) {
+                /* the pooled rows i and i - 1 have taps t and t + 2 here */
+                const int i = (r + 1) / 2, t = r - 2 * i + 1;
+                const float *d1 = wide + (long)i * row, *d0 = d1 - row;
+                const float w1 = i < tall ? down[t * tall + i] : 0;
+                const float w0 = i ? down[(t + 2) * tall + i - 1] : 0;
+#define DZ(x) (scale * values[x] + shift > 0 ? w0 * d0[x] + w1 * d1[x] : 0)
+                if (dy) {
+#pragma omp simd
+                    for (int x = 0; x < width; x++)
+                        to[x] = a * DZ(x) + (b * (values[x] - mean) + c);
+                } else {
+#pragma omp simd
+                    for (int x = 0; x < width; x++) {
+                        const float dz = DZ(x);
+                        ones[x] += dz, products[x] += dz * (values[x] - mean);
+                    }
+                }
+            }
+            for (int x = 0; !dy && x < width; x++) {
+                sums[2 * job] += ones[x], sums[2 * job + 1] += products[x];
+                ones[x] = products[x] = 0;
+            }
         }
     }
-    free(memory), free(sums), free(of_field);
+    for (int o = 0; !dy && o < fields; o++) {
+        const double count = (double)q->n * q->order * q->height * width;
+        const double inverse = 1 / sqrt(q->statistics[fields + o] + q->eps);
+        double one = 0, product = 0;
+        for (int job = o; job < q->n * fields; job += fields)
+            one += sums[2 * job], product += sums[2 * job + 1];
+        of_norm[o] = inverse * product, of_norm[fields + o] = one;
+        table[o] = q->gamma[o] * inverse;
+        table[fields + o] = -table[o] * inverse * inverse * product / count;
+        table[2 * fields + o] = -table[o] * one / count;
+    }
+    free(memory), free(sums);
     return 0;
 }

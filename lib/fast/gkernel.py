@@ -179,10 +179,11 @@ def pool(y: Tensor, out: Tensor, norm: Norm | None = None) -> None:
     _call("pool", _maps(y, norm), y, out)
 
 
-def pool_gradient(
-    y: Tensor, dout: Tensor, dy: Tensor, norm: Norm | None = None, of_norm: Tensor | None = None
-) -> None:
-    """Write the gradient of `y`, through `pool` and the statistics, into `dy`, and those of gamma
-    and beta into `of_norm`, of shape (2, fields).
+def pool_gradient(y: Tensor, dout: Tensor, dy: Tensor | None, *sums: Tensor, norm=None) -> None:
+    """Write the gradient of `y` through `pool` and the statistics into `dy`.
+
+    `sums` are a table (3, fields), float64, and the gradients of gamma and beta (2, fields). A call
+    for all images with `dy` None writes them; one for all or some images needs the table.
     """
-    _call("pool_gradient", _maps(y, norm), y, dout, dy, of_norm)
+    table, of_norm = sums or (None, None)
+    _call("pool_gradient", _maps(y, norm), y, dout, table, of_norm, dy)

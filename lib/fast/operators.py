@@ -12,6 +12,7 @@ from lib.fast import gkernel
 from lib.fast.gfourier import GROUPS, TorchLayer, out_size
 from lib.groups import filter_bank
 
+IMAGES = 16  # a block's backward pass makes the convolution's gradient for so many at a time
 DENSE = 'algorithm="dense" (an attribute of the layer)'
 
 
@@ -59,25 +60,27 @@ def _conv_like(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequenc
 
 
 def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[int], needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `conv` for x and the weight, each None if it is not needed."""
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Sequence[int],
+    dx: Tensor | None,
+    dweight: Tensor | None,
+) -> None:
+    """Write the gradients of `conv` for x and the weight, unless None."""
     order, stride, padding = geometry
-    dx = torch.empty_like(x) if needs[0] else None
-    dweight = torch.empty_like(weight) if needs[1] else None
     with torch.autocast(x.device.type, enabled=False):
         if not _compiled(x):
             TorchLayer(x, weight, *geometry).backward(x, dy, dx, dweight)
-            return dx, dweight
-        if needs[1]:
+            return
+        if dweight is not None:
             gkernel.weight_gradient(x, dy, dweight, stride, padding)
-        if needs[0] and x.ndim == 5 and stride == 1 and padding < weight.shape[-1]:
+        if dx is not None and x.ndim == 5 and stride == 1 and padding < weight.shape[-1]:
             gkernel.input_gradient(dy, weight, dx, padding)
-        elif needs[0]:
+        elif dx is not None:
             index = GROUPS[order].filter_indices(weight.shape[-1], weight.shape[2])
             bank, shape = filter_bank(weight, index), (x if x.ndim == 4 else x.flatten(1, 2)).shape
-            dx = conv2d_input(shape, bank, dy.flatten(1, 2), stride, padding).view_as(x)
-    return dx, dweight
+            dx.copy_(conv2d_input(shape, bank, dy.flatten(1, 2), stride, padding).view_as(x))
 
 
 @torch.library.custom_op("cxr::group_conv_backward", mutates_args=())
@@ -85,8 +88,11 @@ def conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `conv` for x and the weight, each of size 0 if it is not needed."""
-    dx, dweight = _gradients(dy.contiguous(), x.contiguous(), weight.contiguous(), geometry, needs)
-    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dweight is None else dweight
+    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
+    gradients = _gradients_like(dy, x, weight, geometry, needs)
+    wanted = (of if need else None for of, need in zip(gradients, needs, strict=True))
+    _gradients(dy, x, weight, geometry, *wanted)
+    return gradients
 
 
 @conv_backward.register_fake
@@ -158,10 +164,18 @@ class Block(torch.autograd.Function):
     def backward(ctx, dout: Tensor, _: Tensor) -> tuple:
         _once()
         x, weight, y, *norm = ctx.saved_tensors
-        dy, gradients = torch.empty_like(y), y.new_empty(2, len(weight))
-        gkernel.pool_gradient(y, dout.contiguous(), dy, (*norm, ctx.eps), gradients)
-        of_conv = _gradients(dy, x, weight, ctx.geometry, ctx.needs_input_grad[:2])
-        return *of_conv, *gradients, None, None
+        norm, dout, needs = (*norm, ctx.eps), dout.contiguous(), ctx.needs_input_grad[:2]
+        sums = y.new_empty(3, len(weight), dtype=torch.float64), y.new_empty(2, len(weight))
+        gkernel.pool_gradient(y, dout, None, *sums, norm=norm)
+        dx = torch.empty_like(x) if needs[0] else None
+        dweights = []
+        for part in (slice(i, i + IMAGES) for i in range(0, len(x), IMAGES)):
+            dy = torch.empty_like(y[part])
+            gkernel.pool_gradient(y[part], dout[part], dy, *sums, norm=norm)
+            dweights.append(torch.empty_like(weight) if needs[1] else None)
+            dx_part = None if dx is None else dx[part]
+            _gradients(dy, x[part], weight, ctx.geometry, dx_part, dweights[-1])
+        return dx, sum(dweights[1:], dweights[0]) if needs[1] else None, *sums[1], None, None
 
 
 def _half(y: Tensor) -> Tensor:

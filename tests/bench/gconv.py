@@ -1,25 +1,27 @@
 """How fast the group convolutions are: whole networks, interleaved in one process, as shares of a
 plain network of the same real channels.
 
-    python tests/bench/gconv.py [--device cpu|cuda] [--dtype float32|bfloat16] [--repeats 7]
-    [--threads 2] [--widths 64,128,256 ...]
-                                [--give-back]
+    python tests/bench/gconv.py [--widths 64,128,256 ...] [--repeats 7] [--threads 2] [--batch 8]
+                                [--give-back] [--busy 0] [--device cpu] [--layers]
 
 Networks: lifting 5x5, then two group convolutions 3x3, each with batch norm, ReLU and pool of
-stride 2; group max-pool, mean, linear layer. Where escnn (Cesa, Lang and Weiler 2022) is installed,
-the same network of its layers is measured too.
+stride 2; group max-pool, mean, linear layer. If escnn (Cesa, Lang and Weiler 2022) is installed,
+the same network of its layers is measured too. The plain network is measured in both memory formats
+and the faster one is the measure.
 
-One round runs every variant once; a ratio is the median over the rounds of (variant / plain, same
-round), with the ratio of the fastest rounds beside it. "step" is forward, backward and an SGD
-update. Peak memory is of training steps, above the start's, each variant in a process of its own.
-Freed memory is kept for the next array, for every variant, as in this project's training
-(`lib.memory`); with --give-back, and where memory is measured, glibc gives it back to the system,
-as in any other program."""
+A round runs every variant once. A share is the median over the rounds of (variant / plain, same
+round). "step" is forward, backward and an SGD update. Peak memory is that of training steps, above
+the start's, each variant in a process of its own. Freed memory is kept for the next array, as in
+this project's training; with --give-back, and for peak memory, the C library returns it. --busy
+runs other busy processes meanwhile. --layers compares the Fourier transform with the dense way
+layer by layer instead, in bold what "auto" takes.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import multiprocessing
 import os
 import platform
 import statistics
@@ -37,23 +39,22 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from lib import fast, gconv  # noqa: E402
 from lib.fast import gkernel  # noqa: E402
-from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, P4MConvP4M, P4MConvZ2, group_max_pool  # noqa: E402
 from lib.parallel import freed_memory_kept  # noqa: E402
 
-VARIANTS = (
-    "plain",
-    "dense",
-    "auto",
-    "auto, no compiler",
-    *(["escnn"] if importlib.util.find_spec("escnn") else []),
-)
-# width -> shares of plain: step without, step with, forward without, forward with a compiler
-BARS = {
-    (64, 128, 256): (0.40, 0.33, 0.45, 0.40),
-    (16, 32, 64): (None, 0.65, None, None),
-    (8, 16, 32): (None, 0.95, None, None),
+PLAIN = ("plain", "plain, channels last")
+VARIANTS = (*PLAIN, "dense", "auto", "auto, no compiler")
+VARIANTS += ("escnn",) if importlib.util.find_spec("escnn") else ()
+BARS = {  # fields -> forward, step: largest shares of plain, with and without a compiler
+    (64, 128, 256): ((0.26, 0.23), (0.40, 0.33)),
+    (16, 32, 64): ((0.34, 0.30), None),
+    (8, 16, 32): ((0.42, 0.42), None),
+    (4, 8, 32): ((0.50, 0.50), None),
 }
+MEMORY_BAR = 0.8
+FIELDS = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (16, 16), (4, 64), (64, 4), (64, 64))
+LIFTED = ((1, 1), (1, 2), (1, 4), (1, 16), (1, 64), (3, 16), (16, 16))
 
 
 class EscnnConv(nn.Module):
@@ -61,27 +62,19 @@ class EscnnConv(nn.Module):
     layer, from (N, 1, H, W).
     """
 
-    def __init__(self, fields_in: int | None, fields_out: int, kernel_size: int) -> None:
+    def __init__(self, fields_in: int, fields_out: int, kernel_size: int, lifting: bool) -> None:
         super().__init__()
         from escnn import gspaces
         from escnn import nn as enn
 
         space = gspaces.flipRot2dOnR2(4)
         self.fields, self.wrap = fields_out, enn.GeometricTensor
-        self.type_in = enn.FieldType(
-            space, [space.trivial_repr] if fields_in is None else fields_in * [space.regular_repr]
-        )
+        kinds = [space.trivial_repr] if lifting else fields_in * [space.regular_repr]
+        self.type_in = enn.FieldType(space, kinds)
         type_out = enn.FieldType(space, fields_out * [space.regular_repr])
-        # its default initialisation takes minutes at this width, and speed does not depend on the
-        # weights
-        self.conv = enn.R2Conv(
-            self.type_in,
-            type_out,
-            kernel_size,
-            padding=kernel_size // 2,
-            bias=False,
-            initialize=False,
-        )
+        options = {"padding": kernel_size // 2, "bias": False}
+        # its own initialisation takes minutes, and speed does not depend on the weights
+        self.conv = enn.R2Conv(self.type_in, type_out, kernel_size, **options, initialize=False)
         nn.init.normal_(self.conv.weights, std=0.01)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,111 +82,78 @@ class EscnnConv(nn.Module):
         return self.conv(self.wrap(x, self.type_in)).tensor.unflatten(1, (self.fields, 8))
 
 
-class GroupMaxPool(nn.Module):
-    """`group_max_pool` as a module."""
+class Head(nn.Module):
+    """Group max-pool, mean and linear layer."""
+
+    def __init__(self, fields: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(fields, 200)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return group_max_pool(x)
+        maps = x if x.ndim == 5 else x.unflatten(1, (-1, 8))
+        return self.linear(gconv.group_max_pool(maps).mean((2, 3)))
 
 
 def network(variant: str, widths: tuple[int, ...]) -> nn.Module:
     """The reference network of a variant, for images (N, 1, 64, 64)."""
-    layers, fields = [], 1
+    blocks, fields, name = [], 1, variant.split(",")[0]
     for index, width in enumerate(widths):
-        kernel_size = 3 if index else 5
-        if variant == "plain":
-            channels = 8 * fields if index else 1
-            layers += [
-                nn.Conv2d(channels, 8 * width, kernel_size, padding=kernel_size // 2, bias=False),
-                nn.BatchNorm2d(8 * width),
-            ]
-        elif variant == "escnn":
-            layers += [
-                EscnnConv(fields if index else None, width, kernel_size),
-                GroupBatchNorm(width),
-            ]
+        lifting, k = not index, 3 if index else 5
+        rest = nn.ReLU(inplace=True), gconv.GroupAvgBlurPool()
+        if name == "plain":
+            channels = 1 if lifting else 8 * fields
+            conv = nn.Conv2d(channels, 8 * width, k, padding=k // 2, bias=False)
+            blocks.append(nn.Sequential(conv, nn.BatchNorm2d(8 * width), *rest))
+        elif name == "escnn":
+            conv = EscnnConv(fields, width, k, lifting)
+            blocks.append(nn.Sequential(conv, gconv.GroupBatchNorm(width), *rest))
         else:
-            conv = P4MConvP4M if index else P4MConvZ2
-            algorithm = variant.split(",")[0]
-            layers += [
-                conv(
-                    fields,
-                    width,
-                    kernel_size,
-                    padding=kernel_size // 2,
-                    bias=False,
-                    algorithm=algorithm,
-                ),
-                GroupBatchNorm(width),
-            ]
-        layers += [nn.ReLU(inplace=True), GroupAvgBlurPool()]
+            kind = gconv.P4MConvZ2 if lifting else gconv.P4MConvP4M
+            conv = kind(fields, width, k, padding=k // 2, bias=False, algorithm=name)
+            blocks.append(gconv.GroupBlock(conv, gconv.GroupBatchNorm(width), *rest))
         fields = width
-    split = [nn.Unflatten(1, (fields, 8))] if variant == "plain" else []
-    return nn.Sequential(
-        *layers,
-        *split,
-        GroupMaxPool(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(fields, 200),
-    )
+    return nn.Sequential(*blocks, Head(fields))
+
+
+def compiler(variant: str):
+    """The compiled kernel, unless the variant does without."""
+    missing = "no compiler" in variant
+    return mock.patch.object(gkernel, "kernel", return_value=None) if missing else nullcontext()
 
 
 class Bench:
     """One variant, ready to run a forward pass or a training step on random images."""
 
-    def __init__(
-        self, variant: str, widths: tuple[int, ...], batch: int, device: str, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, variant: str, widths: tuple[int, ...], options: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        self.variant, self.device, self.dtype = variant, device, dtype
-        self.net = network(variant, widths).to(device)
-        self.images = torch.randn(batch, 1, 64, 64, device=device)
-        self.labels = torch.randint(0, 200, (batch,), device=device)
+        self.variant, self.device = variant, options.device
+        last = torch.channels_last if "last" in variant else torch.contiguous_format
+        self.net = network(variant, widths).to(options.device, memory_format=last)
+        images = torch.randn(options.batch, 1, 64, 64, device=options.device)
+        self.images = images.contiguous(memory_format=last)
+        self.labels = torch.randint(0, 200, (options.batch,), device=options.device)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3)
-
-    def context(self):
-        return (
-            torch.autocast(self.device, self.dtype)
-            if self.dtype != torch.float32
-            else nullcontext()
-        )
 
     def forward(self) -> None:
         self.net.eval()
-        with torch.no_grad(), self.context():
+        with torch.no_grad():
             self.net(self.images)
 
     def step(self) -> None:
         self.net.train()
         self.optimizer.zero_grad()
-        with self.context():
-            loss = nn.functional.cross_entropy(self.net(self.images), self.labels)
-        loss.backward()
+        nn.functional.cross_entropy(self.net(self.images), self.labels).backward()
         self.optimizer.step()
 
     def run(self, phase: str) -> float:
         """Seconds of one pass."""
-        no_compiler = (
-            mock.patch.object(gkernel, "kernel", return_value=None)
-            if "no compiler" in self.variant
-            else nullcontext()
-        )
-        with no_compiler:
-            self.synchronize()
+        wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        with compiler(self.variant):
+            wait()
             start = time.perf_counter()
             getattr(self, phase)()
-            self.synchronize()
+            wait()
         return time.perf_counter() - start
-
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
-def resident() -> int:
-    """Resident memory of this process in bytes (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory(bench: Bench) -> int:
@@ -204,6 +164,10 @@ def peak_memory(bench: Bench) -> int:
         torch.cuda.reset_peak_memory_stats()
         bench.run("step")
         return torch.cuda.max_memory_allocated() - start
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
     start = peak = resident()
     done = threading.Event()
 
@@ -221,107 +185,111 @@ def peak_memory(bench: Bench) -> int:
     return peak - start
 
 
+def networks(options: argparse.Namespace) -> None:
+    """Print the table of the networks."""
+    columns = ["fields", "pass", "plain, ms", *VARIANTS[2:], "bar", "bar, no compiler"]
+    print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
+    for text in options.widths:
+        widths = tuple(map(int, text.split(",")))
+        benches = [Bench(variant, widths, options) for variant in VARIANTS]
+        for number, phase in enumerate(("forward", "step")):
+            for bench in benches:
+                bench.run(phase)
+            rounds = [[bench.run(phase) for bench in benches] for _ in range(options.repeats)]
+            medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
+            best = min(range(len(PLAIN)), key=lambda i: medians[i])
+            shares = [
+                statistics.median(times[i] / times[best] for times in rounds)
+                for i in range(len(PLAIN), len(VARIANTS))
+            ]
+            bars = [f"{bar[number]:.2f}" if bar else "" for bar in BARS.get(widths, (None, None))]
+            cells = [f"{medians[best] * 1e3:.1f}", *(f"{share:.2f}" for share in shares), *bars]
+            print(f"| {text} | {phase} | {' | '.join(cells)} |", flush=True)
+        del benches
+        command = [sys.executable, __file__, *sys.argv[1:], "--widths", text, "--memory-of"]
+        peaks = [
+            int(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout)
+            for name in VARIANTS
+        ]
+        least = min(peaks[: len(PLAIN)])
+        cells = [f"{least / 2**20:.0f} MiB", *(f"{peak / least:.2f}" for peak in peaks[2:])]
+        print(f"| {text} | peak memory | {' | '.join(cells)} | {MEMORY_BAR} | |", flush=True)
+
+
+def seconds(layer: nn.Module, x: torch.Tensor, step: bool) -> float:
+    start = time.perf_counter()
+    with torch.set_grad_enabled(step):
+        y = layer(x)
+        if step:
+            y.square().mean().backward()
+    return time.perf_counter() - start
+
+
+def layers(options: argparse.Namespace) -> None:
+    """Print Fourier / dense of single layers, forward / step."""
+    kinds = (gconv.P4MConvP4M, gconv.P4ConvP4, gconv.P4MConvZ2, gconv.P4ConvZ2)
+    for variant in ("with the compiled kernel", "no compiler"):
+        for kind in kinds:
+            print(f"\n{kind.__name__}, {variant}\n\n| fields | forward | step |\n{'| --- ' * 3}|")
+            for fields in LIFTED if kind.lifting else FIELDS:
+                k, side = (5, 64) if kind.lifting else (3, 32)
+                group = [] if kind.lifting else [kind.group.order]
+                x = torch.randn(options.batch, fields[0], *group, side, side)
+                cells = []
+                for step in (False, True):
+                    x.requires_grad_(step and not kind.lifting)
+                    dense, ours = (
+                        kind(*fields, k, padding=k // 2, algorithm=name)
+                        for name in ("dense", "fourier")
+                    )
+                    with compiler(variant):
+                        taken, shares = fast.faster(ours, x), []
+                        for _ in range(options.repeats + 1):
+                            shares.append(1 / seconds(dense, x, step) * seconds(ours, x, step))
+                    share = f"{statistics.median(shares[1:]):.2f}"
+                    cells.append(f"**{share}**" if taken else share)
+                print(f"| {fields[0]} -> {fields[1]} | {' | '.join(cells)} |", flush=True)
+
+
+def burn() -> None:
+    """Keep a processor busy."""
+    while True:
+        pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--widths", nargs="+", default=["64,128,256", "16,32,64", "8,16,32"])
-    parser.add_argument(
-        "--give-back",
-        action="store_true",
-        help="let the C library give freed memory back, as it does by default",
-    )
+    parser.add_argument("--busy", type=int, default=0)
+    widths = [",".join(map(str, widths)) for widths in BARS]
+    parser.add_argument("--widths", nargs="+", default=widths)
+    parser.add_argument("--give-back", action="store_true")
+    parser.add_argument("--layers", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    with nullcontext(False) if options.give_back else freed_memory_kept() as kept:
-        measure(options, kept)
-
-
-def measure(options: argparse.Namespace, kept: bool) -> None:
-    """Print the tables."""
     torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
-    all_widths = [tuple(map(int, widths.split(","))) for widths in options.widths]
     if options.memory_of:
-        print(
-            peak_memory(
-                Bench(options.memory_of, all_widths[0], options.batch, options.device, dtype)
-            )
-        )
+        bench = Bench(options.memory_of, tuple(map(int, options.widths[0].split(","))), options)
+        print(peak_memory(bench))
         return
-
-    processor = (
-        torch.cuda.get_device_name()
-        if options.device == "cuda"
-        else f"{platform.machine()}, {options.threads} threads"
-    )
+    where = f"{platform.machine()}, {options.threads} threads"
     kernel = "compiled kernel" if gkernel.available() else "no compiler"
     print(
-        f"PyTorch {torch.__version__}, {processor}, {options.dtype}, "
-        f"batch {options.batch}, {options.repeats} rounds, {kernel}"
+        f"PyTorch {torch.__version__}, {options.device}, {where}, batch {options.batch}, {kernel}"
     )
-    kept = kept or os.environ.get("MALLOC_MMAP_MAX_") == "0"
-    print(f"Freed memory is {'kept for the next array' if kept else 'given back to the system'}\n")
-    print(
-        "| fields | pass | plain, ms | "
-        + " | ".join(VARIANTS[1:])
-        + " | bar: auto | bar: no compiler |"
-    )
-    print("| --- " * (len(VARIANTS) + 4) + "|")
-    for widths in all_widths:
-        benches = [
-            Bench(variant, widths, options.batch, options.device, dtype) for variant in VARIANTS
-        ]
-        for phase, first in (("forward", 2), ("step", 0)):
-            for bench in benches:
-                bench.run(phase)
-            rounds = [[bench.run(phase) for bench in benches] for _ in range(options.repeats)]
-            fastest = [min(times) for times in zip(*rounds, strict=True)]
-            cells = [
-                f"{statistics.median(times[i] / times[0] for times in rounds):.2f} "
-                f"({fastest[i] / fastest[0]:.2f})"
-                for i in range(1, len(VARIANTS))
-            ]
-            bars = BARS.get(widths, (None,) * 4)
-            limits = [f"{bar:.2f}" if bar else "" for bar in (bars[first + 1], bars[first])]
-            print(
-                f"| {'/'.join(map(str, widths))} | {phase} | {fastest[0] * 1e3:.1f} | "
-                f"{' | '.join(cells + limits)} |",
-                flush=True,
-            )
-        del benches
-        if options.device == "cpu" and not Path("/proc/self/statm").exists():
-            continue
-        peaks = [
-            int(
-                subprocess.run(
-                    [*command, "--memory-of", variant], check=True, capture_output=True, text=True
-                ).stdout
-            )
-            for command in [
-                [
-                    sys.executable,
-                    __file__,
-                    *sys.argv[1:],
-                    "--give-back",
-                    "--widths",
-                    ",".join(map(str, widths)),
-                ]
-            ]
-            for variant in VARIANTS
-        ]
-        shares = " | ".join(f"{peak / peaks[0]:.2f}" for peak in peaks[1:])
-        print(
-            f"| {'/'.join(map(str, widths))} | peak memory | {peaks[0] / 2**20:.0f} MiB | "
-            f"{shares} | "
-            f"{1.3 * peaks[1] / peaks[0]:.2f} | |",
-            flush=True,
-        )
+    print(f"{options.repeats} rounds, {options.busy} other busy processes\n")
+    others = [multiprocessing.Process(target=burn, daemon=True) for _ in range(options.busy)]
+    for process in others:
+        process.start()
+    with nullcontext() if options.give_back else freed_memory_kept():
+        layers(options) if options.layers else networks(options)
+    for process in others:
+        process.terminate()
 
 
 if __name__ == "__main__":
