@@ -205,7 +205,7 @@ MUTANTS = {
     "variance": ("(off * off + b * b + c * c + d * d)", "(off * off + b * b + c * c)"),
     "blur": ("{1, 3, 3, 1}", "{1, 3, 2, 1}"),
     "relu": ("values[x] + shift > 0 ?", "values[x] > 0 ?"),
-    "norm's gradient": ("of_field[o][3] = -", "of_field[o][3] = +"),
+    "norm's gradient": ("table[2 * fields + o] = -", "table[2 * fields + o] = +"),
 }
 
 
