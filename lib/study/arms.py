@@ -73,6 +73,9 @@ ARMS: dict[str, Arm] = _MAIN | {
     "p4m-linear": _like("p4m", "linear head", "#B5381D", "variant", _LINEAR),
     "alexnet-running": _like("alexnet", "running statistics", "#4A86B8", "variant", _RUNNING),
     "p4m-running": _like("p4m", "running statistics", "#E07B45", "variant", _RUNNING),
+    "alexnet-described":
+        _like("alexnet", "as described", "#27408B", "variant", _LINEAR | _RUNNING),
+    "p4m-described": _like("p4m", "as described", "#A0301A", "variant", _LINEAR | _RUNNING),
     "alexnet-untrained": _like("alexnet", "untrained", "#7FB8D8", untrained=True),
     "p4m-untrained": _like("p4m", "untrained", "#EAAE7F", untrained=True),
     "p4-untrained": _like("p4", "untrained", "#E5BCD3", untrained=True),
