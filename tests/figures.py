@@ -103,7 +103,7 @@ def result(n_seeds=3):
     entry = {"seeds": seeds, "mean": 0.1, "low": -0.1, "high": 0.3}
     if n_seeds == 1:
         entry |= {"low": None, "high": None}
-    verdicts = [{"measure": key, "verdict": "undecided", "n": n_seeds} for key in keys]
+    verdicts = [{"measure": key, "verdict": "cannot tell", "n": n_seeds} for key in keys]
     compared = {"verdicts": verdicts, "measures": [entry | {"measure": key} for key in keys]}
     comparisons = [{"treatment": "p4m", "reference": name, **compared} for name in references]
     claims = [{"title": "Robustness"}, {"title": "Stability"}]

@@ -8,14 +8,15 @@ from scipy import stats
 
 from lib.study import claims
 from lib.study.arms import ARMS
-from lib.study.claims import CLAIMS, MEASURE, MEASURES, compare, detectable, holm, paired, verdict
+from lib.study.claims import CLAIMS, MEASURE, MEASURES, compare, verdict
+from lib.study.inference import detectable, holm, paired, seeds_to_tell
 
 PRIMARY = [m for m in MEASURES if m.primary]
-# what two arms score on each deciding measure, and how far seeds differ: as on phantoms with the
-# quick preset
-TYPICAL = {"converged_nmi": (6, 1.5), "nmi_sd": (0.02, 0.006), "silhouette": (0.10, 0.02)}
-TYPICAL |= {"auroc_macro": (0.58, 0.02), "kept_free": (0.4, 0.06)}
+# what two arms score on each deciding measure, and how far seeds differ: as in the plan's pilot
+TYPICAL = {"settled_ami": (6, 1.1), "spread_ami": (0.02, 0.008), "map_silhouette": (0.1, 0.05)}
+TYPICAL |= {"auroc_macro": (0.58, 0.009), "ami_free": (0.35, 0.05)}
 CALLED = {"supported", "reversed"}
+N_SEEDS = 10  # of the plan
 
 
 def simulated_study(rng, n_seeds, effects=None, noise=stats.norm):
@@ -53,72 +54,91 @@ def verdicts(values):
 
 @pytest.mark.slow
 def test_a_planted_null_is_not_called():
-    """Studies without any difference: one in which any claim is called supported or reversed is a
-    false positive, of at most 5 %.
-
-    200 studies would leave a standard error of 1.5 % on the rate, so 600 of each kind are
-    simulated: the rate of all is held to 5 %, and that of each kind to what chance allows above it.
+    """2,000 studies of the planned size without any difference: one in which any claim is called
+    supported or reversed is a false positive, of at most 6 %.
     """
     rng, called = np.random.default_rng(11), []
-    for noise in (stats.norm, stats.t(3), stats.lognorm(1)):  # the latter: long tails, skewed
-        for n_seeds in (3, 5):
-            studies = [verdicts(simulated_study(rng, n_seeds, noise=noise)) for _ in range(600)]
-            called.append(sum(not CALLED.isdisjoint(study.values()) for study in studies))
-    assert sum(called) / (600 * len(called)) <= 0.05, called
-    tests = [stats.binomtest(count, 600, 0.05, alternative="greater") for count in called]
-    assert all(test.pvalue > 0.01 for test in tests), called
+    for noise in (stats.norm, stats.t(3)):  # the latter: long tails
+        studies = (verdicts(simulated_study(rng, N_SEEDS, noise=noise)) for _ in range(1000))
+        called += [not CALLED.isdisjoint(study.values()) for study in studies]
+    assert np.mean(called) <= 0.06
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_seeds", [3, 5])
-def test_a_planted_effect_is_found_with_the_stated_power(n_seeds):
-    """An effect of the size that `detectable` states is found in about 80 % of 200 studies, an
-    opposite one is called reversed, and the claims without an effect are still not called.
+def test_a_planted_effect_is_found_with_the_stated_power():
+    """An effect of the size that `detectable` states is found in about 80 % of studies, an opposite
+    one is called reversed, and claims without an effect are still not called.
     """
-    rng, size = np.random.default_rng(12), detectable(n_seeds)
-    effects = {"kept_free": size, "silhouette": -size}
-    found = [verdicts(simulated_study(rng, n_seeds, effects)) for _ in range(200)]
+    rng, size = np.random.default_rng(12), detectable(N_SEEDS)
+    effects = {"ami_free": size, "map_silhouette": -size}
+    found = [verdicts(simulated_study(rng, N_SEEDS, effects)) for _ in range(300)]
     assert 0.7 < np.mean([f["invariance"] == "supported" for f in found]) < 0.95
     assert 0.7 < np.mean([f["structure"] == "reversed" for f in found]) < 0.95
     without = [{f[c] for c in ("convergence", "stability", "transfer")} for f in found]
-    assert np.mean([not CALLED.isdisjoint(called) for called in without]) <= 0.05
+    assert np.mean([not CALLED.isdisjoint(called) for called in without]) <= 0.06
+
+
+@pytest.mark.slow
+def test_twice_the_smallest_difference_is_found_at_the_planned_size():
+    rng = np.random.default_rng(13)
+    sds = {key: sd * math.sqrt(2) for key, (_, sd) in TYPICAL.items()}
+    effects = {key: 2 * MEASURE[key].smallest / sd for key, sd in sds.items()}
+    found = [verdicts(simulated_study(rng, N_SEEDS, effects)) for _ in range(300)]
+    assert np.mean([v == "supported" for f in found for v in f.values()]) >= 0.8
 
 
 def test_an_arm_that_is_better_by_construction_is_supported_on_all_claims():
-    rng = np.random.default_rng(0)
+    rng, seeds = np.random.default_rng(0), range(8)
     plain = {key: mean for key, (mean, _) in TYPICAL.items()}
     better = dict(zip(TYPICAL, (-8, -0.2, 0.5, 0.3, 0.5), strict=True))
-    ours = [{k: plain[k] + d * rng.normal(1, 0.01) for k, d in better.items()} for _ in range(5)]
-    arms = {"a": dict(enumerate(ours)), "b": dict.fromkeys(range(5), plain)}
+    ours = [{k: plain[k] + d * rng.normal(1, 0.01) for k, d in better.items()} for _ in seeds]
+    arms = {"a": dict(enumerate(ours)), "b": dict.fromkeys(seeds, plain)}
     assert set(verdicts(as_results(arms)).values()) == {"supported"}
     swapped = as_results({"a": arms["b"], "b": arms["a"]})
     assert set(verdicts(swapped).values()) == {"reversed"}
+    fewer = as_results({arm: {s: of[s] for s in seeds[:7]} for arm, of in arms.items()})
+    assert set(verdicts(fewer).values()) == {"cannot tell"}
 
 
-def test_few_seeds_decide_nothing():
-    values = simulated_study(np.random.default_rng(0), 2, {"kept_free": 50})
-    assert set(verdicts(values).values()) == {"undecided"}
-    entry = compare(simulated_study(np.random.default_rng(0), 1), "a", "b")
-    assert {v["verdict"] for v in entry["verdicts"]} == {"undecided"}
-    assert math.isnan(entry["detectable_g"])
+def test_a_verdict_that_hangs_on_collapsed_runs_is_not_given():
+    plain = {key: mean for key, (mean, _) in TYPICAL.items()}
+    plain |= {"perplexity": 19.0, "largest_cluster": 0.1}
+    rng, ours = np.random.default_rng(0), {}
+    for seed in range(10):
+        lost = 0.0 if seed < 5 else 0.4  # the reference keeps no cluster where it has collapsed
+        ours[seed] = plain | {"ami_free": 0.35 + lost + rng.normal(0, 0.01)}
+    theirs = {seed: plain | {"perplexity": 19.0 if seed < 5 else 2.0} for seed in range(10)}
+    found = compare(as_results({"a": ours, "b": theirs}), "a", "b")
+    assert found["collapsed"] == ["5", "6", "7", "8", "9"]
+    decided = {v["claim"]: v for v in found["verdicts"]}["invariance"]
+    assert decided["whole"]["n"] == 5
+    assert decided["verdict"] == "cannot tell"
 
 
 @pytest.mark.parametrize(
     ("numbers", "wanted"),  # n, mean, low, high, corrected p; 0.1 would matter
     [
-        ((5, 0.5, 0.3, 0.7, 0.01), "supported"),
-        ((5, -0.5, -0.7, -0.3, 0.01), "reversed"),
-        ((5, 0.5, 0.3, 0.7, 0.06), "undecided"),
-        ((5, 0.0, -0.05, 0.05, 0.9), "not supported"),
-        ((5, 0.05, 0.03, 0.07, 0.001), "not supported"),  # there, but too small to matter
-        ((5, -0.05, -0.07, -0.03, 0.001), "not supported"),
-        ((2, 0.5, 0.3, 0.7, 0.01), "undecided"),
-        ((5, 0.5, 0.3, 0.7, math.nan), "undecided"),
+        ((8, 0.5, 0.3, 0.7, 0.01), "supported"),
+        ((8, -0.5, -0.7, -0.3, 0.01), "reversed"),
+        ((8, 0.5, 0.3, 0.7, 0.06), "cannot tell"),
+        ((8, 0.0, -0.05, 0.05, 0.9), "no difference that matters"),
+        ((8, 0.05, 0.03, 0.07, 0.001), "no difference that matters"),
+        ((8, -0.1, -0.25, 0.05, 0.2), "not supported"),
+        ((7, 0.5, 0.3, 0.7, 0.01), "cannot tell"),
+        ((8, 0.5, 0.3, 0.7, math.nan), "cannot tell"),
     ],
 )
 def test_verdict_rule(numbers, wanted):
     assert verdict(*numbers, smallest=0.1) == wanted
-    assert wanted.capitalize() in claims.rule()
+    assert wanted in claims.VERDICTS
+    assert wanted in claims.rule().lower()
+
+
+def test_seeds_that_would_tell():
+    assert seeds_to_tell(0.0, 1.0) == 8
+    enough = seeds_to_tell(1.0, 0.5)
+    assert detectable(int(enough)) <= 0.5 < detectable(int(enough) - 1)
+    assert seeds_to_tell(100.0, 0.5) == math.inf
 
 
 def test_paired_is_the_paired_t_test():
@@ -126,7 +146,7 @@ def test_paired_is_the_paired_t_test():
     found, known = paired(a - b), stats.ttest_rel(a, b)
     assert found["p"] == pytest.approx(known.pvalue)
     assert (found["low"], found["high"]) == pytest.approx(known.confidence_interval(0.95))
-    assert found["hedges_g"] == pytest.approx((a - b).mean() / (a - b).std(ddof=1) * (1 - 3 / 19))
+    assert found["sd"] == pytest.approx((a - b).std(ddof=1))
     flips = stats.permutation_test((a - b,), np.mean, permutation_type="samples")
     assert found["sign_flip_p"] == pytest.approx(flips.pvalue)
     # the least that five seeds can reach
@@ -154,7 +174,6 @@ def test_holm_against_the_definition():
 
 
 def test_detectable_falls_with_seeds():
-    assert math.isnan(paired([0.1, 0.2])["hedges_g"])
     assert detectable(3) > detectable(5) > detectable(10) > 0.8
     assert math.isnan(detectable(2))
 
@@ -177,7 +196,6 @@ def test_patients_widen_the_interval_of_the_probe():
     a, b = (planted_answers(rng, 1.0, each) for _ in range(2))
     alone = claims.patient_se(a, b, MEASURE["auroc_macro"])
     assert 0 < alone < 0.1
-    assert 0 < claims.patient_se(a, b, MEASURE["auroc_micro"]) < 0.1
     # patients of 20 images with answers that hang together
     right = np.repeat(rng.random(6) < 0.5, 20)
     for answers in a:
@@ -196,17 +214,17 @@ def test_patients_widen_the_interval_of_the_probe():
 
 def test_a_seed_without_a_number_is_left_out_of_both_arms():
     results = simulated_study(np.random.default_rng(3), 4)
-    results["arms"]["a"]["seeds"]["0"]["values"]["silhouette"] = "one cluster"
-    results["arms"]["b"]["seeds"]["2"]["values"]["silhouette"] = None
+    results["arms"]["a"]["seeds"]["0"]["values"]["map_silhouette"] = "one cluster"
+    results["arms"]["b"]["seeds"]["2"]["values"]["map_silhouette"] = None
     entries = {e["measure"]: e for e in compare(results, "a", "b")["measures"]}
-    assert entries["silhouette"]["seeds"] == ["1", "3"]
+    assert entries["map_silhouette"]["seeds"] == ["1", "3"]
     assert entries["davies_bouldin"]["seeds"] == []
-    assert claims.reason(results, "a", "silhouette") == "one cluster"
-    assert claims.reason(results, "b", "silhouette") == ""
+    assert claims.reason(results, "a", "map_silhouette") == "one cluster"
+    assert claims.reason(results, "b", "map_silhouette") == ""
 
 
 def test_collapse_is_told_by_the_largest_cluster_and_the_perplexity():
-    sizes = {0: (0.08, 18.0), 1: (0.64, 9.0), 2: (0.4, 4.9), 3: (0.5, 5.0)}
+    sizes = {0: (0.08, 18.0), 1: (0.64, 12.0), 2: (0.4, 9.9), 3: (0.5, 10.0)}
     values = {s: {"largest_cluster": a, "perplexity": p} for s, (a, p) in sizes.items()}
     assert claims.collapsed(as_results({"a": values}), "a") == ["1", "2"]
     assert claims.collapsed(as_results({"a": {0: {"largest_cluster": 0.2}}}), "a") == []
@@ -217,7 +235,7 @@ def test_overview_is_what_figures_draw():
     results["comparisons"] = [compare(results, "a", "b")]
     found = claims.overview(results)
     assert [claim["key"] for claim in found["claims"]] == [claim.key for claim in CLAIMS]
-    entry = found["arms"]["a"]["measures"]["kept_free"]
+    entry = found["arms"]["a"]["measures"]["ami_free"]
     assert entry["mean"] == pytest.approx(np.mean(list(entry["by_seed"].values())))
     assert entry["low"] < entry["mean"] < entry["high"]
     assert found["arms"]["a"]["seeds"] == ["0", "1", "2", "3"]

@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.stats import entropy
 from sklearn.datasets import make_blobs
 from sklearn.metrics import davies_bouldin_score, silhouette_score
@@ -166,28 +164,6 @@ def test_seed_interval_by_hand():
     assert metrics.seed_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="at least one seed"):
         metrics.seed_interval([])
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0, 0.5))
-def test_convergence_epoch_is_the_first_from_which_the_curve_stays(curve, tolerance):
-    final = np.mean(curve[-math.ceil(len(curve) / 4) :])
-    inside = [abs(value - final) <= tolerance for value in curve]
-    stays = [epoch for epoch in range(1, len(curve) + 1) if all(inside[epoch - 1 :])]
-    expected = stays[0] if stays else math.nan
-    assert metrics.convergence_epoch(curve, tolerance) == pytest.approx(expected, nan_ok=True)
-
-
-def test_curves_by_hand():
-    assert metrics.convergence_epoch([0.1, 0.5, 0.79, 0.8, 0.8, 0.8, 0.8, 0.8]) == 3
-    assert math.isnan(metrics.convergence_epoch([0.0, 0.5] * 4))
-    assert metrics.stability([9.0, 0.0, 1.0, 3.0]) == pytest.approx(math.sqrt(2))
-    assert metrics.stability([9.0, 5.0, 1.0, 2.0, 3.0]) == pytest.approx(1.0)  # of the last three
-    assert math.isnan(metrics.stability([1.0]))
-    assert metrics.increases([5.0, 4.0, 4.5, 4.5, 5.5, 1.0]) == (2, pytest.approx(1.5))
-    assert metrics.increases([3.0, 2.0, 1.0]) == (0, 0.0)
-    for measure in (metrics.convergence_epoch, metrics.stability, metrics.increases):
-        with pytest.raises(ValueError, match="finite"):
-            measure([math.nan, 0.5])
 
 
 def test_cluster_structure_tells_blobs_from_noise():

@@ -2,12 +2,15 @@
 why.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from lib.runs import TrainConfig
 from lib.study import parts
-from lib.study.parts import Effort, Material
+from lib.study.subjects import Effort, Gaussian, Material, Metadata
 
 EFFORT = Effort(8, 80, 40, perplexities=(5,), map_seeds=(0,), n_neighbors=5, n_boot=50)
 
@@ -15,7 +18,7 @@ EFFORT = Effort(8, 80, 40, perplexities=(5,), map_seeds=(0,), n_neighbors=5, n_b
 class Code:
     """A subject whose features are a function of the images."""
 
-    seed, n_clusters = 0, 4
+    seed, n_clusters, config = 0, 4, TrainConfig("p4m", 4, pca_dim=2)
 
     def __init__(self, pictures, function, assignments=None):
         self.extract = function
@@ -211,3 +214,63 @@ def test_factors_are_what_differs():
     assert {"view_position", "exposure", "Mass", "Edema"} <= set(films)
     assert "classes" not in films
     assert "sex" not in films
+
+
+def test_halves_agree_on_planted_clusters_and_not_on_noise():
+    rng, kinds = np.random.default_rng(0), np.arange(600) % 4
+    blobs = 8 * np.eye(4)[kinds] + rng.normal(size=(600, 4))
+    material = Material(noise(600), metadata(600), effort=EFFORT)
+    found = {}
+    for name, features in {"blobs": blobs, "noise": rng.normal(size=(600, 4))}.items():
+        code = Code(material.images, lambda _, some=features: some)
+        code.config = TrainConfig("p4m", 4, pca_dim=3)
+        found[name] = parts.halves(code, material)["ami_halves"]
+    assert found["blobs"] > 0.9
+    assert found["noise"] < 0.6
+    few = Material(noise(9), metadata(9), effort=EFFORT)
+    assert "fewer images" in parts.halves(Code(few.images, first_pixels), few)["ami_halves"]
+
+
+def test_a_split_of_its_own_has_no_patient_on_both_sides():
+    material = Material(noise(300), metadata(300, findings="Mass"), effort=EFFORT)
+    train, test = material.own_rows(0)
+    assert len(train) + len(test) == 300
+    assert 0.1 < len(test) / 300 < 0.3
+    assert not {*material.patients[train]} & {*material.patients[test]}
+    assert not np.array_equal(test, material.own_rows(1)[1])
+
+
+def run_of(ami, loss, perplexity):
+    """A run of 8 epochs with K = 20."""
+    table = pd.DataFrame({"ami_prev": ami, "nmi_prev": ami, "loss": loss})
+    table = table.assign(perplexity=perplexity, epoch=range(1, 9))
+    config = TrainConfig("p4m", 20)
+    run = SimpleNamespace(metrics=table, config=config, assignments=np.zeros((8, 40), int))
+    return SimpleNamespace(run=run)
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity", "settled"),
+    [(0.5, 18.0, 2.8), (0.95, 18.0, 9.0), (0.5, 9.0, 9.0)],
+    ids=["learns", "learns nothing", "collapsed"],
+)
+def test_who_learns_nothing_never_settles(loss, perplexity, settled):
+    ami = [np.nan, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    run = run_of(ami, loss * np.log(20), perplexity)
+    assert parts.training(run, None)["settled_ami"] == pytest.approx(settled)
+
+
+def test_what_view_and_sex_tell_needs_no_image():
+    views = np.array(["PA", "AP"] * 100)
+    table = metadata(200, findings=np.where(views == "AP", "Edema", "No Finding"))
+    material = Material(noise(200), table.assign(view_position=views), effort=EFFORT)
+    told = parts.label_probe(Metadata(material.metadata, Code.config), material)
+    untold = parts.label_probe(Metadata(table, Code.config), material)
+    assert told["auroc_macro"] > 0.99
+    assert untold["auroc_macro"] == 0.5
+
+
+def test_gaussian_points_have_the_shape_of_what_is_clustered():
+    subject = Gaussian(noise(60), Code.config)
+    assert subject.embedding.shape == (60, 2)
+    assert np.bincount(subject.assignments).size == 4

@@ -12,7 +12,7 @@ from tests.figures import ANGLES, LABEL, arms, cluster, enrichment, metrics, res
 def test_forest_draws_differences_in_the_unit_of_the_measure(n_seeds):
     figure = claims.forest(result(n_seeds))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Robustness", "Stability"]
-    assert figure.axes[0].get_title(loc="right") == f"undecided (n = {n_seeds})"
+    assert figure.axes[0].get_title(loc="right") == f"cannot tell (n = {n_seeds})"
     # P4M minus AlexNet is 0.1, P4M minus the CNN -0.3; the second measure is better if low
     for axes, sign in zip(figure.axes, (1, -1), strict=True):
         dots = [line for line in axes.lines if line.get_markersize() == 2]

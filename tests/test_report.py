@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from lib.study import claims, report
+from lib.study import claims, report, verdicts
 from tests.test_claims import as_results, simulated_study
 
 LABEL, ATTRIBUTION = "synthetic phantom, 72 images", "Drawn. Not for clinical use."
@@ -67,8 +67,8 @@ def page_comparison(n_seeds, effects=None):
 
 @pytest.fixture
 def results():
-    """P4M is better in one claim; one AlexNet of four collapsed; no labels."""
-    found = page_comparison(4, {"kept_free": 30})
+    """P4M is better in one claim; one AlexNet of eight collapsed; no labels."""
+    found = page_comparison(8, {"ami_free": 30})
     about = {"backbone": "p4m", "rotation": False, "pseudo_labels": "clusters"}
     about |= {"parameters": 10, "feature_dim": 4, "flops": 1000, "title": "P4M"}
     for entry in found["arms"].values():
@@ -97,55 +97,59 @@ def test_a_table_has_as_many_cells_as_columns():
 
 
 def test_collapse_is_marked_and_no_interval_is_given_over_a_mixture(results):
-    whole, mixed = (report.cell(results, arm, "kept_free") for arm in ("p4m", "alexnet"))
+    whole, mixed = (report.cell(results, arm, "ami_free") for arm in ("p4m", "alexnet"))
     assert re.fullmatch(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", whole)
-    assert re.fullmatch(r"\d\.\d{3} † \(1 of 4 collapsed\)", mixed)
+    assert re.fullmatch(r"\d\.\d{3} † \(1 of 8 collapsed\)", mixed)
     text = report.occupancy_table(results)
     assert "0.10, 0.80, 0.10, 0.10" in text
     assert "seed 1 †" in text
     assert report.COLLAPSED in text
-    for page in (report.verdict_table(results), report.verdict_matrix(results)):
+    for page in (verdicts.verdict_table(results), verdicts.verdict_matrix(results)):
         assert report.COLLAPSED in page
     for run in results["arms"]["alexnet"]["seeds"].values():
         run["values"]["largest_cluster"] = 0.9
-    assert "to" in report.cell(results, "alexnet", "kept_free")  # all collapsed: no mixture
+    assert "to" in report.cell(results, "alexnet", "ami_free")  # all collapsed: no mixture
 
 
 def test_what_has_no_number_says_why(results):
     assert report.cell(results, "p4m", "auroc_macro") == "not defined: fewer than 2 classes"
     assert report.cell(results, "p4m", "nothing") == "–"
-    (row,) = rows_of(report.verdict_table(results), "Better transferability")
+    (row,) = rows_of(verdicts.verdict_table(results), "Better transferability")
     assert "**not defined: fewer than 2 classes**" in row
     text = report.measure_table(results, {"auroc_macro": "AUROC"})
     assert text == "not defined: fewer than 2 classes"
 
 
 def test_verdicts_are_the_numbers(results):
-    (row,) = rows_of(report.verdict_table(results), "No augmentation")
-    entry = next(e for e in results["comparisons"][0]["measures"] if e["measure"] == "kept_free")
+    (row,) = rows_of(verdicts.verdict_table(results), "No augmentation")
+    entry = next(e for e in results["comparisons"][0]["measures"] if e["measure"] == "ami_free")
     for number in ("treatment", "reference", "mean"):
         assert f"{entry[number]:.3f}" in row
     assert "**supported †**" in row
-    assert report.MEANING["supported"] in row
+    assert verdicts.MEANING["supported"] in row
 
 
-def test_few_seeds_are_said_to_be_undecided():
+def test_few_seeds_cannot_tell_and_the_number_that_would_is_said():
     found = page_comparison(1)
-    assert report.verdict_table(found).count("undecided at n = 1") == len(claims.CLAIMS)
-    assert " to " not in report.cell(found, "p4m", "kept_free")
+    assert verdicts.verdict_table(found).count("cannot tell at n = 1; not even 200") == len(
+        claims.CLAIMS
+    )
+    assert " to " not in report.cell(found, "p4m", "ami_free")
 
 
 def test_pages_hold_the_warning_and_what_is_missing(results):
     results["missing"] = ["p4: no finished run"]
-    text = report.claims_page(results, "make it")
-    verdicts = [f"**{word.capitalize()}**" for word in claims.VERDICTS]
-    for wanted in ("Not for clinical use", "p4: no finished run", "`make it`", *verdicts):
+    text = verdicts.claims_page(results, "make it")
+    for wanted in ("Not for clinical use", "p4: no finished run", "`make it`"):
         assert wanted in text
+    assert all(word in text.lower() for word in claims.VERDICTS)
+    lines = rows_of(text, "**silhouette of the clusters")
+    assert " to " in lines[0].split("|")[-2], "also without the seeds that collapsed"
 
 
 def test_nothing_to_compare():
     found = as_results({"alexnet": {0: {"silhouette": 0.1}}}) | {"comparisons": []}
-    for text in (report.verdict_table(found), report.verdict_matrix(found)):
+    for text in (verdicts.verdict_table(found), verdicts.verdict_matrix(found)):
         assert "compared" in text
 
 

@@ -93,6 +93,8 @@ ARMS: dict[str, Arm] = _MAIN | {
         "p4m", "after the published code", "#803800", "published",
         {"pca_dim": 128, "weight_decay": 1e-4, **_LINEAR, **_RUNNING}, pseudo_labels="index"),
     "pixels": Arm("raw pixels, PCA", "#000000", "*", kind="baseline"),
+    "metadata": Arm("view, sex and age, no image", "#5E4FA2", "p", kind="baseline"),
+    "gaussian": Arm("Gaussian points, no image", "#BBBBBB", "1", kind="baseline"),
     "random": Arm("random assignments", "#999999", ".", kind="baseline"),
     "guess": Arm("guess: how frequent each finding is", "#767676", "d", kind="baseline"),
 }
@@ -219,35 +221,58 @@ def _complete(folder: Path) -> dict[str, Any] | None:
     """Settings of a finished run; None if it is not finished or a file is broken."""
     try:
         config = paths.load_json(folder / "config.json")
-        return config if is_complete(folder, SimpleNamespace(epochs=config["epochs"])) else None
+        done = is_kept(folder) or is_complete(folder, SimpleNamespace(epochs=config["epochs"]))
+        return config if done else None
     except (OSError, ValueError, KeyError):
         return None
 
 
+def kept_dir(dataset: str) -> Path:
+    """``figures/<dataset>/runs``: settings and numbers of runs, without networks and features."""
+    return paths.figures_dir(dataset) / "runs"
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether only the settings and numbers of a run are in its folder."""
+    return folder.is_relative_to(paths.figures_root()) and (folder / "measures.json").exists()
+
+
+def config_of(folder: Path) -> TrainConfig:
+    """Settings of a run."""
+    stored = paths.load_json(folder / "config.json")
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    return TrainConfig(**{name: stored[name] for name in names if name in stored})
+
+
 def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
     """The finished runs of a dataset that can be compared (arm -> seed -> folder, in the order of
-    `ARMS`), and one line per run that is left out, with the reason.
+    `ARMS`), and one line per run that is left out, with the reason. Runs of which only the numbers
+    were kept (`kept_dir`) are among them.
 
     Runs are compared with the first finished one of P4M or AlexNet, or of any arm if these have
     none. They must agree in `MATCHED`, and in the number of epochs unless they are untrained; all
     but AlexNets must agree in width, and so must AlexNets. Published arms need not agree.
     FileNotFoundError if no run is finished.
     """
-    root, left_out = paths.runs_dir(dataset), []
-    stored: dict[tuple[str, int], dict[str, Any]] = {}
+    roots, left_out = (paths.runs_dir(dataset), kept_dir(dataset)), []
+    stored: dict[tuple[str, int], tuple[Path, dict[str, Any]]] = {}
     for arm in ARMS:
-        folders = (file.parent for file in (root / arm).glob("seed*/config.json"))
-        for seed in sorted(int(f.name[4:]) for f in folders if f.name[4:].isdecimal()):
-            if config := _complete(root / arm / f"seed{seed}"):
-                stored[arm, seed] = config
-            else:
-                left_out.append(f"{arm} seed {seed}: not finished")
+        folders = [file.parent for root in roots for file in (root / arm).glob("seed*/config.json")]
+        for folder in (f for f in folders if f.name[4:].isdecimal()):
+            run = arm, int(folder.name[4:])
+            if run not in stored and (config := _complete(folder)):
+                stored[run] = folder, config
+        there = {int(f.name[4:]) for f in folders if f.name[4:].isdecimal()}
+        left_out += [
+            f"{arm} seed {s}: not finished" for s in sorted(there) if (arm, s) not in stored
+        ]
+    stored = dict(sorted(stored.items(), key=lambda item: ([*ARMS].index(item[0][0]), item[0][1])))
     if not stored:
-        where = paths.show(root)
+        where = paths.show(roots[0])
         raise FileNotFoundError(f"{where} holds no finished run: run 02_train_alexnet first")
     first = min(stored, key=lambda run: ("p4m", "alexnet", *ARMS).index(run[0]))
-    fixed, widths, runs = stored[first], {}, {}
-    for (arm, seed), config in stored.items():
+    fixed, widths, runs = stored[first][1], {}, {}
+    for (arm, seed), (folder, config) in stored.items():
         known = ARMS[arm]
         compared = [n for n in MATCHED if n not in dict(known.changes)]
         compared += [] if known.untrained else ["epochs"]
@@ -258,5 +283,5 @@ def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
             than = f"{first[0]} seed {first[1]}"
             left_out.append(f"{arm} seed {seed}: other {', '.join(differ)} than {than}")
         else:
-            runs.setdefault(arm, {})[seed] = root / arm / f"seed{seed}"
+            runs.setdefault(arm, {})[seed] = folder
     return runs, left_out

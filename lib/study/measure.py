@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -26,16 +27,20 @@ from threadpoolctl import threadpool_limits
 
 from lib import data, paths
 from lib.data.phantom import make_phantoms
+from lib.metrics import ami
 from lib.parallel import freed_memory_kept, memory_limit
 from lib.runs import TrainConfig, load_run
 from lib.study import parts
-from lib.study.arms import ARMS, GROUPS, PRESET, cost, finished
+from lib.study.arms import ARMS, GROUPS, PRESET, config_of, cost, finished, is_kept, kept_dir
 from lib.study.claims import mean_curves
-from lib.study.parts import EFFORT, Effort, Found, Material, Subject
+from lib.study.parts import Found, Subject
 from lib.study.report import dataset_label
+from lib.study.subjects import EFFORT, Effort, Gaussian, Material, Metadata, Network, Pixels, Random
 
-FORMAT = 4  # raise it if a number would come out differently: all is then measured again
+FORMAT = 5  # raise it if a number would come out differently: all is then measured again
 NAME, ANSWERS = "measures.json", "scores.npz"
+BASELINES = {"pixels": Pixels, "random": Random, "metadata": Metadata, "gaussian": Gaussian}
+BASELINE_SEEDS = 3  # they differ little
 PROCESS_BYTES = 900e6  # per process that measures: 0.6 GB measured, and room
 
 
@@ -45,29 +50,27 @@ PROCESS_BYTES = 900e6  # per process that measures: 0.6 GB measured, and room
 def of_run(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict[str, Any]:
     """Measure a finished run, or read what was measured before.
 
-    The arm ``"pixels"`` or ``"random"`` is a baseline with PCA size, K and seed of `config`. In
+    A baseline has the PCA size, K and seed of `config`. In
     `folder`, that of the run, ``measures.json`` keeps the numbers and ``scores.npz`` the answers of
     the probes. Returns ``values`` (per measure a number, or a text that says why there is none),
     ``details`` (curves and tables) and ``of`` (what was measured).
     """
-    of = _identity(arm, folder, config, material)
+    of = None if is_kept(folder) else _identity(arm, folder, config, material)
     if (found := _stored(folder, of)) is not None:
         return found
-    if arm == "pixels":
-        found = _measure(parts.Pixels(material.images, config), material, parts.PARTS)
-    elif arm == "random":
-        wanted = (*parts.BLIND, parts.agreement_by_chance)
-        found = _measure(parts.Random(material.images, config), material, wanted)
+    about = material.metadata if arm == "metadata" else material.images
+    made = BASELINES[arm](about, config) if arm in BASELINES else Network(load_run(folder))
+    wanted = parts.OF_BASELINE.get(arm, (*parts.PARTS, parts.training, parts.known))
+    found = _measure(made, material, wanted)
+    if arm == "random":
         found = {k: v for k, v in found.items() if not k.startswith(parts.OF_PIXELS)}
-    else:
-        wanted = (*parts.PARTS, parts.training, parts.known)
-        found = _measure(parts.Network(load_run(folder)), material, wanted)
     return _store(folder, of, found)
 
 
 @freed_memory_kept()
 def _measure(subject: Subject, material: Material, wanted: tuple[Callable, ...]) -> Found:
-    found: Found = {}
+    final = getattr(subject, "assignments", None)  # as small as they can be
+    found: Found = {} if final is None else {"final": final.astype(np.min_scalar_type(final.max()))}
     with threadpool_limits(limits=1, user_api="blas"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the linear probe did not converge", RuntimeWarning)
         for part in wanted:
@@ -89,20 +92,45 @@ def _identity(arm: str, folder: Path, config: TrainConfig, material: Material) -
     return {"format": FORMAT, "effort": effort, "sha256": digests}
 
 
-def _stored(folder: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
+def _stored(folder: Path, of: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What was measured before, if it is the same; of a kept run, whatever was measured."""
     try:
         found = paths.load_json(folder / NAME)
     except (OSError, ValueError):
         return None
-    return found if found.get("of") == of else None
+    return found if of in (None, found.get("of")) else None
+
+
+def _place(dataset: str, arm: str, seed: int | str) -> Path:
+    """Where the numbers of a run are, or will be."""
+    own = paths.run_dir(dataset, arm, int(seed))
+    kept = kept_dir(dataset) / arm / own.name
+    return kept if is_kept(kept) and not (own / NAME).exists() else own
+
+
+def keep(results: Mapping[str, Any]) -> None:
+    """Copy settings and numbers of all measured runs to `lib.study.arms.kept_dir`."""
+    dataset = results["dataset"]["name"]
+    for arm, entry in results["arms"].items():
+        for seed in entry["seeds"]:
+            source = paths.run_dir(dataset, arm, int(seed))
+            target = kept_dir(dataset) / arm / source.name
+            target.mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", ANSWERS):
+                if (source / name).exists():
+                    shutil.copyfile(source / name, target / name)
+            if (source / NAME).exists():
+                save(target / NAME, paths.load_json(source / NAME))
 
 
 def _store(folder: Path, of: Mapping[str, Any], found: Found) -> dict[str, Any]:
     answers = {name: some for name, some in found.items() if isinstance(some, np.ndarray)}
     details = {name: some for name, some in found.items() if isinstance(some, dict)}
     values = {name: some for name, some in found.items() if name not in answers | details}
+    if "findings" in answers:  # of the bootstrap: three digits are enough
+        answers["findings"] = answers["findings"].astype(np.float16)
     with paths.atomic_write(folder / ANSWERS) as handle:
-        np.savez(handle, **answers)
+        np.savez_compressed(handle, **answers)
     # last: it vouches for the answers
     paths.save_json(folder / NAME, {"of": of, "values": values, "details": details})
     return paths.load_json(folder / NAME)
@@ -143,12 +171,14 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
     pictures, metadata = data.load(paths.dataset_dir(dataset))
     material = Material(pictures, metadata, effort=effort)
     runs, missing = finished(dataset)
-    configs = {(a, s): load_run(f).config for a, some in runs.items() for s, f in some.items()}
+    configs = {(a, s): config_of(f) for a, some in runs.items() for s, f in some.items()}
     first = next(arm for arm in ("p4m", "alexnet", *runs) if arm in runs)
     tasks = [(arm, runs[arm][seed], config) for (arm, seed), config in configs.items()]
-    for arm in ("pixels", "random"):
-        tasks += [(arm, paths.run_dir(dataset, arm, s), configs[first, s]) for s in runs[first]]
-    if any(_stored(task[1], _identity(*task, material)) is None for task in tasks):
+    for arm in BASELINES:
+        some = list(runs[first])[:BASELINE_SEEDS]
+        tasks += [(arm, _place(dataset, arm, s), configs[first, s]) for s in some]
+    anew = [task for task in tasks if not is_kept(task[1])]
+    if any(_stored(task[1], _identity(*task, material)) is None for task in anew):
         material = replace(material, turned=turned_phantoms(dataset, pictures))
     affordable = (memory_limit() or math.inf) // PROCESS_BYTES - 1
     jobs = int(max(1, min(jobs, len(tasks), affordable)))
@@ -160,6 +190,8 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
         if arm not in arms:
             arms[arm] = _about(arm, config) | {"seeds": {}}
         numbers.pop("of")
+        if arm in runs:
+            numbers["values"]["ami_seeds"] = _with_other_seeds(runs[arm], folder)
         arms[arm]["seeds"][folder.name.removeprefix("seed")] = numbers
     reference = configs[first, next(iter(runs[first]))]
     codes = {paths.load_json(tasks[k][1] / "config.json").get("code") for k in range(len(configs))}
@@ -172,6 +204,13 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
         "arms": arms,
         "missing": missing + absent,
     }
+
+
+def _with_other_seeds(seeds: Mapping[int, Path], folder: Path) -> float | str:
+    """Mean AMI of the final clusters of a run with those of the arm's other seeds."""
+    final = {f: np.load(f / ANSWERS)["final"] for f in seeds.values()}
+    others = [ami(final[folder], theirs) for other, theirs in final.items() if other != folder]
+    return float(np.mean(others)) if others else "one seed"
 
 
 def _dataset(dataset: str, material: Material) -> dict[str, Any]:
@@ -222,10 +261,10 @@ def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndar
     (m, F), log-odds, ``truth`` (m, F) bool; ``test_patients`` and ``labelled_test_patients``.
     """
     found: dict[str, dict[str, Any]] = {arm: {} for arm in results["arms"]}
+    dataset = results["dataset"]["name"]
     for arm, entry in results["arms"].items():
         for seed in entry["seeds"]:
-            folder = paths.run_dir(results["dataset"]["name"], arm, int(seed))
-            with np.load(folder / ANSWERS) as file:
+            with np.load(_place(dataset, arm, seed) / ANSWERS) as file:
                 found[arm][seed] = dict(file)
     return found
 

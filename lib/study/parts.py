@@ -1,29 +1,24 @@
-"""What is measured: a run, raw pixels or random clusters, and the parts of the measuring.
+"""The parts of the measuring: what is asked of a run or a baseline.
 
-`lib.metrics` and `lib.study.scores` define the numbers; `lib.study.measure` runs the parts and
-keeps what they find.
+Each part returns what it found by name: a number, or a text that says why there is none; a table or
+curve (dict); answers image by image (array). `lib.metrics` and `lib.study.scores` define the
+numbers; `lib.study.measure` runs the parts and keeps what they find.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 from scipy.special import expit
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from lib import data, images, kmeans, metrics
+from lib import images, kmeans, metrics
 from lib.deepcluster import cluster
-from lib.features import extract
-from lib.parallel import resolve_device
-from lib.runs import Run, TrainConfig, assign, embed, load_model
-from lib.study import clusters, retrieval, scores
+from lib.study import clusters, curves, retrieval, scores
+from lib.study.subjects import Material, Metadata, Network, Pixels, Random
 
 ANGLES = tuple(range(0, 360, 15))  # degrees; those that are no quarter turn are the free turns
 FREE = np.array([angle % 90 != 0 for angle in ANGLES])
@@ -33,138 +28,8 @@ LEAST_SIDED = 10  # effusions of one side in training and in test
 FEW = "fewer than 2 classes"
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much is looked at: fixed numbers, so that large data sets cost little more.
-
-    `n_turned` images are turned; `n_moved` images are in the probes of moved images; `n_map` images
-    are in each t-SNE map and its silhouette, one map per perplexity and seed. (The silhouette of
-    the clustered space is of at most 5,000 images, see `lib.metrics.cluster_structure`.) `k`
-    matches are retrieved, `n_boot` samples of the test patients drawn.
-    """
-
-    n_turned: int = 96
-    n_moved: int = 240
-    n_map: int = 300
-    perplexities: tuple[int, ...] = (10, 30)
-    map_seeds: tuple[int, ...] = (0, 1)
-    n_neighbors: int = 10
-    k: int = 5
-    n_boot: int = 1000
-
-
-EFFORT = Effort()
-
-
-@dataclass(frozen=True)
-class Material:
-    """Images (N, 64, 64) uint8 and what is known of them; `turned`: see `turned_phantoms`."""
-
-    images: np.ndarray
-    metadata: pd.DataFrame
-    turned: np.ndarray | None = None
-    effort: Effort = EFFORT
-
-    @cached_property
-    def labels(self) -> tuple[str, ...]:
-        return data.label_set(self.metadata)
-
-    @cached_property
-    def targets(self) -> np.ndarray:
-        """Which of `labels` each image has, (N, F) bool."""
-        return data.finding_matrix(self.metadata["findings"], self.labels)
-
-    @cached_property
-    def codes(self) -> np.ndarray:
-        """Label combination of each image, (N,); -1 if not stated."""
-        return data.label_combinations(self.metadata["findings"])
-
-    @cached_property
-    def patients(self) -> np.ndarray:
-        """Patient of each image, (N,) int; each image its own if the split is not by patient."""
-        split = self.metadata["split"].to_numpy()
-        patients = np.unique(data.patient_groups(self.metadata), return_inverse=True)[1]
-        shared = np.intersect1d(patients[split == "train"], patients[split == "test"])
-        return np.arange(len(patients)) if len(shared) else patients
-
-    def rows(self, stated: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Rows for training and for testing; with `stated` only those with labels."""
-        split, of = self.metadata["split"].to_numpy(), (self.codes >= 0) | (not stated)
-        return np.flatnonzero((split == "train") & of), np.flatnonzero((split == "test") & of)
-
-    def sample(self, size: int, seed: int = 0) -> np.ndarray:
-        """At most `size` random rows, ascending."""
-        n = len(self.images)
-        return np.sort(np.random.default_rng(seed).choice(n, min(size, n), replace=False))
-
-
-class Network:
-    """A finished run: ``features`` (N, D) for probes, the clustered ``embedding`` (N, d),
-    ``assignments`` (N,). `Pixels` and `Random` are measured in the same way.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.seed, self.n_clusters = run, run.config.seed, run.config.n_clusters
-        self.device = resolve_device(run.config.device)
-        self.model = load_model(run, self.device)
-        self.features = np.asarray(run.features)
-        self.embedding, self.assignments = self.embed(self.features), run.final_assignments
-
-    def extract(self, pictures: np.ndarray) -> np.ndarray:
-        return extract(self.model, pictures, device=self.device)
-
-    def embed(self, features: np.ndarray) -> np.ndarray:
-        return embed(self.run, features)
-
-    def assign(self, features: np.ndarray) -> np.ndarray:
-        return assign(self.run, features)
-
-    def describe(self, pictures: np.ndarray) -> np.ndarray:
-        """Unit vectors to retrieve by, (N, C)."""
-        return retrieval.describe(self.model, pictures, self.device)
-
-
-class Pixels:
-    """Raw pixels (N, 4096) in [-1, 1], clustered with PCA size, K and seed of the arms."""
-
-    def __init__(self, pictures: np.ndarray, config: TrainConfig) -> None:
-        self.seed, self.n_clusters = config.seed, config.n_clusters
-        self.features = self.extract(pictures)
-        found = cluster(self.features, config, config.epochs + 1)
-        self.assignments, self.whiten, self.clusterer = found
-        self.embedding = self.embed(self.features)
-
-    def extract(self, pictures: np.ndarray) -> np.ndarray:
-        return images.normalise(torch.from_numpy(np.array(pictures))).flatten(1).numpy()
-
-    def embed(self, features: np.ndarray) -> np.ndarray:
-        return np.asarray(self.whiten.transform(features))
-
-    def assign(self, features: np.ndarray) -> np.ndarray:
-        return kmeans.nearest(self.embed(features), self.clusterer.cluster_centers_)
-
-    def describe(self, pictures: np.ndarray) -> np.ndarray:
-        return retrieval.centred(self.extract(pictures))
-
-
-class Random(Pixels):
-    """Clusters drawn anew for each image that is asked about: a control that knows nothing."""
-
-    def __init__(self, pictures: np.ndarray, config: TrainConfig) -> None:
-        super().__init__(pictures, config)
-        self.rng = np.random.default_rng([config.seed, 1])
-        self.assignments = self.assign(self.features)
-
-    def assign(self, features: np.ndarray) -> np.ndarray:
-        return self.rng.integers(self.n_clusters, size=len(features))
-
-
-# --- the parts ------------------------------------------------------------------------------------
-# Each returns what it found by name: a number, or a text that says why there is none; a table or
-# curve (dict); answers image by image (array).
-
 Found = dict[str, Any]
-Subject = Network | Pixels
+Subject = Network | Pixels | Metadata
 
 
 def _unfit(labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> str:
@@ -213,14 +78,22 @@ def combination_probe(subject: Subject, material: Material) -> Found:
 
 def label_probe(subject: Subject, material: Material) -> Found:
     """One linear classifier per label, as the field does."""
-    (train, test), targets, seed = material.rows(), material.targets, subject.seed
-    log_odds = np.full((len(test), len(material.labels)), np.nan)
-    if len(train) and len(test):
+    targets, seed, features = material.targets, subject.seed, subject.features
+
+    def answer(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+        if not len(train) or not len(test):
+            return np.full((len(test), len(material.labels)), np.nan)
         options = {"groups": material.patients, "seed": seed}
-        log_odds = scores.finding_scores(subject.features, targets, train, test, **options)
+        return scores.finding_scores(features, targets, train, test, **options)
+
+    own_train, own_test = material.own_rows(seed)
+    own = scores.multilabel_scores(answer(own_train, own_test), targets[own_test], micro=False)
+    train, test = material.rows()
+    log_odds = answer(train, test)
+    found: Found = {"auroc_macro_own": float(own["auroc_macro"][0])}
     if np.isnan(log_odds).all():
         reason = _unfit(material.codes, train, test) or FEW
-        return dict.fromkeys(("auroc_macro", "ap_macro", "auroc_micro"), reason)
+        return found | dict.fromkeys(("auroc_macro", "ap_macro", "auroc_micro"), reason)
     asked, probabilities = targets[test], expit(log_odds)
     guess = np.where(np.isnan(log_odds), np.nan, scores.prevalence_guess(targets, train, test))
     ours, blind = (scores.multilabel_scores(some, asked) for some in (probabilities, guess))
@@ -229,7 +102,7 @@ def label_probe(subject: Subject, material: Material) -> Found:
         scores.multilabel_scores(log_odds, asked, weights, micro=False)["auroc_macro"]
         for weights in draws
     )
-    found: Found = {"auroc_macro_low": low, "auroc_macro_high": high}
+    found |= {"auroc_macro_low": low, "auroc_macro_high": high}
     found["auroc_macro_n_classes"] = int((~np.isnan(log_odds).any(axis=0)).sum())
     for name in ("auroc_macro", "auroc_micro", "ap_macro", "ap_micro"):
         found |= {name: float(ours[name][0]), f"{name}_prevalence": float(blind[name][0])}
@@ -249,8 +122,8 @@ def structure(subject: Subject, material: Material) -> Found:
     neighbours = min(effort.n_neighbors, (len(index) - 1) // 2 - 1)
     for perplexity in sorted({min(p, (len(index) - 1) // 3) for p in effort.perplexities}):
         for seed in effort.map_seeds:
-            # exact is the faster method for a few hundred points
-            options = {"init": "random", "method": "exact", "max_iter": 500, "random_state": seed}
+            method = "exact" if len(index) < 500 else "barnes_hut"  # whichever is the faster one
+            options = {"init": "random", "method": method, "max_iter": 500, "random_state": seed}
             flat = TSNE(perplexity=perplexity, **options).fit_transform(points)
             trust = scores.trustworthiness(points, flat, neighbours)
             shared = scores.finding_neighbourhood(flat, material.targets[index], neighbours)
@@ -260,6 +133,21 @@ def structure(subject: Subject, material: Material) -> Found:
     found |= dict(zip(names, np.mean(maps, axis=0).tolist(), strict=True))
     found = {k: "one cluster" if math.isnan(v) and not several else v for k, v in found.items()}
     return found | metrics.occupancy(subject.assignments, subject.n_clusters)
+
+
+def halves(subject: Subject, material: Material) -> Found:
+    """A stability that can be wrong: two clusterings, each of a third of the patients, label the
+    images of the last third by their nearest centroids. AMI of these labels.
+    """
+    number = np.unique(material.patients, return_inverse=True)[1]
+    third = np.random.default_rng([subject.seed, 4]).integers(3, size=number.max() + 1)[number]
+    asked, labels, config = subject.features[third == 2], [], subject.config
+    if min((third == 0).sum(), (third == 1).sum()) < config.n_clusters or not len(asked):
+        return {"ami_halves": "fewer images than clusters"}
+    for part in (0, 1):
+        _, whiten, clusterer = cluster(subject.features[third == part], config, config.epochs + 1)
+        labels.append(kmeans.nearest(whiten.transform(asked), clusterer.cluster_centers_))
+    return {"ami_halves": metrics.ami(*labels)}
 
 
 def invariance(subject: Subject, material: Material) -> Found:
@@ -361,28 +249,35 @@ def found_again(subject: Subject, material: Material) -> Found:
 
 
 CURVES = ("epoch", "nmi_prev", "ami_prev", "loss", "largest_cluster", "clusters_used", "perplexity")
-OF_CURVES = ("converged_nmi", "converged_ami", "nmi_sd", "ami_sd", "nmi_final", "ami_final")
-OF_CURVES += ("loss_final", "loss_increases", "loss_increase_size", "nmi_chance")
+OF_CURVES = ("settled_ami", "shortfall_ami", "spread_ami", "spread_loss", "converged_nmi", "nmi_sd")
+OF_CURVES += ("nmi_final", "ami_final", "loss_final", "nmi_chance")
+LEAST_LEARNT, LEAST_PERPLEXITY = 0.9, 0.5  # last loss / ln K, perplexity / K: above, below is none
 
 
 def training(subject: Network, material: Material) -> Found:
-    """Convergence and stability of a run with at least two epochs, and its curves."""
+    """Convergence and stability of a run with at least two epochs, and its curves.
+
+    A network that has not learnt counts as never settled: one epoch more than it was trained.
+    """
     table, config = subject.run.metrics, subject.run.config
     found: Found = {"curves": {name: table[name].tolist() for name in CURVES if name in table}}
     if len(table) < 2:
-        return found | dict.fromkeys(OF_CURVES, "fewer than 2 epochs")
-    rises, size = metrics.increases(table["loss"])
-    found |= {"loss_increases": rises, "loss_increase_size": size / math.log(config.n_clusters)}
-    found["loss_final"] = float(table["loss"].iloc[-1]) / math.log(config.n_clusters)
+        return found | dict.fromkeys(OF_CURVES, "too few epochs")
+    loss = table["loss"].to_numpy() / math.log(config.n_clusters)
+    found |= {"loss_final": float(loss[-1]), "spread_loss": curves.spread(loss)}
     found["nmi_chance"] = metrics.chance_nmi(*subject.run.assignments[-2:], seed=config.seed)
-    for name in ("nmi", "ami"):
-        curve = table[f"{name}_prev"].dropna().to_numpy()
-        first = 1 + metrics.convergence_epoch(curve)  # the curve starts at epoch 2
-        found[f"converged_{name}"] = len(table) + 1.0 if math.isnan(first) else first
-        sd = metrics.stability(curve)  # of the second half
-        found[f"{name}_sd"] = "fewer than 4 epochs" if math.isnan(sd) else sd
-        found[f"{name}_final"] = float(curve[-1])
-    return found
+    nmi, ami = (table[f"{name}_prev"].dropna().to_numpy() for name in ("nmi", "ami"))
+    found |= {"nmi_final": float(nmi[-1]), "ami_final": float(ami[-1])}
+    even = float(table["perplexity"].iloc[-1]) >= LEAST_PERPLEXITY * config.n_clusters
+    learnt = loss[-1] <= LEAST_LEARNT and even
+    # the curves start at epoch 2
+    found["settled_ami"] = 2 + curves.settling_time(ami) if learnt else len(table) + 1.0
+    found |= {"shortfall_ami": curves.shortfall(ami), "spread_ami": curves.spread(ami)}
+    first = 1 + curves.convergence_epoch(nmi)
+    found |= {"converged_nmi": len(table) + 1.0 if math.isnan(first) else first}
+    found["nmi_sd"] = curves.raw_spread(nmi)
+    few = {name: "too few epochs" for name in OF_CURVES if math.isnan(found[name])}
+    return found | few
 
 
 def factors(material: Material) -> dict[str, np.ndarray]:
@@ -422,5 +317,11 @@ def agreement_by_chance(subject: Random, material: Material) -> Found:
 
 
 BLIND = (cluster_probe, structure, invariance, meaning)  # of clusters alone
-PARTS = (*BLIND, combination_probe, label_probe, laterality, effusion_side, found_again)
+PARTS = (*BLIND, halves, combination_probe, label_probe, laterality, effusion_side, found_again)
+OF_BASELINE = {
+    "pixels": PARTS,
+    "random": (*BLIND, agreement_by_chance),
+    "metadata": (combination_probe, label_probe),
+    "gaussian": (structure, halves),
+}
 OF_PIXELS = ("map_trust", "map_findings", "distance_")  # what random clusters have no part in

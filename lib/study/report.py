@@ -18,12 +18,9 @@ from lib.study.claims import (
     CLAIMS,
     LARGEST_CLUSTER,
     LEAST_PERPLEXITY,
-    LEAST_SEEDS,
-    MEASURE,
     Results,
     collapsed,
     reason,
-    rule,
     values_of,
 )
 
@@ -40,28 +37,31 @@ MAIN = ("alexnet", "p4m", "alexnet-untrained", "p4m-untrained")
 # fmt: off
 TABLES: dict[str, tuple[str, dict[str, str]]] = {
     "convergence": ("Curves", {
-        "converged_nmi": "settled at epoch", "nmi_final": "last NMI", "nmi_chance": "chance",
-        "ami_final": "last AMI"}),
+        "settled_ami": "AMI at 90 % of its plateau from epoch", "shortfall_ami": "area above",
+        "ami_final": "last AMI", "nmi_final": "last NMI", "nmi_chance": "NMI by chance",
+        "loss_final": "last loss / ln K"}),
     "stability": ("Steadiness", {
-        "nmi_sd": "sd of NMI", "loss_increases": "rises of the loss",
-        "loss_increase_size": "sum of these / ln K", "loss_final": "last loss / ln K"}),
+        "spread_ami": "spread of AMI around its trend", "spread_loss": "of the loss / ln K",
+        "ami_halves": "AMI of two halves of the patients", "ami_seeds": "AMI with other seeds",
+        "nmi_sd": "sd of NMI, second half"}),
     "structure": ("Structure", {
-        "silhouette": "silhouette", "davies_bouldin": "Davies-Bouldin",
-        "map_silhouette": "silhouette, t-SNE", "map_trust": "trustworthiness, t-SNE",
+        "map_silhouette": "silhouette, t-SNE", "silhouette": "silhouette",
+        "davies_bouldin": "Davies-Bouldin", "map_trust": "trustworthiness, t-SNE",
         "map_findings": "neighbours sharing a label above chance, t-SNE"}),
     "transfer": ("Linear probes", {
-        "probe_clusters": "clusters", "probe_clusters_majority": "majority",
+        "auroc_macro": "labels, mean AUROC", "auroc_macro_own": "own split",
+        "ap_macro": "mean average precision", "ap_macro_prevalence": "of a guess",
         "probe_combinations": "combinations", "probe_combinations_majority": "majority",
-        "auroc_macro": "labels, mean AUROC", "ap_macro": "mean average precision",
-        "ap_macro_prevalence": "of a guess"}),
+        "probe_clusters": "clusters", "probe_clusters_majority": "majority"}),
     "averages": ("Macro and micro averages", {
         "auroc_macro": "labels, macro AUROC", "auroc_macro_prevalence": "guess",
         "auroc_micro": "labels, micro AUROC", "auroc_micro_prevalence": "guess",
         "micro_combinations": "combinations, micro AUROC",
         "micro_combinations_prevalence": "guess"}),
     "invariance": ("Clusters kept", {
-        "kept_lattice": "turns and mirrors of the square", "kept_free": "free turns",
-        "ami_free": "AMI, free turns", "distance_free": "distance, free turns",
+        "ami_free": "AMI, turns off the lattice", "kept_free": "share kept under these",
+        "distance_free": "distance moved under these",
+        "kept_lattice": "share kept, turns and mirrors of the square",
         "kept_drawn": "phantom drawn turned"}),
     "price": ("The price of invariance: a linear probe tells", {
         "tells_mirrored": "a mirrored image", "tells_upside_down": "an upside-down image",
@@ -109,7 +109,7 @@ def dataset_label(kind: str, n_images: int) -> str:
 
 
 def cell(results: Results, arm: str, key: str, interval: bool = True) -> str:
-    """A measure of an arm: mean over seeds, from `LEAST_SEEDS` on with its 95 % interval; "†" if
+    """A measure of an arm: mean over seeds, from three on with its 95 % interval; "†" if
     runs collapsed; why there is no number.
     """
     values, fallen = values_of(results, arm, key), collapsed(results, arm)
@@ -122,11 +122,11 @@ def cell(results: Results, arm: str, key: str, interval: bool = True) -> str:
         return text + f" ({len(fallen)} of {len(values)} collapsed)" * interval
     if key.startswith(("probe", "auroc", "ap_", "kept", "nmi", "tells", "retrieval_same")):
         low, high = max(low, 0.0), min(high, 1.0)
-    shown = interval and len(values) >= LEAST_SEEDS and number(low) != number(high)
+    shown = interval and len(values) >= 3 and number(low) != number(high)
     return text + f" ({span(low, high)})" * shown
 
 
-def _note(text: str) -> str:
+def note(text: str) -> str:
     """A table, with what "†" means below it."""
     return f"{text}\n\n{COLLAPSED}" if "†" in text else text
 
@@ -147,7 +147,7 @@ def measure_table(
         reasons |= dict.fromkeys(cells)
     if not rows:
         return "; ".join(why for why in reasons if why != "–") or "No run has these numbers."
-    return _note(table(["arm", *columns.values(), "seeds"], rows))
+    return note(table(["arm", *columns.values(), "seeds"], rows))
 
 
 def frame(results: Results) -> pd.DataFrame:
@@ -171,7 +171,7 @@ def occupancy_table(results: Results, arms: Sequence[str] | None = None) -> str:
         fallen = ", ".join(collapsed(results, arm))
         rows.append([entry["title"], *cells, f"seed {fallen} †" if fallen else "none"])
     header = ["arm", "largest cluster, share of the images", f"clusters in use, of {k}"]
-    return _note(table([*header, f"perplexity, at most {k}", "collapsed"], rows))
+    return note(table([*header, f"perplexity, at most {k}", "collapsed"], rows))
 
 
 # --- table 1 --------------------------------------------------------------------------------------
@@ -244,69 +244,7 @@ def linear_probe_markdown(results: Results, frame: pd.DataFrame) -> str:
         "0.564 and 0.567, which the project page gives for cluster assignments and the published "
         "script computes for label combinations, where the majority scored 0.590."
     )
-    return _note("\n\n".join(blocks)) + "\n"
-
-
-# --- verdicts -------------------------------------------------------------------------------------
-
-
-MEANING = {"supported": "the claim holds here", "reversed": "here it is the other way round"}
-MEANING |= {"not supported": "no advantage of a size that matters", "undecided": "cannot tell"}
-
-
-def verdict_text(results: Results, comparison: Mapping[str, Any], decided: Mapping) -> str:
-    """``"undecided at n = 3"``, ``"supported"``, ``"not defined: fewer than 2 classes"``."""
-    sides = [comparison[side] for side in SIDES]
-    if not decided["n"]:
-        why = [reason(results, arm, decided["measure"]) for arm in sides]
-        return f"not defined: {next(filter(None, why), 'no number')}"
-    text = decided["verdict"]
-    text += f" at n = {decided['n']}" * (text == "undecided")
-    return text + " †" * any(collapsed(results, arm) for arm in sides)
-
-
-def _decided(comparison: Mapping[str, Any]) -> list[tuple[Any, Mapping, Mapping]]:
-    """Claim, verdict and numbers of the measure that decides."""
-    entries = {entry["measure"]: entry for entry in comparison["measures"]}
-    pairs = zip(CLAIMS, comparison["verdicts"], strict=True)
-    return [(claim, decided, entries[decided["measure"]]) for claim, decided in pairs]
-
-
-def verdict_table(results: Results) -> str:
-    """The five claims with the verdicts of the page's own comparison, as Markdown."""
-    if not results["comparisons"]:
-        return "No two arms can be compared yet."
-    comparison, rows = results["comparisons"][0], []
-    for claim, decided, entry in _decided(comparison):
-        measure, p = MEASURE[decided["measure"]], entry.get("p_holm")
-        about = f"{measure.title}; smallest that matters: {measure.smallest:g}"
-        corrected = "< 0.001" if p is not None and p < 0.001 else number(p)
-        numbers = [number(entry.get(key)) for key in (*SIDES, "mean")]
-        numbers += [span(entry.get("low"), entry.get("high")), corrected]
-        numbers += [number(entry.get("hedges_g"), 1)]
-        verdict = f"**{verdict_text(results, comparison, decided)}**"
-        verdict += f": {MEANING[decided['verdict']]}" * bool(decided["n"])
-        rows.append([f"{claim.title}: {claim.page}", about, *numbers, verdict])
-    header = ["claim of the page", "measure, chosen beforehand"]
-    header += [ARMS[comparison[side]].title for side in SIDES]
-    header += ["difference, positive speaks for the claim", "95 %", "p, corrected", "g", "verdict"]
-    return _note(table(header, rows))
-
-
-def verdict_matrix(results: Results) -> str:
-    """All comparisons, one row each, one column per claim: verdict, difference and interval."""
-    rows = []
-    for comparison in results["comparisons"]:
-        cells = []
-        for _, decided, entry in _decided(comparison):
-            numbers = f": {number(entry.get('mean'))} ({span(entry.get('low'), entry.get('high'))})"
-            verdict = verdict_text(results, comparison, decided)
-            cells.append(verdict + numbers * bool(entry["seeds"]))
-        about = " against ".join(ARMS[comparison[side]].title for side in SIDES)
-        about = [f"{about}: {comparison['purpose']}", str(len(comparison["seeds"]))]
-        rows.append([*about, number(comparison["detectable_g"], 1), *cells])
-    header = ["comparison", "seeds", "g found with 80 % power", *(c.title for c in CLAIMS)]
-    return _note(table(header, rows)) if rows else "No two arms can be compared yet."
+    return note("\n\n".join(blocks)) + "\n"
 
 
 # fmt: off
@@ -319,7 +257,7 @@ GLANCE = (  # name, measure, kind of baseline, its measure (empty: the same of u
      "probe_combinations_majority"),
     ("probe: labels, mean AUROC", "auroc_macro", "untrained", ""),
     ("keeps its cluster: turns and mirrors of the square", "kept_lattice", "untrained", ""),
-    ("keeps its cluster: free turns", "kept_free", "untrained", ""),
+    ("AMI of clusters before and after other turns", "ami_free", "untrained", ""),
 )
 # fmt: on
 
@@ -334,13 +272,13 @@ def glance(results: Results) -> str:
         rows.append([name, *cells, f"{kind}: {base}" if kind else ""])
     titles = [ARMS[arm].title for arm in MAIN[:2]]
     header = [results["dataset"]["label"], *titles, "baseline (AlexNet / P4M)"]
-    return _note(table(header, rows, figures=True))
+    return note(table(header, rows, figures=True))
 
 
 # --- pages ----------------------------------------------------------------------------------------
 
 
-def _head(results: Results, command: str) -> str:
+def head(results: Results, command: str) -> str:
     about, settings = results["dataset"], results["settings"]
     patients = f"{about['patients']:,} patients" if about["patients"] else "patients unknown"
     facts = [about["label"], patients, f"{about['n_test']:,} test images"]
@@ -355,7 +293,7 @@ def summary(
     of the figures. `frame` is `linear_probe_table`; `captions` are by file name.
     """
     label = results["dataset"]["label"]
-    blocks = [f"# Summary: {label}", _head(results, command)]
+    blocks = [f"# Summary: {label}", head(results, command)]
     blocks += ["## Are the images spread over the clusters?", occupancy_table(results, MAIN)]
     blocks += ["## The five key findings of the page, with this run's numbers"]
     blocks += ["Mean over seeds, from three seeds on with a 95 % interval (Student's t)."]
@@ -364,40 +302,6 @@ def summary(
         blocks.append(f"### {place}. {claim.title}: {claim.page}\n\n{text}")
     blocks += ["## Linear probes", linear_probe_markdown(results, frame).rstrip(), "## Figures"]
     blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in captions.items()]
-    return "\n\n".join(blocks) + "\n"
-
-
-def claims_page(results: Results, command: str) -> str:
-    """``claims.md``: verdicts first, then occupancy, arms and every measure."""
-    arms = []
-    for a in results["arms"].values():
-        about = [a["title"], a["backbone"], "yes" if a["rotation"] else "no", a["pseudo_labels"]]
-        about += [f"{a['parameters']:,}", f"{a['flops'] / 1e6:,.1f}", f"{a['feature_dim']:,}"]
-        arms.append([*about, ", ".join(a["seeds"])])
-    header = ["arm", "backbone", "rotation", "trained on", "parameters", "MFLOPs per image"]
-    blocks = [
-        f"# Which of the paper's claims hold: {results['dataset']['label']}",
-        _head(results, command),
-        "**Not for clinical use.** Verdicts are about this data, these network widths and this "
-        "number of seeds, not about the paper's own runs.",
-        verdict_table(results),
-        rule(),
-        "## Are the images spread over the clusters?",
-        occupancy_table(results),
-        "## All comparisons",
-        "Difference of the deciding measure with its 95 % interval; positive speaks for the claim.",
-        verdict_matrix(results),
-        "## What the measures cannot show",
-        "\n".join(f"- **{c.title}.** {c.caution}" for c in CLAIMS),
-        "## Arms",
-        table([*header, "features", "seeds"], arms),
-        "Parameters without the top layer; FLOPs of the features of one image, group convolutions "
-        "counted as dense ones.",
-    ]
-    for heading, columns in TABLES.values():
-        blocks.append(f"## {heading}\n\n{measure_table(results, columns)}")
-    if results["missing"]:
-        blocks.append("## What is missing\n\n" + "\n".join(f"- {m}" for m in results["missing"]))
     return "\n\n".join(blocks) + "\n"
 
 

@@ -1,0 +1,83 @@
+"""How fast and how steadily a curve of epochs settles: arrays in, numbers out.
+
+A curve is a row (T,) of finite values, one per epoch: leave out epochs without one. ValueError for
+anything else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def _checked(curve: ArrayLike) -> np.ndarray:
+    curve = np.asarray(curve, dtype=float)
+    if curve.ndim != 1 or len(curve) == 0 or not np.isfinite(curve).all():
+        raise ValueError(f"expected finite values (T,), got {curve}: leave out epochs without one")
+    return curve
+
+
+def plateau(curve: ArrayLike) -> float:
+    """Mean of the last quarter (rounded up) of a curve (T,)."""
+    curve = _checked(curve)
+    return float(curve[-math.ceil(len(curve) / 4) :].mean())
+
+
+def settling_time(curve: ArrayLike, share: float = 0.9) -> float:
+    """Where a curve (T,) first reaches `share` of its own plateau, 0 to T - 1: a straight line is
+    drawn between two values.
+
+    Early is not good in itself: a network that never learns has settled from the start.
+    """
+    curve = _checked(curve)
+    least = share * plateau(curve)
+    above = int(np.flatnonzero(curve >= least)[0]) if (curve >= least).any() else len(curve) - 1
+    if above == 0:
+        return 0.0
+    before, after = curve[above - 1 : above + 1]
+    return above - 1 + float((least - before) / (after - before))
+
+
+def shortfall(curve: ArrayLike) -> float:
+    """Area between a curve (T,) and its plateau, in epochs of the plateau: 0 if it begins there,
+    NaN if the plateau is not above 0.
+    """
+    level = plateau(curve)
+    return float((1 - _checked(curve) / level).sum()) if level > 0 else math.nan
+
+
+def spread(curve: ArrayLike) -> float:
+    """Standard deviation of a curve (T,) around a smooth trend, without its first quarter.
+
+    Each value is compared with the mean of its two neighbours, which no straight trend changes; the
+    square of the difference is 3/2 of the variance of independent values (Gasser, Sroka and
+    Jennen-Steinmetz 1986). 0 is steady; NaN if three values are not left.
+    """
+    curve = _checked(curve)
+    rest = curve[len(curve) // 4 :]
+    if len(rest) < 3:
+        return math.nan
+    return float(np.sqrt(np.mean((rest[1:-1] - (rest[:-2] + rest[2:]) / 2) ** 2) * 2 / 3))
+
+
+# --- measures of version 0.1 ----------------------------------------------------------------------
+
+
+def convergence_epoch(curve: ArrayLike, tolerance: float = 0.02) -> float:
+    """First epoch, counted from 1, from which a curve (T,) stays within `tolerance` of its plateau;
+    NaN if even its last value lies outside.
+    """
+    curve = _checked(curve)
+    outside = np.flatnonzero(np.abs(curve - plateau(curve)) > tolerance)
+    first = outside[-1] + 2 if len(outside) else 1
+    return float(first) if first <= len(curve) else math.nan
+
+
+def raw_spread(curve: ArrayLike) -> float:
+    """Standard deviation (n - 1) of the second half (rounded up) of a curve (T,): a slow trend
+    counts as unsteady. NaN if the half is a single value.
+    """
+    half = _checked(curve)[len(curve) // 2 :]
+    return float(half.std(ddof=1)) if len(half) > 1 else math.nan

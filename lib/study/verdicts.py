@@ -1,0 +1,147 @@
+"""Verdicts on the claims as text and tables: no sentence here knows a result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lib.study.arms import ARMS
+from lib.study.claims import CLAIMS, MEASURE, Results, reason, rule
+from lib.study.report import (
+    SIDES,
+    TABLES,
+    head,
+    measure_table,
+    note,
+    number,
+    occupancy_table,
+    span,
+    table,
+)
+
+MEANING = {"supported": "the claim holds here", "reversed": "here it is the other way round"}
+MEANING |= {"no difference that matters": "the arms are alike here"}
+MEANING |= {"not supported": "no advantage of a size that matters"}
+
+
+def verdict_text(results: Results, comparison: Mapping[str, Any], decided: Mapping) -> str:
+    """``"supported"``, ``"cannot tell at n = 3; 12 seeds would"``, ``"not defined: no labels"``."""
+    sides = [comparison[side] for side in SIDES]
+    if not decided["n"]:
+        why = [reason(results, arm, decided["measure"]) for arm in sides]
+        return f"not defined: {next(filter(None, why), 'no number')}"
+    text = decided["verdict"]
+    if text == "cannot tell":
+        needed = decided["needed"]
+        enough = f"{needed:.0f} seeds" if needed and math.isfinite(needed) else "not even 200 seeds"
+        text += f" at n = {decided['n']}; {enough} would"
+    return text + " †" * bool(comparison["collapsed"])
+
+
+def _decided(comparison: Mapping[str, Any]) -> list[tuple[Any, Mapping, Mapping]]:
+    """Claim, verdict and numbers of the measure that decides."""
+    entries = {entry["measure"]: entry for entry in comparison["measures"]}
+    pairs = zip(CLAIMS, comparison["verdicts"], strict=True)
+    return [(claim, decided, entries[decided["measure"]]) for claim, decided in pairs]
+
+
+def _p(value: float | None) -> str:
+    return "< 0.001" if value is not None and value < 0.001 else number(value)
+
+
+def verdict_table(results: Results) -> str:
+    """The five claims with the verdicts of the page's own comparison, as Markdown."""
+    if not results["comparisons"]:
+        return "No two arms can be compared yet."
+    comparison, rows = results["comparisons"][0], []
+    for claim, decided, entry in _decided(comparison):
+        measure = MEASURE[decided["measure"]]
+        about = f"{measure.title}; smallest that matters: {measure.smallest:g}"
+        numbers = [number(entry.get(key)) for key in (*SIDES, "mean")]
+        numbers += [span(entry.get("low"), entry.get("high")), _p(entry.get("p_holm"))]
+        text = verdict_text(results, comparison, decided)
+        why = MEANING.get(decided["verdict"], "") if decided["n"] else ""
+        verdict = f"**{text}**" + f": {why}" * bool(why)
+        rows.append([f"{claim.title}: {claim.page}", about, *numbers, str(decided["n"]), verdict])
+    header = ["claim of the page", "measure, chosen beforehand"]
+    header += [ARMS[comparison[side]].title for side in SIDES]
+    header += ["difference, positive speaks for the claim", "95 %", "p, corrected", "seeds"]
+    return note(table([*header, "verdict"], rows))
+
+
+def verdict_matrix(results: Results) -> str:
+    """All comparisons, one row each, one column per claim: verdict, difference and interval."""
+    rows = []
+    for comparison in results["comparisons"]:
+        cells = []
+        for _, decided, entry in _decided(comparison):
+            numbers = f": {number(entry.get('mean'))} ({span(entry.get('low'), entry.get('high'))})"
+            verdict = verdict_text(results, comparison, decided)
+            cells.append(verdict + numbers * bool(entry["seeds"]))
+        about = " against ".join(ARMS[comparison[side]].title for side in SIDES)
+        rows.append([f"{about}: {comparison['purpose']}", str(len(comparison["seeds"])), *cells])
+    header = ["comparison", "seeds", *(claim.title for claim in CLAIMS)]
+    return note(table(header, rows)) if rows else "No two arms can be compared yet."
+
+
+def sensitivity_table(results: Results) -> str:
+    """The page's comparison on every measure, those that decide in bold, and without the seeds in
+    which a run collapsed.
+    """
+    if not results["comparisons"]:
+        return "No two arms can be compared yet."
+    comparison, rows = results["comparisons"][0], []
+    whole = {v["measure"]: v["whole"] for v in comparison["verdicts"] if "whole" in v}
+    for entry in comparison["measures"]:
+        if entry["seeds"]:
+            title, sides = MEASURE[entry["measure"]].title, [entry[side] for side in SIDES]
+            row = [
+                f"**{title}**" if entry["primary"] else title,
+                *map(number, (*sides, entry["mean"])),
+            ]
+            row += [span(entry["low"], entry["high"]), _p(entry["p"]), _p(entry["sign_flip_p"])]
+            apart = whole.get(entry["measure"])
+            text = (
+                f"{number(apart['mean'])} ({span(apart['low'], apart['high'])})" if apart else "–"
+            )
+            rows.append([*row, text])
+    header = ["measure", *(ARMS[comparison[side]].title for side in SIDES)]
+    header += ["difference", "95 %", "p, Student's", "p, sign flips", "without collapsed seeds"]
+    return table(header, rows)
+
+
+def claims_page(results: Results, command: str) -> str:
+    """``claims.md``: verdicts first, then occupancy, comparisons and arms."""
+    arms = []
+    for a in results["arms"].values():
+        about = [a["title"], a["backbone"], "yes" if a["rotation"] else "no", a["pseudo_labels"]]
+        about += [f"{a['parameters']:,}", f"{a['flops'] / 1e6:,.1f}", f"{a['feature_dim']:,}"]
+        arms.append([*about, ", ".join(a["seeds"])])
+    header = ["arm", "backbone", "rotation", "trained on", "parameters", "MFLOPs per image"]
+    blocks = [
+        f"# Which of the paper's claims hold: {results['dataset']['label']}",
+        head(results, command),
+        "**Not for clinical use.** Verdicts are about this data, these network widths and this "
+        "number of seeds, not about the paper's own runs. The plan is in `docs/plan.md`.",
+        verdict_table(results),
+        rule(),
+        "## Are the images spread over the clusters?",
+        occupancy_table(results),
+        "## All comparisons",
+        "Difference of the deciding measure with its 95 % interval; positive speaks for the claim.",
+        verdict_matrix(results),
+        f"## {TABLES['meaning'][0]}",
+        measure_table(results, TABLES["meaning"][1]),
+        "## What the measures cannot show",
+        "\n".join(f"- **{c.title}.** {c.caution}" for c in CLAIMS),
+        "## Appendix: every measure of the page's comparison",
+        sensitivity_table(results),
+        "## Arms",
+        table([*header, "features", "seeds"], arms),
+        "Parameters without the top layer; FLOPs of the features of one image, group convolutions "
+        "counted as dense ones. `claims.csv` holds every comparison on every measure.",
+    ]
+    if results["missing"]:
+        blocks.append("## What is missing\n\n" + "\n".join(f"- {m}" for m in results["missing"]))
+    return "\n\n".join(blocks) + "\n"
