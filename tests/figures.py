@@ -105,7 +105,8 @@ def result(n_seeds=3):
         entry |= {"low": None, "high": None}
     verdicts = [{"measure": key, "verdict": "cannot tell", "n": n_seeds} for key in keys]
     compared = {"verdicts": verdicts, "measures": [entry | {"measure": key} for key in keys]}
-    comparisons = [{"treatment": "p4m", "reference": name, **compared} for name in references]
+    compared |= {"treatment": "p4m", "seeds": seeds}
+    comparisons = [{"reference": name, **compared} for name in references]
     claims = [{"title": "Robustness"}, {"title": "Stability"}]
     parts = {"claims": claims, "measures": measures, "comparisons": comparisons, "arms": arms()}
     return {**parts, "dataset_label": LABEL}

@@ -11,8 +11,9 @@ from tests.figures import ANGLES, LABEL, arms, cluster, enrichment, metrics, res
 @pytest.mark.parametrize("n_seeds", [1, 3])
 def test_forest_draws_differences_in_the_unit_of_the_measure(n_seeds):
     figure = claims.forest(result(n_seeds))
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Robustness", "Stability"]
-    assert figure.axes[0].get_title(loc="right") == f"cannot tell (n = {n_seeds})"
+    titles = [f"{name}: cannot tell (n = {n_seeds})" for name in ("Robustness", "Stability")]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == titles
+    assert {"P4M better", "AlexNet better"} <= {text.get_text() for text in figure.axes[0].texts}
     # P4M minus AlexNet is 0.1, P4M minus the CNN -0.3; the second measure is better if low
     for axes, sign in zip(figure.axes, (1, -1), strict=True):
         dots = [line for line in axes.lines if line.get_markersize() == 2]
@@ -24,6 +25,27 @@ def test_forest_draws_differences_in_the_unit_of_the_measure(n_seeds):
         assert len(intervals) == (n_seeds > 1)
         assert axes.patches[0].get_extents().width > 0
     assert legend(figure)[0] == "P4M against AlexNet, rotation augmentation"
+
+
+def test_verdict_matrix_has_a_cell_per_comparison_and_claim():
+    figure = claims.verdict_matrix(result())
+    axes = figure.axes[0]
+    assert len(axes.patches) == len(axes.texts) == 4
+    assert {text.get_text() for text in axes.texts} == {"cannot tell\n+0.100"}
+    assert rows(axes)[1] == "P4M, no augmentation\nagainst plain CNN, P4M's parameters (3)"
+    assert "compared" in said(claims.verdict_matrix({**result(), "comparisons": []}))
+
+
+def test_what_clusters_follow_is_a_row_per_property():
+    known = {name: {**arm, "measures": {}} for name, arm in arms().items()}
+    by_seed = {"0": 0.1, "1": 0.3}
+    known["p4m"]["measures"] = {"follows_sex": {"mean": 0.2, "by_seed": by_seed}}
+    figure = claims.follows(known, ("p4m", "alexnet", "nobody"), LABEL)
+    axes = figure.axes[0]
+    assert rows(axes) == ["sex"]
+    dots, mean = axes.lines[:2]
+    assert (list(dots.get_xdata()), list(mean.get_xdata())) == ([0.1, 0.3], [0.2])
+    assert "nothing is known" in said(claims.follows({}, ("p4m",), LABEL))
 
 
 def test_controls_are_in_the_same_panel_as_the_clusters():

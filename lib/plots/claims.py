@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from lib.plots import style
 from lib.plots.style import CHANCE, DARK, LIGHT, LINES, NO_FINDING, PALETTE
@@ -72,7 +73,8 @@ def forest(result: Mapping[str, Any]) -> Figure:
             continue
         verdict = comparisons[0]["verdicts"][place]
         measure = measures[verdict["measure"]]
-        axes.set_title(f"{verdict['verdict']} (n = {verdict['n']})", loc="right")
+        title = f"{claim['title']}: {verdict['verdict']} (n = {verdict['n']})"
+        axes.set_title(title, loc="left", fontweight="bold", pad=9)
         axes.axvspan(-measure["smallest"], measure["smallest"], color=LIGHT, alpha=0.5, lw=0)
         axes.axvline(0, color=DARK, linewidth=0.6)
         extent = [1.5 * measure["smallest"]]
@@ -87,14 +89,93 @@ def forest(result: Mapping[str, Any]) -> Figure:
         limit = 1.25 * max(extent)
         axes.set(xlim=(-limit, limit), ylim=(len(comparisons) - 0.4, -0.6))
         axes.set_xlabel("\n".join(textwrap.wrap(measure["title"], 62)), fontsize=6)
+        for end, side in (("right", "treatment"), ("left", "reference")):
+            at = {"x": float(end == "right"), "y": 1.0, "ha": end, "va": "bottom"}
+            name = style.arm(comparisons[0][side]).title.split(",")[0]
+            axes.text(s=f"{name} better", **at, fontsize=6, color=DARK, transform=axes.transAxes)
     keys = {}
     for comparison in comparisons:
         treatment, reference = (style.arm(comparison[s]) for s in ("treatment", "reference"))
         keys[f"{treatment.title.split(',')[0]} against {reference.title}"] = reference.line
     style.legend_below(figure, keys, ncols=1)
-    notes = ["right of 0: for the claim; small dots: seeds; lines: 95 % intervals, cut at the edge"]
+    notes = ["small dots: seeds; lines: 95 % intervals, cut at the edge"]
     notes += ["gray: differences too small to matter; verdict: on the first comparison"]
     return style.finish(figure, result["dataset_label"], *notes)
+
+
+VERDICTS = {  # colour of a cell, from for the claim to against it
+    "supported": "#9AD5BF",
+    "no difference that matters": "#D6E4F0",
+    "cannot tell": "#F2F2F2",
+    "not supported": "#F6D9C4",
+    "reversed": "#EFA27F",
+}
+
+
+@style.context()
+def verdict_matrix(result: Mapping[str, Any]) -> Figure:
+    """Every comparison (rows) and claim (columns): verdict in words and colour, with the difference
+    of the deciding measure. `result` as in `forest`; ``verdicts`` have ``verdict, measure, n``.
+    """
+    comparisons, claims = result["comparisons"], result["claims"]
+    height = 0.7 + 0.34 * max(len(comparisons), 1)
+    figure = style.new_figure(height, "Which claims hold, and against what?", 2)
+    axes = figure.subplots()
+    axes.spines[:].set_visible(False)
+    if not comparisons:
+        style.absent(axes, "no two arms can be compared yet")
+        return style.finish(figure, result["dataset_label"])
+    for row, comparison in enumerate(comparisons):
+        means = {entry["measure"]: entry.get("mean") for entry in comparison["measures"]}
+        for column, found in enumerate(comparison["verdicts"]):
+            mean, word = means[found["measure"]], found["verdict"]
+            cell = (column - 0.48, row - 0.46)
+            axes.add_patch(Rectangle(cell, 0.96, 0.92, facecolor=VERDICTS[word], linewidth=0))
+            lines = [word, f"{mean:+.3f}"] if mean is not None and found["n"] else ["no number"]
+            axes.text(column, row, "\n".join(lines), ha="center", va="center", fontsize=6)
+    arms = [[style.arm(c[side]).title for side in ("treatment", "reference")] for c in comparisons]
+    seeds = [len(comparison["seeds"]) for comparison in comparisons]
+    rows = [f"{a}\nagainst {b} ({n})" for (a, b), n in zip(arms, seeds, strict=True)]
+    style.rows_of(axes, rows)
+    heads = ["\n".join(textwrap.wrap(claim["title"], 16)) for claim in claims]
+    axes.set_xticks(range(len(claims)), heads)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.set_xlim(-0.5, len(claims) - 0.5)
+    note = "in brackets: seeds; numbers: mean difference in the measure's unit, + speaks for P4M"
+    return style.finish(figure, result["dataset_label"], note)
+
+
+FOLLOWED = {"findings": "findings", "view_position": "view", "sex": "sex", "age": "age"}
+FOLLOWED |= {"brightness": "brightness", "patient": "patient"}
+
+
+@style.context()
+def follows(arms: Arms, names: Sequence[str], dataset_label: str) -> Figure:
+    """What do clusters follow: AMI of the final clusters with what is known of the images, for at
+    most 6 arms. The measures are ``follows_<property>``.
+    """
+    names = [name for name in names if name in arms][:6]
+    keys = [k for k in FOLLOWED if any(f"follows_{k}" in arms[n]["measures"] for n in names)]
+    figure = style.new_figure(0.5 + 0.3 * max(len(keys), 1), "What do clusters follow?")
+    axes = figure.subplots()
+    for number, name in enumerate(names):
+        for row, key in enumerate(keys):
+            if entry := arms[name]["measures"].get(f"follows_{key}"):
+                place = row + 0.12 * (number - (len(names) - 1) / 2)
+                each = list(entry["by_seed"].values())
+                _dots(axes, style.arm(name), each, (entry["mean"], place), flat=True)
+    axes.axvline(0, **CHANCE)
+    axes.grid(axis="x")
+    axes.set_xlabel("AMI of clusters with it (0: chance, 1: the same)")
+    if keys:
+        style.rows_of(axes, [FOLLOWED[key] for key in keys])
+    else:
+        style.absent(axes, "nothing is known of the images")
+    looks = [style.arm(name) for name in names]
+    style.legend_below(figure, {look.title: {**look.line, "linestyle": ""} for look in looks}, 1)
+    seeds = style.seeds_per_arm(len(arms[name]["seeds"]) for name in names)
+    return style.finish(figure, dataset_label, f"small dots: seeds; {seeds}")
 
 
 @style.context()

@@ -85,14 +85,16 @@ def context() -> AbstractContextManager:
     return matplotlib.style.context(["default", _RC])
 
 
-def save(figure: Figure, path: Path | str) -> list[Path]:
-    """Write ``<path>.png`` (300 dpi) and ``<path>.svg``, each atomically; return the two paths."""
+def save(figure: Figure, path: Path | str, dpi: int = 300) -> list[Path]:
+    """Write ``<path>.png`` and ``<path>.svg``, each atomically; return the two paths. `dpi` is also
+    that of pictures in the SVG.
+    """
     path, written = Path(path), []
     # no version, no date: they would change the bytes and say nothing of the figure
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         written.append(path.with_name(f"{path.name}.{suffix}"))
         with context(), atomic_write(written[-1]) as handle:
-            figure.savefig(handle, format=suffix, dpi=300, metadata=metadata)
+            figure.savefig(handle, format=suffix, dpi=dpi, metadata=metadata)
     return written
 
 
