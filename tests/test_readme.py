@@ -29,7 +29,13 @@ def mean(arm, measure):
 
 def test_result_at_a_glance_is_the_committed_result():
     table = report.glance(paths.load_json(FIGURES / "phantom" / "results.json"))
-    assert f"<!-- glance -->\n{table}\n<!-- /glance -->" in README
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"<!-- glance -->\n{table}\n<!-- /glance -->" in page
+
+
+def test_readme_is_short_and_begins_with_a_picture():
+    assert len(README.split()) <= 1200
+    assert any(line.startswith("![") for line in README.splitlines()[:15])
 
 
 def test_numbers_in_the_prose_are_the_committed_ones():
@@ -74,13 +80,21 @@ def test_options_named_are_options(capsys):
         with pytest.raises(SystemExit):
             parse([name, "--help"])
         known |= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    pages = README + FAQ + (ROOT / "docs" / "large-machines.md").read_text(encoding="utf-8")
+    pages = README + "".join(
+        page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")
+    )
     named = set(re.findall(r"(?:`|run_all\.sh )(--[a-z-]+)", pages))
     assert len(named) >= 12
     assert named <= known
 
 
-NIH = ("README.md", "docs/MODEL_CARD.md", "data/README.md", "data/manifests/README.md")
+NIH = (
+    "README.md",
+    "docs/MODEL_CARD.md",
+    "docs/data.md",
+    "data/README.md",
+    "data/manifests/README.md",
+)
 NIH += ("figures/nih-sample-study/claims.md",)
 DRAWN = ("figures/phantom/summary.md", "figures/phantom-study/claims.md")
 
@@ -111,7 +125,8 @@ def test_the_lines_for_a_finished_run_work(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (24, 64, 64), dtype=np.uint8)
     small = {"n_clusters": 3, "pca_dim": 4, "epochs": 0, "width": (2, 2, 4), "device": "cpu"}
     fit(images, TrainConfig("p4m", **small), tmp_path / "run", progress=False)
-    lines = re.search(r"```python\n(from lib\.explore.*?)```", README, re.DOTALL).group(1)
+    page = (ROOT / "docs" / "reuse.md").read_text(encoding="utf-8")
+    lines = re.search(r"```python\n(from lib\.explore.*?)```", page, re.DOTALL).group(1)
     scope = {"images": images}
     exec(lines.replace("data/runs/phantom/p4m/seed0", (tmp_path / "run").as_posix()), scope)
     assert len(scope["assignments"]) == len(scope["embedding"]) == 24
