@@ -59,6 +59,9 @@ COMMANDS: dict[str, str] = {
     ".venv/bin/jupyter lab": NOT + "tests/test_jupyterlab.py runs notebooks in a browser",
     "conda env create -f environment.yml": NOT + "wants conda; see tests/test_environment.py",
     "pip install -e .[dicom]": NOT + "wants a network",
+    "git grep -lz OWNER/equivariant | xargs -0 sed -i 's#OWNER/equivariant#YOU/equivariant#'": (
+        NOT + "changes every page"
+    ),
     "pip install pre-commit && pre-commit install": NOT + "changes the repository's hooks",
     "srun --nodes 2": NOT + "wants a cluster with Slurm",
     "PYTHON=/path/to/python3.12 ./run_all.sh": NOT + "with --python all commands are run so",

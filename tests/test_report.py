@@ -147,6 +147,17 @@ def test_pages_hold_the_warning_and_what_is_missing(results):
     assert " to " in lines[0].split("|")[-2], "also without the seeds that collapsed"
 
 
+def test_findings_are_a_line_per_claim_and_what_the_controls_add(results):
+    results["arms"]["cnn_params"] = results["arms"]["alexnet"]
+    results["comparisons"] = claims.compare_all(results)
+    lines = [x for x in verdicts.findings(results).splitlines() if x.startswith("- **")]
+    assert all(lines[i].startswith(f"- **{c.title}: ") for i, c in enumerate(claims.CLAIMS))
+    entry = results["comparisons"][0]["measures"][0]
+    assert f"difference {entry['mean']:.3f} (" in lines[0]
+    assert "AlexNet 1 of 8" in lines[-1]
+    assert any("P4M's parameters" in line and "supported" in line for line in lines)
+
+
 def test_nothing_to_compare():
     found = as_results({"alexnet": {0: {"silhouette": 0.1}}}) | {"comparisons": []}
     for text in (verdicts.verdict_table(found), verdicts.verdict_matrix(found)):

@@ -255,6 +255,18 @@ def save(path: Path | str, results: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def load(dataset: str) -> dict[str, Any]:
+    """Results as 04_evaluate wrote them, or those that are published in ``figures/<dataset>``.
+
+    FileNotFoundError if there are none.
+    """
+    places = [folder(dataset) / "results.json" for folder in (paths.runs_dir, paths.figures_dir)]
+    found = next(filter(Path.exists, places), None)
+    if found is None:
+        raise FileNotFoundError(f"{paths.show(places[0])} is not there: run 04_evaluate first")
+    return paths.load_json(found)
+
+
 def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """Answers of the probes by arm and seed: ``test`` (n,), rows of the images tested, ``clusters``
     (n,), right or not; ``labelled_test`` (m,), ``combinations`` (m,), right or not, ``findings``

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lib.study.arms import ARMS
-from lib.study.claims import CLAIMS, MEASURE, Results, reason, rule
+from lib.study.claims import CLAIMS, MEASURE, Results, collapsed, reason, rule, values_of
 from lib.study.report import (
     SIDES,
     TABLES,
+    cell,
     head,
     measure_table,
     note,
@@ -109,6 +110,67 @@ def sensitivity_table(results: Results) -> str:
     header = ["measure", *(ARMS[comparison[side]].title for side in SIDES)]
     header += ["difference", "95 %", "p, Student's", "p, sign flips", "without collapsed seeds"]
     return table(header, rows)
+
+
+def _short(arm: str) -> str:
+    return ARMS[arm].title.split(",")[0]
+
+
+def findings(results: Results) -> str:
+    """README's first screen: a line per claim, then what the controls add, as Markdown."""
+    if not results["comparisons"]:
+        return "No two arms can be compared yet."
+    page, *others = results["comparisons"]
+    lines = []
+    for claim, decided, entry in _decided(page):
+        measure = MEASURE[decided["measure"]]
+        text = f"- **{claim.title}: {verdict_text(results, page, decided)}.**"
+        if entry["seeds"]:
+            values = [f"{_short(page[side])} {number(entry[side])}" for side in SIDES]
+            interval = span(entry["low"], entry["high"])
+            text += f" {measure.title[0].upper()}{measure.title[1:]}: {', '.join(values)};"
+            text += f" difference {number(entry['mean'])} ({interval}), n = {entry['n']}."
+        lines.append(text)
+    for comparison in others:
+        if {comparison[side] for side in SIDES} == {"p4m", "cnn_params"}:
+            found = [(c.title.lower(), d["verdict"]) for c, d, _ in _decided(comparison) if d["n"]]
+            listed = "; ".join(f"{title}: {verdict}" for title, verdict in found)
+            lines.append(
+                f"- **Is it the symmetry?** P4M against {_short('cnn_params')} of P4M's "
+                f"parameters: {listed} (n = {len(comparison['seeds'])})."
+            )
+    arms = [a for a in ("alexnet", "p4m", "cnn_params") if a in results["arms"]]
+    follow = {
+        arm: [
+            cell(results, arm, f"follows_{key}", interval=False)
+            for key in ("findings", "view_position", "brightness", "patient")
+        ]
+        for arm in arms
+    }
+    told = "; ".join(f"{_short(a)} {', '.join(found)}" for a, found in follow.items())
+    lines.append(f"- **Clusters follow** (AMI with findings, view, brightness, patient): {told}.")
+    beside = ("alexnet", "p4m", "cnn_params", "p4m-untrained", "pixels", "metadata")
+    areas = [
+        f"{ARMS[a].title} {cell(results, a, 'auroc_macro', interval=False)}"
+        for a in beside
+        if values_of(results, a, "auroc_macro")
+    ]
+    lines.append(f"- **Mean AUROC of a linear probe** of the findings: {'; '.join(areas)}.")
+    fallen = [
+        f"{_short(a)} {len(collapsed(results, a))} of {len(results['arms'][a]['seeds'])}"
+        for a in arms
+    ]
+    lines.append(f"- **Runs that collapsed**: {', '.join(fallen)}.")
+    label = results["dataset"]["label"]
+    return note(
+        "\n".join(
+            [
+                f"{label}, K = {results['settings']['n_clusters']}, "
+                f"{results['settings']['epochs']} epochs:\n",
+                *lines,
+            ]
+        )
+    )
 
 
 def claims_page(results: Results, command: str) -> str:
