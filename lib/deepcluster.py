@@ -1,7 +1,5 @@
 """DeepCluster (Caron et al. 2018): cluster the features, train on the cluster numbers, repeat."""
 
-from __future__ import annotations
-
 import math
 import sys
 import tempfile
@@ -62,7 +60,6 @@ def fit(
     ----------
     images : ndarray uint8, shape (N, 64, 64)
         May be a memory map, and must be that of a file if `nproc` is above 1. No label is read.
-    config : TrainConfig
     run_dir : Path
         Gets config.json at the start; checkpoint.pt, metrics.csv and assignments.npy after each
         epoch; features.npy and clustering.npz at the end.
@@ -78,9 +75,8 @@ def fit(
         folder holds a run of other settings or images.
     FloatingPointError, OSError, RuntimeError
         Loss or features are not finite; the disk is full; one of several processes failed. What was
-        finished is kept.
-
-    A RuntimeWarning says that the clustering collapses, or that other code began the run.
+        finished is kept. A clustering that collapses and a run begun by other code get a
+        RuntimeWarning only.
     """
     run_dir = Path(run_dir)
     _check(images, config, nproc)
@@ -305,7 +301,12 @@ class Training:
         self.assignments = np.concatenate([self.assignments, assignments[None].astype(np.int32)])
         if self.world.main:
             self._save()
-            _warn_of_collapse(row, self.config)
+            used, largest = row["clusters_used"], row["largest_cluster"]
+            if largest > 0.5 or used < self.config.n_clusters / 2:
+                found = f"{used} of {self.config.n_clusters} clusters in use, the largest holds"
+                found = f"epoch {row['epoch']}: {found} {largest:.0%} of the images"
+                message = f"{found}: the clustering is collapsing"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
         return row
 
     def finish(self) -> None:
@@ -315,16 +316,11 @@ class Training:
         if self.world.main:
             self._save()  # with the statistics that these features were extracted with
             save_npy(self.run_dir / "features.npy", _array(features))
+            found = {"epochs": self.config.epochs, "assignments": assignments.astype(np.int32)}
+            found["centroids"] = clusterer.cluster_centers_
+            found |= {name: _array(getattr(whiten, f"{name}_")) for name in runs.WHITENING}
             with atomic_write(self.run_dir / "clustering.npz") as handle:
-                np.savez(
-                    handle,
-                    epochs=self.config.epochs,
-                    assignments=assignments.astype(np.int32),
-                    centroids=clusterer.cluster_centers_,
-                    mean=_array(whiten.mean_),
-                    components=_array(whiten.components_),
-                    explained_variance=_array(whiten.explained_variance_),
-                )
+                np.savez(handle, **found)
         self.world.barrier()
 
     def _save(self) -> None:
@@ -383,12 +379,3 @@ def _launch(
             failed = f"training with {nproc} processes failed (status {error.status})"
             again = "the same call continues from the last epoch"
             raise RuntimeError(f"{failed}; {again}\n{error.tail}") from error
-
-
-def _warn_of_collapse(row: dict[str, Any], config: TrainConfig) -> None:
-    """Warn if one cluster holds over half of the images, or over half of the clusters are empty."""
-    used, largest = row["clusters_used"], row["largest_cluster"]
-    if largest > 0.5 or used < config.n_clusters / 2:
-        found = f"{used} of {config.n_clusters} clusters in use, the largest holds {largest:.0%}"
-        message = f"epoch {row['epoch']}: {found} of the images: the clustering is collapsing"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)

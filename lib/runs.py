@@ -1,8 +1,7 @@
 """A training run as files: its settings, its identity, and reading back what it left."""
 
-from __future__ import annotations
-
 import hashlib
+import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -18,14 +17,9 @@ from lib.features import PCAWhiten
 from lib.models import BACKBONES, HEADS, Backbone, build
 from lib.paths import load_json, show
 
-CHOICES = {
-    "backbone": tuple(BACKBONES),
-    "pseudo_labels": ("clusters", "index", "shuffled"),
-    "head": HEADS,
-    "bn_statistics": ("fresh", "running"),
-    "clusterer": kmeans.CLUSTERERS,
-    "device": ("auto", "cpu", "cuda"),
-}
+CHOICES = {"backbone": tuple(BACKBONES), "pseudo_labels": ("clusters", "index", "shuffled")}
+CHOICES |= {"head": HEADS, "bn_statistics": ("fresh", "running"), "clusterer": kmeans.CLUSTERERS}
+CHOICES |= {"device": ("auto", "cpu", "cuda")}
 LEAST = {"n_clusters": 2, "pca_dim": 1, "epochs": 0, "batch_size": 2, "seed": 0}
 LEAST |= {"weight_decay": 0, "rotation_degrees": 0}
 
@@ -45,7 +39,7 @@ class TrainConfig:
     lr: float = 1e-3  # of Adam; ReduceLROnPlateau lowers it if the loss stalls
     weight_decay: float = 1e-4  # of Adam
     width: tuple[int, ...] | None = None  # see lib.models.build
-    rotation_degrees: float = 0.0  # 0 to 180: each image is turned by up to this, either way
+    rotation_degrees: float = 0.0  # each image is turned by up to this, either way
     # "clusters" trains on the epoch's own. The others are controls that know nothing of the images:
     # "index" is the image's number modulo K, "shuffled" the first epoch's clusters shuffled once.
     pseudo_labels: str = "clusters"
@@ -70,12 +64,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
-        if self.rotation_degrees > 180:
-            raise ValueError(f"rotation_degrees must be at most 180, got {self.rotation_degrees}")
 
 
-# settings that may change while a run goes on
-CONTINUES_WITH = ("epochs", "device")
+# of what config.json holds, what may change while a run goes on, or is compared by itself
+MAY_DIFFER = ("epochs", "device", "code", "torch", "data")
+WHITENING = ("mean", "components", "explained_variance")  # of a fitted PCA, in clustering.npz
 CORE = ("*.py", "fast/*.py", "fast/*.c")  # the sources that decide a run's numbers
 MOVE_ASIDE = "use --restart (restart=True) to move the old run aside, or another dataset name"
 
@@ -115,13 +108,9 @@ def code_fingerprint() -> str:
 
 def identity(config: TrainConfig, images: np.ndarray) -> dict[str, Any]:
     """What config.json holds: settings with the width spelt out, images, code and torch."""
-    return {
-        **asdict(config),
-        "width": list(config.width or BACKBONES[config.backbone].WIDTH),
-        "data": {"shape": list(images.shape), "sha256": fingerprint(images)},
-        "code": code_fingerprint(),
-        "torch": str(torch.__version__),
-    }
+    found = asdict(config) | {"width": list(config.width or BACKBONES[config.backbone].WIDTH)}
+    found["data"] = {"shape": list(images.shape), "sha256": fingerprint(images)}
+    return found | {"code": code_fingerprint(), "torch": str(torch.__version__)}
 
 
 def check_same_run(run_dir: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,32 +119,24 @@ def check_same_run(run_dir: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
     """
     path = run_dir / "config.json"
     theirs = load_json(path) if path.exists() else ours
-    differ = {
-        name: f"{name} {theirs.get(name, 'not stated')}, now {value}"
-        for name, value in ours.items()
-        if name not in (*CONTINUES_WITH, "code", "torch") and theirs.get(name) != value
-    }
-    if "data" in differ:
-        differ["data"] = "other images"
+    fixed = [name for name in ours if name not in MAY_DIFFER]
+    differ = [f"{k} {theirs.get(k)}, now {ours[k]}" for k in fixed if theirs.get(k) != ours[k]]
+    if theirs.get("data") != ours["data"]:
+        differ.append("other images")
     if differ:
-        reasons = "; ".join(differ.values())
+        reasons = "; ".join(differ)
         raise RunMismatchError(f"{show(run_dir)} holds another run ({reasons}); {MOVE_ASIDE}")
     if theirs.get("code") != ours["code"]:
-        warnings.warn(
-            f"{show(run_dir)} was begun by another version of this code; {MOVE_ASIDE}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        other = f"{show(run_dir)} was begun by another version of this code; {MOVE_ASIDE}"
+        warnings.warn(other, RuntimeWarning, stacklevel=3)
     return {**ours, "code": theirs.get("code")}
 
 
 def set_aside(run_dir: Path) -> None:
     """Rename a run folder to the first free ``<name>.old<k>``: nothing computed is lost."""
     if run_dir.exists():
-        number = 1
-        while (free := run_dir.with_name(f"{run_dir.name}.old{number}")).exists():
-            number += 1
-        run_dir.rename(free)
+        names = (run_dir.with_name(f"{run_dir.name}.old{k}") for k in itertools.count(1))
+        run_dir.rename(next(path for path in names if not path.exists()))
 
 
 def is_complete(run_dir: Path, config: TrainConfig) -> bool:
@@ -185,19 +166,14 @@ def load_run(run_dir: Path | str) -> Run:
     settings = {f.name: stored[f.name] for f in fields(TrainConfig) if f.name in stored}
     config = TrainConfig(**settings)
     if not is_complete(run_dir, config):
-        raise FileNotFoundError(
-            f"{show(run_dir)} is not finished: run the training notebook again, it continues"
-        )
+        again = "run the training notebook again, it continues"
+        raise FileNotFoundError(f"{show(run_dir)} is not finished: {again}")
     with np.load(run_dir / "clustering.npz") as clustering:
         final = clustering["assignments"].astype(np.int64)
-    return Run(
-        config,
-        pd.read_csv(run_dir / "metrics.csv"),
-        np.load(run_dir / "assignments.npy"),
-        np.load(run_dir / "features.npy", mmap_mode="r"),
-        final,
-        run_dir,
-    )
+    table = pd.read_csv(run_dir / "metrics.csv")
+    assignments = np.load(run_dir / "assignments.npy")
+    features = np.load(run_dir / "features.npy", mmap_mode="r")
+    return Run(config, table, assignments, features, final, run_dir)
 
 
 def network(config: TrainConfig) -> Backbone:
@@ -212,16 +188,20 @@ def load_model(run: Run, device: str | torch.device = "cpu") -> Backbone:
     return model.to(device).eval()
 
 
+def whitening(arrays: Mapping[str, np.ndarray], l2: bool = True) -> PCAWhiten:
+    """The fitted PCA of a run from the `WHITENING` arrays of its clustering.npz."""
+    whiten = PCAWhiten(len(arrays["components"]), l2)
+    for name in WHITENING:
+        setattr(whiten, f"{name}_", arrays[name])
+    return whiten
+
+
 def embed(run: Run, features: np.ndarray) -> np.ndarray:
     """Features (M, D) of a run's network to what was clustered, (M, d) float32: the run's own PCA,
     whitening and unit length.
     """
-    whiten = PCAWhiten(run.config.pca_dim)
     with np.load(run.path / "clustering.npz") as stored:
-        whiten.mean_ = stored["mean"]
-        whiten.components_ = stored["components"]
-        whiten.explained_variance_ = stored["explained_variance"]
-    return whiten.transform(np.asarray(features))
+        return whitening(stored).transform(np.asarray(features))
 
 
 def assign(run: Run, features: np.ndarray) -> np.ndarray:

@@ -4,9 +4,6 @@ are like those that the run has seen.
 `load` reads a run's own folder, or the folder that `export` writes for others: weights as
 safetensors, settings as JSON, embeddings and assignments as Parquet."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +25,11 @@ from lib.features import PCAWhiten, extract
 from lib.kmeans import nearest
 from lib.models import IMAGE_SIZE, Backbone, build
 from lib.paths import atomic_write, dataset_dir, load_json, save_json, show
-from lib.runs import fingerprint, load_model, load_run
+from lib.runs import WHITENING, fingerprint, load_model, load_run, whitening
 from lib.study.report import dataset_label
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 ASSIGNMENTS, EMBEDDINGS = "assignments.parquet", "embeddings.parquet"
-WHITENING = ("mean", "components", "explained_variance")
 NETWORK = ("backbone", "n_clusters", "width", "seed", "head")  # the settings that build it
 NOTICE = "Not for clinical use."
 LEVEL = 0.01  # of p, below which chance does not explain the far images
@@ -148,7 +144,8 @@ def load(run_dir: Path | str, device: str = "cpu") -> Model:
         return _load_exported(run_dir, device)
     run = load_run(run_dir)
     with np.load(run.path / "clustering.npz") as stored:
-        whiten, centroids = _whitening(stored), stored["centroids"]
+        # not scaled to length 1: `spread` measures the length
+        whiten, centroids = whitening(stored, l2=False), stored["centroids"]
     own = centroids[run.final_assignments]
     distance, spread = _measures(whiten.transform(np.asarray(run.features)), own)
     limits = {"distance": np.quantile(distance, QUANTILE), "spread": np.quantile(spread, QUANTILE)}
@@ -163,7 +160,8 @@ def load(run_dir: Path | str, device: str = "cpu") -> Model:
 def _load_exported(folder: Path, device: str) -> Model:
     try:
         config, tensors = load_json(folder / CONFIG), load_file(folder / WEIGHTS)
-        whiten = _whitening({name: tensors.pop(name).numpy() for name in WHITENING})
+        arrays = {name: tensors.pop(name).numpy() for name in WHITENING}
+        whiten = whitening(arrays, l2=False)
         centroids, sizes = (tensors.pop(name).numpy() for name in ("centroids", "sizes"))
         network = build(*(config["settings"][name] for name in NETWORK))
         network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items()})
@@ -173,14 +171,6 @@ def _load_exported(folder: Path, device: str) -> Model:
         reason = " ".join(str(error).split())[:200]
         text = f"{show(folder)} holds no export that this code reads ({reason}): export again"
         raise ValueError(text) from error
-
-
-def _whitening(arrays: Mapping[str, np.ndarray]) -> PCAWhiten:
-    """PCA and whitening as stored, without scaling to length 1."""
-    whiten = PCAWhiten(len(arrays["components"]), l2=False)
-    for name in WHITENING:
-        setattr(whiten, f"{name}_", arrays[name])
-    return whiten
 
 
 def export(
