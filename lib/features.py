@@ -2,10 +2,9 @@
 2018, section 3.3).
 """
 
-from __future__ import annotations
-
 import warnings
 from contextlib import contextmanager
+from typing import Self
 
 import numpy as np
 import scipy.linalg
@@ -42,8 +41,8 @@ def estimate_statistics(
     averages over equal batches in train mode, with dropout off; each process takes its share.
     """
     # not the head's, which no feature passes
-    found = [m for name, m in model.named_modules() if name != "standardise"]
-    norms = [module for module in found if isinstance(module, _BatchNorm)]
+    inside = [m for name, m in model.named_modules() if name != "standardise"]
+    norms = [module for module in inside if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     device = next(model.parameters()).device
     with _modes_kept(model):
@@ -70,6 +69,8 @@ def extract(
 ) -> np.ndarray | Tensor:
     """Features (N, D), float32, of all images in evaluation mode: row i belongs to image i.
 
+    ValueError if there are no images, FloatingPointError if features are NaN or infinite.
+
     Parameters
     ----------
     model : Module
@@ -79,11 +80,6 @@ def extract(
         Images per pass: changes speed and memory, and results only by rounding.
     on_device, autocast : bool
         Return a tensor on `device` instead of an array; compute in bfloat16.
-
-    Raises
-    ------
-    ValueError, FloatingPointError
-        No images, or features that are not (B, D); NaN or infinite features of the image named.
     """
     if len(images) == 0:
         raise ValueError("there are no images to extract features from: images has length 0")
@@ -98,9 +94,6 @@ def extract(
             # np.array copies: a read-only memory map must not become a writable tensor
             batch = batch if isinstance(batch, Tensor) else torch.from_numpy(np.array(batch))
             features = model.features(normalise(batch.to(device, non_blocking=True)))
-            if features.ndim != 2 or len(features) != len(batch):
-                found = tuple(features.shape)
-                raise ValueError(f"model.features must give ({len(batch)}, D), got shape {found}")
             if rows is None:
                 rows = torch.empty(len(images), features.shape[1], device=kept_on)
             rows[start : start + len(batch)] = features
@@ -126,26 +119,23 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
 
     Attributes
     ----------
-    mean_ (D,), components_ (n_components_, D), explained_variance_ and
-    explained_variance_ratio_ (n_components_,) : float64
+    mean_ (D,), components_ (n_components_, D), explained_variance_ (n_components_,) : float64
         As in ``sklearn.decomposition.PCA(whiten=True)``; the largest loading of each axis is
         positive. Arrays, or tensors on the data's device after fitting a tensor.
-    n_components_ : int
     """
 
     def __init__(self, n_components: int = 64, l2: bool = True) -> None:
         self.n_components = n_components
         self.l2 = l2
 
-    def fit(self, features: np.ndarray | Tensor, y: None = None) -> PCAWhiten:
+    def fit(self, features: np.ndarray | Tensor, y: None = None) -> Self:
         """Find mean, axes and variances of `features`, (N, D) floating; ValueError if there are
         fewer than 2 rows, all are equal, or one is not finite.
         """
         x = _rows(features)
         n, d = x.shape
         if self.n_components < 1 or n < 2:
-            found = f"n_components={self.n_components}, {n} rows"
-            raise ValueError(f"PCA needs at least 1 component and 2 rows, got {found}")
+            raise ValueError(f"PCA needs 2 rows and 1 component; got {n} rows, {self.n_components}")
         bad = _first_bad_row(x)
         if bad is not None:
             raise ValueError(f"features hold NaN or infinite values, first in row {bad}")
@@ -181,7 +171,6 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
         self.mean_ = _like(mean, features)
         self.components_ = _like(components * largest.sign(), features)
         self.explained_variance_ = _like(variance, features)
-        self.explained_variance_ratio_ = _like(variance / matrix.trace(), features)
         return self
 
     def transform(self, features: np.ndarray | Tensor) -> np.ndarray | Tensor:
@@ -189,9 +178,7 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
         x = _rows(features)
         fitted = (self.mean_, self.components_, self.explained_variance_)
         mean, components, variance = (torch.as_tensor(a, device=x.device) for a in fitted)
-        if x.shape[1] != len(mean):
-            raise ValueError(f"features have {x.shape[1]} columns, but PCA has {len(mean)}")
-        axes = components.T / variance.sqrt()
+        axes = components.T / variance.sqrt()  # (D, n_components_)
         z = torch.cat([(chunk.double() - mean) @ axes for chunk in x.split(4096)])
         if self.l2:
             z = nn.functional.normalize(z, dim=1)

@@ -14,10 +14,8 @@ last row and column are never a window's centre. To halve even sizes exactly, us
 ones.
 """
 
-from __future__ import annotations
-
 import math
-import operator
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +25,7 @@ from lib.groups import P4, P4M, PointGroup, filter_bank
 
 try:
     from lib.fast import fast_block, fast_conv
-except (
-    ImportError
-):  # without the folder lib/fast every layer is computed densely, equal to rounding
+except ImportError:  # without lib/fast every layer is computed densely, equal to rounding
 
     def fast_conv(layer: nn.Module, x: Tensor) -> None:
         """No faster way."""
@@ -41,6 +37,9 @@ ALGORITHMS = ("auto", "dense", "fourier")
 
 class GroupConv(nn.Module):
     """Base of the four layers; use `P4ConvZ2`, `P4ConvP4`, `P4MConvZ2` or `P4MConvP4M`.
+
+    ValueError for an even kernel size, a size below 1, a negative padding, an unknown algorithm,
+    or an input of another shape.
 
     Parameters
     ----------
@@ -63,12 +62,6 @@ class GroupConv(nn.Module):
         ``in_channels * S_in * k * k``.
     bias : Parameter, shape (out_channels,), or None
         Starts at zero.
-
-    Raises
-    ------
-    ValueError
-        For an even kernel size, a size below 1, a negative padding, an unknown algorithm, or an
-        input of another shape.
     """
 
     group: PointGroup
@@ -95,11 +88,11 @@ class GroupConv(nn.Module):
         self.padding = _integer("padding", padding, 0)
         self.stabilizer_in = 1 if self.lifting else self.group.order
         # not persistent: a state_dict holds what GrouPy's holds, weight and bias
-        index = self.group.filter_indices(self.kernel_size, self.stabilizer_in)
-        self.register_buffer("filter_index", index, persistent=False)
+        self.register_buffer("filter_index", None, persistent=False)
         shape = (self.stabilizer_in, self.kernel_size, self.kernel_size)
         self.weight = nn.Parameter(torch.empty(self.out_channels, self.in_channels, *shape))
         self.bias = nn.Parameter(torch.empty(self.out_channels)) if bias else None
+        self._renew_index()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -139,11 +132,8 @@ class GroupConv(nn.Module):
             name = type(self).__name__
             raise ValueError(f"{name} expects input of shape ({expected}), got {tuple(x.shape)}")
         if min(x.shape[-2:]) + 2 * self.padding < self.kernel_size:
-            size = tuple(x.shape[-2:])
-            raise ValueError(
-                f"a window of {self.kernel_size} does not fit into maps of {size} "
-                f"with padding {self.padding}"
-            )
+            size = f"{tuple(x.shape[-2:])} with padding {self.padding}"
+            raise ValueError(f"a window of {self.kernel_size} does not fit into maps of {size}")
         y = None if self.algorithm == "dense" else fast_conv(self, x)
         return self.dense(x) if y is None else y
 
@@ -157,14 +147,10 @@ class GroupConv(nn.Module):
 
 def _integer(name: str, value: int | tuple[int, int], least: int) -> int:
     """`value`, or the one number of a pair, as an int of at least `least`."""
-    numbers = set(value) if isinstance(value, tuple | list) else {value}
-    try:
-        (number,) = map(operator.index, numbers)
-    except (TypeError, ValueError):
-        number = least - 1
-    if number < least:
+    number, *others = set(value) if isinstance(value, tuple | list) else {value}
+    if others or not isinstance(number, Integral) or number < least:
         raise ValueError(f"{name} must be one integer of at least {least}, got {value!r}")
-    return number
+    return int(number)
 
 
 class P4ConvZ2(GroupConv):
@@ -213,10 +199,8 @@ class GroupAvgBlurPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim < 4 or 0 in x.shape[-2:]:
-            raise ValueError(
-                f"GroupAvgBlurPool expects (N, C, ..., H, W) with at least one pixel, "
-                f"got shape {tuple(x.shape)}"
-            )
+            shape = f"pixels (N, C, ..., H, W), got shape {tuple(x.shape)}"
+            raise ValueError(f"GroupAvgBlurPool expects {shape}")
         windows, totals = [], []
         for size in x.shape[-2:]:
             window = x.new_tensor([1, 3, 3, 1] if size % 2 == 0 else [1, 2, 1])
@@ -252,37 +236,24 @@ def assert_equivariant(
     module : Module or callable
         From and to images or planar maps (N, C, H, W), group maps (N, C, S, H, W) or, output only,
         features (N, D), which must not change at all.
-    group : PointGroup
-    x : Tensor
     tolerance : float, optional
-        Largest difference allowed, relative to the output's largest value: 1e-5 in single and 1e-12
-        in double precision if not given.
+        1e-5 in single and 1e-12 in double precision if not given.
 
     Returns
     -------
     float
-        The largest relative difference.
-
-    Raises
-    ------
-    AssertionError
-        If it is above `tolerance`, or no number.
+        The largest difference, relative to the output's largest value. AssertionError if it is
+        above `tolerance`, or no number.
     """
-
-    def act(maps: Tensor, g: int) -> Tensor:
-        actions = {2: lambda maps, g: maps, 4: group.act_on_grid, 5: group.act_on_maps}
-        return actions[maps.ndim](maps, g)
-
+    act = {2: lambda y, g: y, 4: group.act_on_grid, 5: group.act_on_maps}  # by number of axes
     if tolerance is None:
         tolerance = 1e-12 if x.dtype == torch.float64 else 1e-5
     with torch.no_grad():
-        y = module(x)
-        errors = [(module(act(x, g)) - act(y, g)).abs().max() for g in range(group.order)]
-        error = float(max(errors) / y.abs().max())
+        y, elements = module(x), range(group.order)
+        moved = [(module(act[x.ndim](x, g)), act[y.ndim](y, g)) for g in elements]
+        errors = torch.stack([(there - here).abs().max() for there, here in moved])
+        error = float(errors.max() / y.abs().max())
     if not error <= tolerance:
-        worst = max(range(group.order), key=lambda g: errors[g])
-        raise AssertionError(
-            f"not equivariant under {group.name}: relative error {error:.1e}, "
-            f"largest for g = {worst}, above {tolerance:.0e}"
-        )
+        worst = f"{error:.1e} for g = {int(errors.argmax())}, above {tolerance:.0e}"
+        raise AssertionError(f"not equivariant under {group.name}: relative error {worst}")
     return error

@@ -11,8 +11,6 @@ Convolutional Networks* (ICML 2016, sections 4.2-4.4). An element moves a functi
 f(g^-1 x)`` (eq. 4). Acting with `a * b` is acting with `b`, then with `a`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,18 +21,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PointGroup:
-    """A finite group of symmetries of the square grid; use the instances `P4` and `P4M`.
+    """A finite group of symmetries of the square grid; use the instances `P4` and `P4M`."""
 
-    Parameters
-    ----------
-    name : str
-        Name of the wallpaper group, ``"p4"`` or ``"p4m"``.
-    order : int
-        Number of elements (the size S of the stabilizer): 4 for p4, 8 for p4m.
-    """
-
-    name: str
-    order: int
+    name: str  # of the wallpaper group, "p4" or "p4m"
+    order: int  # number of elements, the size S of the stabilizer: 4 or 8
 
     @cached_property
     def matrices(self) -> np.ndarray:
@@ -83,33 +73,15 @@ class PointGroup:
         return self.act_on_grid(x, g).index_select(-3, source)
 
     def filter_indices(self, kernel_size: int, stabilizer_in: int) -> Tensor:
-        """For each value of each moved filter, its place in the stored filter.
+        """For each value of each moved filter, its place in the stored filter: int64, shape
+        (order, S_in * k * k), axis 1 in C order of (u, row, column).
 
-        ``psi.flatten(-3)[..., index[g]]`` is the filter moved by g, ``psi(g^-1 u, g^-1 t)``.
-
-        Parameters
-        ----------
-        kernel_size : int
-            Odd side k of the filters.
-        stabilizer_in : int
-            S_in: 1 for filters on the plane, the group's order for filters on the group.
-
-        Returns
-        -------
-        Tensor, shape (order, S_in * k * k), int64
-            Axis 1 is (u, row, column) in C order.
-
-        Raises
-        ------
-        ValueError
-            If `kernel_size` is even or `stabilizer_in` is another number.
+        ``psi.flatten(-3)[..., index[g]]`` is the filter moved by g, ``psi(g^-1 u, g^-1 t)``. S_in
+        is 1 for filters on the plane, the group's order for filters on the group. ValueError if
+        the side k is even.
         """
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(
-                f"kernel_size must be odd, so that a filter has a centre pixel; got {kernel_size}"
-            )
-        if stabilizer_in not in (1, self.order):
-            raise ValueError(f"stabilizer_in must be 1 or {self.order}, got {stabilizer_in}")
+            raise ValueError(f"kernel_size must be odd: a filter has a centre; got {kernel_size}")
         places = torch.arange(stabilizer_in * kernel_size**2)
         places = places.view(stabilizer_in, kernel_size, kernel_size)
         act = self.act_on_grid if stabilizer_in == 1 else self.act_on_maps
@@ -117,17 +89,9 @@ class PointGroup:
 
 
 def filter_bank(weight: Tensor, index: Tensor) -> Tensor:
-    """All moved filters as planar ones.
+    """All moved filters as planar ones, (out_channels * S, in_channels * S_in, k, k).
 
-    Parameters
-    ----------
-    weight : Tensor, shape (out_channels, in_channels, S_in, k, k)
-    index : Tensor
-        Result of `PointGroup.filter_indices`.
-
-    Returns
-    -------
-    Tensor, shape (out_channels * S, in_channels * S_in, k, k)
+    `weight` is (out_channels, in_channels, S_in, k, k), `index` from `PointGroup.filter_indices`.
     """
     moved = weight.flatten(2)[:, :, index]  # (out, in, S, S_in * k * k)
     return moved.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, *weight.shape[-2:]))

@@ -1,7 +1,5 @@
 """Pixels as networks take them, and images turned: exactly by symmetries, or freely."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,20 +10,10 @@ SYMMETRIES = tuple((mirrored, turns) for mirrored in (False, True) for turns in 
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Stored pixels as a network takes them: ``x / 127.5 - 1``.
+    """Stored pixels (B, H, W), uint8, as a network takes them: ``x / 127.5 - 1``, (B, 1, H, W),
+    float32 in [-1, 1], on the same device.
 
-    Parameters
-    ----------
-    images : Tensor, shape (B, H, W), uint8
-
-    Returns
-    -------
-    Tensor, shape (B, 1, H, W), float32, range [-1, 1], on the same device
-
-    Raises
-    ------
-    ValueError
-        Another dtype (the images may have been normalised before) or another number of axes.
+    ValueError for another dtype (it may have been done before) or another number of axes.
     """
     if images.dtype != torch.uint8 or images.ndim != 3:
         found = f"{images.dtype} of shape {tuple(images.shape)}"
@@ -34,16 +22,12 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:
-    """Turn every image about its centre by its own angle, bilinearly; corners become black (-1).
+    """Turn every image of x (B, C, H, W), in [-1, 1], about its centre by its own angle (B,), in
+    degrees counter-clockwise, bilinearly; corners become black (-1).
 
-    Parameters
-    ----------
-    x : Tensor, shape (B, C, H, W), range [-1, 1]
-        The result has the same. Interpolation blurs it: waves of 16, 8 and 4 pixels come out with
-        an error of 1 %, 6 % and 21 % (root mean square over angles, relative to the wave).
-    degrees : Tensor, shape (B,)
-        Counter-clockwise angles. Multiples of 90 degrees on square images equal ``torch.rot90``
-        up to rounding.
+    Multiples of 90 degrees on square images equal ``torch.rot90`` up to rounding. Interpolation
+    blurs: waves of 16, 8 and 4 pixels come out with an error of 1 %, 6 % and 21 % (root mean square
+    over angles, relative to the wave).
     """
     if x.ndim != 4 or degrees.shape != x.shape[:1]:
         found = f"{tuple(x.shape)} and {tuple(degrees.shape)}"

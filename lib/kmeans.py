@@ -4,7 +4,7 @@ K-means costs N x K x D per iteration; ``tests/bench/clusterers.py`` draws what 
 in quality for their time.
 """
 
-from __future__ import annotations
+from typing import Self
 
 import numpy as np
 import scipy.sparse
@@ -19,14 +19,9 @@ CLUSTERERS = ("kmeans", "minibatch", "hierarchical", "graph")
 def make_clusterer(name: str, n_clusters: int, seed: int) -> ClusterMixin:
     """An estimator with ``fit_predict`` and, once fitted, ``cluster_centers_`` (K, D).
 
-    Parameters
-    ----------
-    name : {"kmeans", "minibatch", "hierarchical", "graph"}
-        Lloyd's K-means from one greedy k-means++ start (Arthur and Vassilvitskii 2007); mini-batch
-        K-means (Sculley 2010); bisecting K-means, which splits the cluster of largest inertia
-        until there are K; `GraphClusters`. ValueError for any other name.
-    n_clusters : int
-        K.
+    "kmeans" is Lloyd's, from one greedy k-means++ start (Arthur and Vassilvitskii 2007);
+    "minibatch" is mini-batch K-means (Sculley 2010); "hierarchical" bisects the cluster of largest
+    inertia until there are K; "graph" is `GraphClusters`. ValueError for any other name.
     """
     if name == "kmeans":
         return KMeans(n_clusters, n_init=1, max_iter=100, random_state=seed)
@@ -47,7 +42,7 @@ class GraphClusters(AgglomerativeClustering):
     def __init__(self, n_clusters: int = 2) -> None:
         super().__init__(n_clusters, connectivity=_neighbours)
 
-    def fit(self, points: np.ndarray, y: None = None) -> GraphClusters:
+    def fit(self, points: np.ndarray, y: None = None) -> Self:
         """Cluster `points` (N, D); ``cluster_centers_`` (K, D) are the means of the clusters."""
         super().fit(points)
         counts = np.bincount(self.labels_)

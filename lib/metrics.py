@@ -1,9 +1,8 @@
 """Numbers that say how good a clustering is, and how sure one can be: arrays in, numbers out.
 
 Each docstring says what the number is, its range, and what it cannot show. Arrays that do not fit
-raise a ValueError."""
-
-from __future__ import annotations
+raise a ValueError.
+"""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -60,11 +59,8 @@ def occupancy(assignments: ArrayLike, n_clusters: int) -> dict[str, float]:
     if labels.ndim != 1 or not labels.size or labels.min() < 0 or labels.max() >= n_clusters:
         raise ValueError(f"expected assignments (N,) from 0 to {n_clusters - 1}, got {labels}")
     share = np.bincount(labels) / len(labels)
-    return {
-        "clusters_used": int((share > 0).sum()),
-        "largest_cluster": float(share.max()),
-        "perplexity": float(np.exp(stats.entropy(share))),
-    }
+    used, perplexity = int((share > 0).sum()), float(np.exp(stats.entropy(share)))
+    return {"clusters_used": used, "largest_cluster": float(share.max()), "perplexity": perplexity}
 
 
 def kept_share(reference: ArrayLike, moved: ArrayLike) -> np.ndarray:
@@ -93,10 +89,9 @@ def cluster_structure(
     def score(measure: Any, x: np.ndarray, labels: np.ndarray) -> float:
         return float(measure(x, labels)) if 1 < len(np.unique(labels)) < len(labels) else math.nan
 
-    return {
-        "silhouette": score(sklearn_metrics.silhouette_score, x[some], labels[some]),
-        "davies_bouldin": score(sklearn_metrics.davies_bouldin_score, x, labels),
-    }
+    silhouette = score(sklearn_metrics.silhouette_score, x[some], labels[some])
+    davies_bouldin = score(sklearn_metrics.davies_bouldin_score, x, labels)
+    return {"silhouette": silhouette, "davies_bouldin": davies_bouldin}
 
 
 def probe(
@@ -123,7 +118,7 @@ def probe(
         Disjoint sets of images.
     groups : (N,), optional
         Patient of each image, none in both sets; each image its own if not given.
-    seed, n_boot : int
+    n_boot : int
         Bootstrap samples; 0: ``low`` and ``high`` are NaN.
 
     Returns
@@ -148,17 +143,11 @@ def probe(
     correct = classes[probabilities.argmax(axis=1)] == labels[test]
     samples = (w @ correct / w.sum(axis=1) for w in bootstrap_weights(groups[test], n_boot, seed))
     low, high = percentile_interval(samples)
-    return {
-        "accuracy": float(correct.mean()),
-        "low": low,
-        "high": high,
-        "majority": float(truth[:, counts.argmax()].mean()),
-        "chance": float((truth @ counts).mean() / len(train)),
-        "correct": correct,
-        "probabilities": probabilities,
-        "classes": classes,
-        "n_classes": len(classes),
-    }
+    found = {"accuracy": float(correct.mean()), "low": low, "high": high, "correct": correct}
+    found["majority"] = float(truth[:, counts.argmax()].mean())
+    found["chance"] = float((truth @ counts).mean() / len(train))
+    found |= {"classes": classes, "n_classes": len(classes), "probabilities": probabilities}
+    return found
 
 
 def checked_split(

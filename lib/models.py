@@ -2,8 +2,6 @@
 and networks to compare them with: P4M's layout without the mirror, or without the symmetry.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,16 +17,13 @@ HEADS = ("standardised", "linear")
 
 
 class Backbone(nn.Module):
-    """What the loop asks of a network: ``features(x)``, a linear ``top_layer``, ``forward(x)``.
+    """What the loop asks of a network: ``features(x)`` of width D, `feature_dim`; a linear
+    ``top_layer`` with K logits, `n_clusters`; ``forward(x)``.
 
-    Parameters
-    ----------
-    feature_dim, n_clusters : int
-        D, the width of ``features(x)``, and K, the number of logits.
-    head : {"standardised", "linear"}
-        Whether what the top layer reads is first brought to zero mean and unit variance (batch
-        norm without weights). The top layer is drawn anew each epoch; features with a mean of
-        several times their spread would make its logits start as one large constant.
+    With the head "standardised", not "linear", what the top layer reads is first brought to zero
+    mean and unit variance (batch norm without weights). The top layer is drawn anew each epoch;
+    features with a mean of several times their spread would make its logits start as one large
+    constant.
     """
 
     def __init__(self, feature_dim: int, n_clusters: int, head: str = "standardised") -> None:
@@ -210,13 +205,8 @@ class MatchedParametersCNN(PlainCNN):
         return first, second, max(1, round(rest / (9 * second + 2)))
 
 
-BACKBONES: dict[str, type[Backbone]] = {
-    "alexnet": AlexNet,
-    "p4m": P4MCNN,
-    "p4": P4CNN,
-    "cnn_params": MatchedParametersCNN,
-    "cnn_flops": MatchedFlopsCNN,
-}
+BACKBONES: dict[str, type[Backbone]] = {"alexnet": AlexNet, "p4m": P4MCNN, "p4": P4CNN}
+BACKBONES |= {"cnn_params": MatchedParametersCNN, "cnn_flops": MatchedFlopsCNN}
 
 
 def build(
@@ -226,29 +216,19 @@ def build(
     seed: int = 0,
     head: str = HEADS[0],
 ) -> Backbone:
-    """Make a network with weights drawn from `seed`; the global random state stays as it was.
+    """Make a network of `BACKBONES` with weights drawn from `seed`; the global random state stays
+    as it was. `head` as in `Backbone`.
 
-    ValueError for an unknown backbone, a wrong number of widths, or a width or K below 1.
-
-    Parameters
-    ----------
-    backbone : {"alexnet", "p4m", "p4", "cnn_params", "cnn_flops"}
-    n_clusters : int
-        K >= 1.
-    width : sequence of int, optional
-        Six for `AlexNet`, three for all others (`BlockCNN`); the paper's if not given.
-    head : {"standardised", "linear"}
-        See `Backbone`.
+    `width` has six numbers for `AlexNet` and three for all others (`BlockCNN`); it is the paper's
+    if not given. ValueError for an unknown backbone, a wrong number of widths, or a width below 1.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
     kind = BACKBONES[backbone]
-    width = tuple(int(w) for w in (width or kind.WIDTH))
+    width = tuple(width or kind.WIDTH)
     if len(width) != len(kind.WIDTH) or min(width) < 1:
         wanted = f"{len(kind.WIDTH)} widths of at least 1, like {kind.WIDTH}"
         raise ValueError(f"{backbone} needs {wanted}; got {width}")
-    if n_clusters < 1:
-        raise ValueError(f"n_clusters must be at least 1, got {n_clusters}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(n_clusters, width, head)
