@@ -4,8 +4,6 @@
 options; ``--study``, ``--reuse RUN`` and ``--test`` are the other commands. The top imports the
 standard library alone: run_all.sh checks the options before it installs anything."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -2,8 +2,6 @@
 
 The top imports the standard library alone, as `lib.__main__` does."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib

@@ -6,8 +6,6 @@ statistics of the whole batch, and rank 0 clusters the features of all. A single
 `World` of one in which every exchange does nothing, so the loop reads the same in both cases.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -27,8 +25,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.paths import ROOT
-
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -107,7 +103,7 @@ def join(device: str, timeout: float = 600.0) -> Iterator[World]:
     is absent, or if there are fewer GPUs than processes on this machine: each takes one.
     """
     found = resolve_device(device)
-    if not all(name in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield World(device=found)
         return
     backend, gpu = "gloo", None

@@ -1,7 +1,5 @@
 """Where things are, and writing files so that none is ever half-written."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -134,22 +132,11 @@ def alone(folder: Path | str, lock: Path | None = None) -> Iterator[None]:
 
 
 def save_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN becomes null: it is no JSON."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {str(k): plain(v) for k, v in item.items()}
-        if isinstance(item, list | tuple):
-            return [plain(v) for v in item]
-        if isinstance(item, np.ndarray | np.generic):
-            return plain(item.tolist())
-        if isinstance(item, float) and not np.isfinite(item):
-            return None
-        return item
-
-    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write `value`, which may hold NumPy's numbers and arrays, as indented JSON, atomically."""
+    text = json.dumps(value, default=lambda item: item.tolist())
+    value = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON: it becomes null
     with atomic_write(path, "w") as handle:
-        handle.write(text)
+        handle.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_json(path: Path | str) -> Any:

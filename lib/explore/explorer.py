@@ -5,8 +5,6 @@ images, in one file without a server.
 which draws, is in the file; ``explorer.html`` holds what the browser does. All X-rays shown are in
 the page as one picture: it is as private as they are."""
 
-from __future__ import annotations
-
 import base64
 import html as html_module
 import io

@@ -5,8 +5,6 @@ The folder is optional: without it every layer is computed densely. ``gfourier``
 This module says when they are taken.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad

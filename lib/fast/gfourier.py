@@ -22,8 +22,6 @@ A 2 x 2 product is then one product of matrices twice as large: BLAS is faster o
 the dense convolution by rounding only.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ folder (``$XDG_CACHE_HOME`` or ``~/.cache``). Without a working compiler, or on 
 Linux, `kernel` returns None and PyTorch's operations compute the same.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

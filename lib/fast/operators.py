@@ -1,7 +1,5 @@
 """The group convolution and its block as operators of PyTorch, differentiable once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
