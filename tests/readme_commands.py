@@ -7,8 +7,6 @@ if the page's own takes hours or names a folder of the reader's, or with the rea
 run. With ``--python`` that Python is used, must have the packages, and no network is needed.
 tests/test_readme.py compares this list with the pages."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -54,7 +52,7 @@ COMMANDS: dict[str, str] = {
     "python -m pytest": NOT + "it is a part of ./run_all.sh --test",
     "./run_all.sh --data chestmnist": NOT + "0.4 GB; tests/test_sources.py has its own server",
     "./run_all.sh --preset paper --nproc 8": (
-        NOT + "wants eight GPUs; tests/test_distributed.py trains with two processes"
+        NOT + "wants eight GPUs; tests/test_parallel.py trains with two processes"
     ),
     ".venv/bin/jupyter lab": NOT + "tests/test_jupyterlab.py runs notebooks in a browser",
     "conda env create -f environment.yml": NOT + "wants conda; see tests/test_environment.py",

@@ -10,8 +10,6 @@ prints the largest cluster, the clusters in use and the perplexity after each ep
 ``--at``, and writes figures/<data set>/published_collapse.json. A stopped call resumes.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import replace
@@ -39,9 +37,7 @@ def occupancy(features: np.ndarray, config: TrainConfig) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-set", default="nih-9k", help="its folder in data/")
     parser.add_argument("--fields", type=int, nargs=3, default=[16, 32, 64])
     parser.add_argument("--epochs", type=int, default=20)
@@ -49,15 +45,9 @@ def main() -> None:
     parser.add_argument("--pca", type=int, help="half of the features if not given")
     options = parser.parse_args()
     images = load_images(paths.dataset_dir(options.data_set))
-    config = TrainConfig(
-        "p4m",
-        n_clusters=200,
-        pca_dim=options.pca or options.fields[-1] // 2,
-        width=tuple(options.fields),
-        pseudo_labels="index",
-        head="linear",
-        bn_statistics="running",
-    )
+    page = {"pseudo_labels": "index", "head": "linear", "bn_statistics": "running"}
+    pca_dim = options.pca or options.fields[-1] // 2
+    config = TrainConfig("p4m", n_clusters=200, pca_dim=pca_dim, width=options.fields, **page)
     run_dir = paths.run_dir(options.data_set, "p4m-collapse", 0)
     target = paths.figures_dir(options.data_set) / "published_collapse.json"
     rows = []
@@ -73,20 +63,10 @@ def main() -> None:
         row |= {f"fresh_{k}": v for k, v in occupancy(fresh, run.config).items()}
         rows.append(row)
         print(row, flush=True)
-        paths.save_json(
-            target,
-            {
-                "dataset": options.data_set,
-                "images": len(images),
-                "n_clusters": config.n_clusters,
-                "width": list(config.width),
-                "batch_size": config.batch_size,
-                "pca_dim": config.pca_dim,
-                "seed": config.seed,
-                "published": PUBLISHED,
-                "epochs": rows,
-            },
-        )
+        settings = ("n_clusters", "width", "batch_size", "pca_dim", "seed")
+        found = {"dataset": options.data_set, "images": len(images)}
+        found |= {name: getattr(config, name) for name in settings}
+        paths.save_json(target, found | {"published": PUBLISHED, "epochs": rows})
 
 
 if __name__ == "__main__":

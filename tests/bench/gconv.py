@@ -17,8 +17,6 @@ runs other busy processes meanwhile. --layers compares the Fourier transform wit
 layer by layer instead, in bold what "auto" takes.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import multiprocessing
@@ -258,9 +256,7 @@ def burn() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -279,9 +275,8 @@ def main() -> None:
         return
     where = f"{platform.machine()}, {options.threads} threads"
     kernel = "compiled kernel" if gkernel.available() else "no compiler"
-    print(
-        f"PyTorch {torch.__version__}, {options.device}, {where}, batch {options.batch}, {kernel}"
-    )
+    where = f"{options.device}, {where}, batch {options.batch}, {kernel}"
+    print(f"PyTorch {torch.__version__}, {where}")
     print(f"{options.repeats} rounds, {options.busy} other busy processes\n")
     others = [multiprocessing.Process(target=burn, daemon=True) for _ in range(options.busy)]
     for process in others:

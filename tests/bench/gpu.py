@@ -9,8 +9,6 @@ so in the table, and the rest goes on. Rounds of all networks are interleaved; a
 over rounds of (network / plain, same round).
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

@@ -9,8 +9,6 @@ untrained network (docs/learning.md). A run trains on all 1,797: K = 20, 10 epoc
 file --out; a call that was stopped goes on with what is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

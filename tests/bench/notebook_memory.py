@@ -10,8 +10,6 @@ of them share counts once, and the resident memory (``RSS``), in which it counts
 so that a process that is being started counts twice for a moment. JupyterLab itself is not counted.
 Exit status 1 if a peak of PSS (of RSS where there is no PSS) is above the bar, in GB."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -35,15 +33,9 @@ class Watch:
     """Peak memory in bytes of a process and all below it, from `start` to `stop`."""
 
     def __init__(self, pid: int, interval: float = 0.05) -> None:
-        self.pid, self.interval, self.rss, self.peak, self.processes, self.proportional = (
-            pid,
-            interval,
-            0,
-            0,
-            0,
-            False,
-        )
-        self.cell, self.where = 0, 0
+        self.pid, self.interval = pid, interval
+        self.rss = self.peak = self.processes = self.cell = self.where = 0
+        self.proportional = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -53,25 +45,17 @@ class Watch:
             rss = pss = count = 0
             try:
                 for process in [root, *root.children(recursive=True)]:
-                    with suppress(
-                        psutil.NoSuchProcess, psutil.AccessDenied
-                    ):  # it has ended meanwhile
+                    # it may have ended meanwhile
+                    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                         memory = process.memory_full_info()
-                        rss, pss, count = (
-                            rss + memory.rss,
-                            pss + getattr(memory, "pss", 0),
-                            count + 1,
-                        )
+                        rss, pss = rss + memory.rss, pss + getattr(memory, "pss", 0)
+                        count += 1
             except psutil.NoSuchProcess:
                 return
             self.rss = max(self.rss, rss)
             if (pss or rss) > self.peak:
-                self.peak, self.where, self.processes, self.proportional = (
-                    pss or rss,
-                    self.cell,
-                    count,
-                    bool(pss),
-                )
+                self.peak, self.where = pss or rss, self.cell
+                self.processes, self.proportional = count, bool(pss)
 
     def start(self) -> None:
         self._thread.start()
@@ -83,12 +67,9 @@ class Watch:
 
 def measure(path: Path) -> tuple[Watch, float]:
     """Run a notebook and watch its kernel."""
-    client = NotebookClient(
-        nbformat.read(path, as_version=4),
-        timeout=None,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(path.parent)}},
-    )
+    options = {"timeout": None, "kernel_name": "python3"}
+    options["resources"] = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(nbformat.read(path, as_version=4), **options)
     begin = time.perf_counter()
     with client.setup_kernel():
         watch = Watch(client.km.provisioner.pid)
@@ -103,15 +84,9 @@ def measure(path: Path) -> tuple[Watch, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "notebooks",
-        nargs="*",
-        metavar="NOTEBOOK",
-        help="names such as 06_claims; what they build on must come before",
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    about = "names such as 06_claims; what they build on must come before"
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=about)
     parser.add_argument("--bar", type=float, default=1.0, help="GB (default: %(default)s)")
     given = parser.parse_args()
     names = given.notebooks or [path.stem for path in find_notebooks()] + ["equivariance"]

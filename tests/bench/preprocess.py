@@ -6,8 +6,6 @@ the grain of a detector, so that a file has about 400 kB as NIH's have; ``--fold
 ones. Each peer does the same job on one thread: read the file, decode it to 8-bit gray, take the
 mean over each of the 64 x 64 areas. Rounds of all are interleaved and the best round counts."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile
@@ -40,20 +38,15 @@ def peers() -> tuple[dict[str, Callable[[Path], np.ndarray]], list[str]]:
 
     def pillow(path: Path) -> np.ndarray:
         with Image.open(path) as image:
-            return np.asarray(
-                image.convert("L").resize((64, 64), Image.Resampling.BOX, reducing_gap=None)
-            )
+            gray = image.convert("L")
+            return np.asarray(gray.resize((64, 64), Image.Resampling.BOX, reducing_gap=None))
 
     def pillow_reduce(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             image.load()
             return np.asarray((image if image.mode == "L" else image.convert("L")).reduce(16))
 
-    found: dict[str, Callable[[Path], np.ndarray]] = {
-        "Pillow, resize BOX": pillow,
-        "Pillow, reduce": pillow_reduce,
-    }
-    missing = []
+    found, missing = {"Pillow, resize BOX": pillow, "Pillow, reduce": pillow_reduce}, []
     try:
         import cv2
 
@@ -72,12 +65,8 @@ def peers() -> tuple[dict[str, Callable[[Path], np.ndarray]], list[str]]:
 
         def vision(path: Path) -> np.ndarray:
             image = decode_image(read_file(str(path)), ImageReadMode.GRAY)[None].float()
-            return (
-                torch.nn.functional.interpolate(image, (64, 64), mode="area")[0, 0]
-                .round()
-                .byte()
-                .numpy()
-            )
+            small = torch.nn.functional.interpolate(image, (64, 64), mode="area")
+            return small[0, 0].round().byte().numpy()
 
         found[f"torchvision {torchvision.__version__}"] = vision
     except (ImportError, RuntimeError, OSError) as error:
@@ -111,11 +100,8 @@ def main() -> None:
         folder = options.folder or Path(scratch)
         if options.folder is None:
             draw(folder, options.images)
-        files = [
-            path
-            for path in sorted(folder.rglob("*.png"))
-            if Image.open(path).size == (1024, 1024) and Image.open(path).mode == "L"
-        ]
+        files, wanted = sorted(folder.rglob("*.png")), (1024, 1024, "L")
+        files = [p for p in files if (*(image := Image.open(p)).size, image.mode) == wanted]
         files = files[: options.images]
         size = sum(path.stat().st_size for path in files) / len(files)
         print(f"{len(files)} gray PNGs, 1024 x 1024, {size / 1000:.0f} kB on average")
@@ -135,9 +121,8 @@ def main() -> None:
             print(f"  {name:28s} {images:7.1f} images/s  {1000 / images:6.2f} ms")
         print("".join(f"  {line}\n" for line in missing), end="")
         fastest = max(found, key=lambda name: best[name])
-        print(
-            f"  ratio to the fastest peer ({fastest}): {best['this project'] / best[fastest]:.3f}"
-        )
+        ratio = best["this project"] / best[fastest]
+        print(f"  ratio to the fastest peer ({fastest}): {ratio:.3f}")
         if options.folder is None:
             whole = max(preprocess_rate(folder, len(files)) for _ in range(options.rounds))
             minutes = FULL / whole / 60

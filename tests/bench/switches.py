@@ -9,14 +9,13 @@ take turns: once glibc's thresholds are set, it no longer adapts them by itself,
 process brings that back. Run this without MALLOC_ variables.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import statistics
 import sys
 import time
 from contextlib import nullcontext
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ def seconds(model: torch.nn.Module, work: str, batch: int) -> float:
     return time.perf_counter() - begin
 
 
-def child(kept: bool, batch: int, pipe: multiprocessing.connection.Connection) -> None:
+def child(kept: bool, batch: int, pipe: Connection) -> None:
     """Answer (network, work) with seconds, until None comes."""
     with freed_memory_kept() if kept else nullcontext():
         networks = {name: build(name, 20, width) for name, width in WIDTHS.items()}
