@@ -26,7 +26,7 @@ from lib.paths import ROOT
 pytestmark = pytest.mark.slow
 
 ALL = [path.stem for path in find_notebooks()] + ["equivariance"]
-NAMES = ALL if os.environ.get("CXR_LAB") == "all" else ALL[:3]
+NAMES = ALL if os.environ.get("CXR_LAB") == "all" else ALL[:2]  # 02 is the one interrupted
 FAR = re.compile(r"https?://(?!127\.0\.0\.1[:/]).*(?<!\.svg)$")  # badges are SVG
 QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
 
@@ -127,9 +127,15 @@ class Notebook:
         )
 
     def save(self):
+        """Save it, close it, and read the file: no widget is kept, and nothing came from afar."""
         self.start("docmanager:save")
         self.finish()
-        return json.loads(self.file.read_text(encoding="utf-8"))
+        text = self.file.read_text(encoding="utf-8")
+        assert "widgets" not in json.loads(text)["metadata"]
+        assert "widget-view" not in text
+        assert not list(filter(FAR.match, self.requests)), "it fetches from elsewhere"
+        self.close()
+        return json.loads(text)["cells"]
 
     def close(self):
         if folder := os.environ.get("CXR_LAB_PICTURES"):
@@ -149,14 +155,10 @@ def test_restart_and_run_all(server, browser, name):
     counts = notebook.page.evaluate("lab.code().map(cell => cell.model.executionCount)")
     assert counts == list(range(1, len(counts) + 1))
     saved = notebook.save()
-    assert "widgets" not in saved["metadata"]
-    assert "widget-view" not in json.dumps(saved)
     before = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
-    assert [c["source"] for c in saved["cells"]] == [c["source"] for c in before["cells"]]
-    last = [cell for cell in saved["cells"] if cell["cell_type"] == "code"][-1]
+    assert [c["source"] for c in saved] == [c["source"] for c in before["cells"]]
+    last = [cell for cell in saved if cell["cell_type"] == "code"][-1]
     assert last["outputs"], "the last cell says what was written"
-    assert not list(filter(FAR.match, notebook.requests)), "it fetches from elsewhere"
-    notebook.close()
 
 
 EPOCHS = 20  # enough to see it move and to stop it, on a fast machine, too
@@ -197,4 +199,4 @@ def test_interrupted_training_goes_on_where_it_stopped(server, browser, monkeypa
     # with their seconds: these epochs were not trained again
     pd.testing.assert_frame_equal(final.iloc[: len(stopped)], stopped)
     assert "100%|" in notebook.shown()
-    notebook.close()
+    notebook.save()
