@@ -18,21 +18,14 @@ def planted(n=400, k=6, d=8, seed=0):
 @pytest.mark.parametrize("name", CLUSTERERS)
 def test_planted_clusters_are_found(name):
     points, labels = planted()
-    clusterer = make_clusterer(name, 6, 0)
+    clusterer = clone(make_clusterer(name, 6, 0))
     found = clusterer.fit_predict(points)
     assert nmi(found, labels) > 0.95
     assert len(np.unique(found)) == 6
     means = np.stack([points[found == c].mean(0) for c in range(6)])
     np.testing.assert_allclose(clusterer.cluster_centers_, means, atol=0.1)
-    np.testing.assert_array_equal(
-        make_clusterer(name, 6, 0).fit_predict(points), found
-    )  # same seed, same bits
-
-
-@pytest.mark.parametrize("name", CLUSTERERS)
-def test_estimators_can_be_cloned(name):
-    clusterer = clone(make_clusterer(name, 6, 0))
-    assert clusterer.get_params()["n_clusters"] == 6
+    again = make_clusterer(name, 6, 0).fit_predict(points)
+    np.testing.assert_array_equal(again, found)  # same seed, same bits
 
 
 def test_an_unknown_clusterer_is_named():

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import textwrap
-import time
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ TWO = """
     from lib.parallel import join, share_batch_norm
     from tests.test_deepcluster import pictures
     torch.set_num_threads(1)
-    folder, size = sys.argv[1], int(sys.argv[2])
+    folder, size = sys.argv[1], 2 if os.fork() else 1  # beside each other
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,17 +54,19 @@ TWO = """
     with socket.socket() as free:
         os.environ["MASTER_PORT"] = str(port + 1)
     config = TrainConfig("p4m", 4, 4, 2, 32, lr=1e-4, width=(2, 2, 4), device="cpu")
-    fit(pictures(200), config, f"{folder}/run{size}", progress=False)
+    fit(pictures(100), config, f"{folder}/run{size}", progress=False)
+    if rank == 0 and size == 2:
+        for _ in range(2):  # the other one of this world, and the world of one
+            assert os.wait()[1] == 0
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 def test_two_processes_compute_what_one_does(tmp_path):
     """To rounding; dropout draws other masks, so a network without it."""
-    for size in (1, 2):
-        command = [sys.executable, "-c", textwrap.dedent(TWO), str(tmp_path), str(size)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", textwrap.dedent(TWO), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     one, two = (np.load(tmp_path / f"{size}.npz") for size in (1, 2))
     for name in one:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-9, atol=1e-9, err_msg=name)
@@ -96,20 +97,13 @@ def test_a_process_that_fails_gives_status_and_last_lines(tmp_path, capsys):
     assert "café" in capsys.readouterr().err
 
 
-def test_processes_run_side_by_side_and_one_that_fails_stops_no_other(tmp_path):
-    code = (
-        "import os, sys, time; time.sleep(0.5); print(os.environ['OMP_NUM_THREADS']); sys.exit({})"
-    )
+def test_processes_share_the_cores_and_one_that_fails_stops_no_other(tmp_path):
+    code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit({})"
     jobs = {str(k): [sys.executable, "-c", code.format(int(k == 1))] for k in range(4)}
     ended = {}
-    start = time.monotonic()
-    run_processes(jobs, 4, lambda name: tmp_path / name, ended.__setitem__)
-    together = time.monotonic() - start
-    assert {name: failed is not None for name, failed in ended.items()} == {
-        **{"0": False, "1": True, "2": False, "3": False},
-    }
-    assert (tmp_path / "0").read_text().strip() == str(max(1, parallel.cores() // 4))
-    assert together > 0.5
+    run_processes(jobs, 2, lambda name: tmp_path / name, ended.__setitem__)
+    assert {name for name in jobs if ended[name] is not None} == {"1"}
+    assert (tmp_path / "0").read_text().strip() == str(max(1, parallel.cores() // 2))
 
 
 def test_the_memory_that_is_allowed(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Places and names, and the writer through which every file goes."""
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -15,9 +14,7 @@ from lib import paths
 def test_folders_follow_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "d"))
     monkeypatch.setenv("CXR_FIGURES_DIR", str(tmp_path / "f"))
-    assert (
-        paths.run_dir("phantom", "p4m", 3) == tmp_path / "d" / "runs" / "phantom" / "p4m" / "seed3"
-    )
+    assert paths.run_dir("x", "p4m", 3) == tmp_path / "d" / "runs" / "x" / "p4m" / "seed3"
     assert paths.dataset_dir("x") == tmp_path / "d" / "x"
     assert paths.raw_dir("x") == tmp_path / "d" / "raw" / "x"
     assert paths.figures_dir("x") == tmp_path / "f" / "x"
@@ -33,9 +30,7 @@ def test_names_that_cannot_be_folders_are_refused(name):
 
 def test_shown_paths_name_no_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "somewhere"))
-    assert (
-        paths.show(tmp_path / "somewhere" / "phantom" / "images.npy") == "data/phantom/images.npy"
-    )
+    assert paths.show(tmp_path / "somewhere" / "x" / "images.npy") == "data/x/images.npy"
     assert paths.show(paths.ROOT / "README.md") == "README.md"
     assert paths.show(tmp_path / "secret" / "x-rays") == "(outside the project)/x-rays"
 
@@ -67,9 +62,7 @@ def test_full_disk_is_named_and_leaves_the_old_file(tmp_path):
             handle.write(b"x")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(
-        OSError, match=r"could not write .*features\.npy: No space left.*free some space"
-    ) as caught:
+    with pytest.raises(OSError, match=r"features\.npy: No space left") as caught:
         fill_the_disk()
     assert caught.value.errno == errno.ENOSPC
     assert np.load(path).shape == (3,)
@@ -78,27 +71,15 @@ def test_full_disk_is_named_and_leaves_the_old_file(tmp_path):
 
 def test_json_round_trip_and_what_json_has_not(tmp_path):
     path = tmp_path / "x.json"
-    paths.save_json(
-        path,
-        {
-            "a": np.float32(0.5),
-            "n": float("nan"),
-            "b": [np.int64(2), (True,)],
-            3: np.arange(2),
-            "s": "ß",
-        },
-    )
-    assert paths.load_json(path) == {"a": 0.5, "n": None, "b": [2, [True]], "3": [0, 1], "s": "ß"}
-    json.loads(path.read_text(encoding="utf-8"))
+    value = {"a": np.float32(0.5), "n": np.nan, "b": [np.int64(2), (np.True_,)]}
+    paths.save_json(path, value | {3: np.arange(2), "s": "ß", "i": [-np.inf]})
+    assert paths.load_json(path) == {
+        **{"a": 0.5, "n": None, "b": [2, [True]], "3": [0, 1], "s": "ß", "i": [None]}
+    }
+    assert "ß" in path.read_text(encoding="utf-8")
     path.write_text('{"a": ')
     with pytest.raises(ValueError, match=r"x\.json is not a JSON file .* delete it"):
         paths.load_json(path)
-
-
-def test_npy_holds_no_pickle(tmp_path):
-    with pytest.raises(ValueError, match="pickle"):
-        paths.save_npy(tmp_path / "x.npy", np.array([object()]))
-    assert not os.listdir(tmp_path)
 
 
 HOLDER = """
@@ -115,15 +96,11 @@ def test_a_second_process_is_told_who_is_at_work_and_a_killed_one_blocks_nobody(
 ):
     monkeypatch.setattr(paths, "_PATIENCE", 0.1)
     folder = tmp_path / "store"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, cwd=paths.ROOT
-    ) as holder:
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=paths.ROOT) as holder:
         try:
             assert holder.stdout.readline().strip() == b"in"
-            with pytest.raises(
-                paths.BusyError,
-                match=r"another process .*store",
-            ) as caught:
+            with pytest.raises(paths.BusyError, match="store") as caught:
                 with paths.alone(folder):
                     pytest.fail("two at once")
             assert "\n" not in str(caught.value)
@@ -152,10 +129,7 @@ def test_a_file_in_use_is_named_and_stays(tmp_path, monkeypatch):
         raise PermissionError(13, "The process cannot access the file")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(
-        OSError,
-        match=r"could not write .*a\.json: .*notebook",
-    ):
+    with pytest.raises(OSError, match=r"a\.json: .*notebook"):
         paths.save_json(tmp_path / "a.json", 2)
     assert paths.load_json(tmp_path / "a.json") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
