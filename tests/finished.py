@@ -17,8 +17,7 @@ def make(n=72, epochs=2, n_clusters=4):
     preprocess.preprocess(raw, out)
     images = data.load_images(out)
     for arm, width in WIDTHS.items():
-        config = TrainConfig(
-            arm, n_clusters, pca_dim=4, epochs=epochs, batch_size=32, width=width, device="cpu"
-        )
+        options = {"batch_size": 32, "width": width, "device": "cpu"}
+        config = TrainConfig(arm, n_clusters, pca_dim=4, epochs=epochs, **options)
         fit(images, config, paths.run_dir(DATASET, arm, 0), progress=False)
     return images

@@ -103,10 +103,9 @@ def main() -> int:
             if command.startswith(NOT) or given.only not in text:
                 continue
             if "settings.json" in command:  # the settings of a finished run alone
-                code = "import json, sys; from dataclasses import fields; from lib.runs import "
-                code += "TrainConfig; s = json.load(open(sys.argv[1] + '/p4m/seed0/config.json')); "
-                code += "json.dump({f.name: s[f.name] for f in fields(TrainConfig) if f.name in s}"
-                code += ", open(sys.argv[1] + '/settings.json', 'w'))"
+                code = "import sys; from dataclasses import asdict; from lib import paths, runs; "
+                code += "config = runs.load_run(sys.argv[1] + '/p4m/seed0').config; "
+                code += "paths.save_json(sys.argv[1] + '/settings.json', asdict(config))"
                 subprocess.run([python, "-c", code, RUNS], cwd=clone, check=True)
             command = re.sub(r"^PYTHON\b", python.replace("\\", r"\\"), command)
             print(f"== {text}\n   {command}", flush=True)

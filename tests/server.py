@@ -31,12 +31,8 @@ def make_tar(path, files):
 
 def visible(folder):
     """Content of all files in `folder` but hidden ones and notes."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in files
-        if path.name[0] != "." and path.name != "source.json"
-    }
+    files = [p for p in folder.rglob("[!.]*") if p.is_file() and p.name != "source.json"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 class Server:
@@ -87,9 +83,8 @@ class Server:
         content = self.files.get(handler.path.partition("?")[0])
         if isinstance(fault, tuple) or content is None:
             return self.answer(handler, *(fault if isinstance(fault, tuple) else (404,)))
-        begin, end = re.fullmatch(
-            r"bytes=(\d+)-(\d*)", handler.headers.get("Range", "bytes=0-")
-        ).groups()
+        asked = handler.headers.get("Range", "bytes=0-")
+        begin, end = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
         body = content[int(begin) : int(end) + 1 if end else None]
         handler.close_connection = fault is not None
         headers = {"Content-Range": f"bytes {begin}-{int(begin) + len(body) - 1}/{len(content)}"}

@@ -212,10 +212,8 @@ def lut(entries, descriptor):
 
 def cases():
     """Elements of a DICOM file by name, with the gray levels of V that they ask for."""
-    mono1, inverse = (
-        {"PhotometricInterpretation": "MONOCHROME1"},
-        {"PresentationLUTShape": "INVERSE"},
-    )
+    mono1 = {"PhotometricInterpretation": "MONOCHROME1"}
+    inverse = {"PresentationLUTShape": "INVERSE"}
     empty = {"RescaleSlope": "", "RescaleIntercept": "", "WindowCenter": "", "WindowWidth": ""}
     window = {"VOILUTSequence": [pydicom.Dataset()], "WindowCenter": 2048, "WindowWidth": 4096}
     eighths = [i // 16 for i in range(4096)]

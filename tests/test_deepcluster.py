@@ -125,16 +125,10 @@ def test_image_feature_cluster_and_label_are_the_same_image(tmp_path, monkeypatc
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(unbroken, tmp_path):
+    state = torch.get_rng_state()
     assert bytes_of(run(tmp_path / "a").path) == bytes_of(unbroken.path)
     assert bytes_of(run(tmp_path / "b", changed(seed=1)).path) != bytes_of(unbroken.path)
-
-
-def test_global_random_state_is_left(tmp_path):
-    torch.manual_seed(5)
-    expected = torch.rand(2)
-    torch.manual_seed(5)
-    run(tmp_path)
-    assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(torch.get_rng_state(), state)  # the global one is left
 
 
 @pytest.mark.parametrize("statistics", ["fresh", "running"])
@@ -389,12 +383,6 @@ def test_bad_images(tmp_path, images, message):
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=rf"{name} .*{value}"):
         changed(**{name: value})
-
-
-def test_unwritable_folder(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="could not write"):
-        run(tmp_path / "file" / "run")
 
 
 def test_another_version_of_the_code_is_said(tmp_path):

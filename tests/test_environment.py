@@ -137,7 +137,11 @@ def test_git_swallows_no_file_of_lib():
 
 
 @pytest.mark.parametrize(
-    "name", ["data/phantom/images.npy", "data/raw/x", "figures/x/fig1_nmi.png", ".venv/bin/python"]
+    "name",
+    [
+        *("data/phantom/images.npy", "data/raw/x", "figures/x/fig1_nmi.png", ".venv/bin/python"),
+        *("figures/phantom/explorer.html", "figures/x/explorer.html"),  # hold every X-ray shown
+    ],
 )
 def test_git_ignores_what_is_computed(name):
     assert git("check-ignore", "--no-index", "--quiet", name).returncode == 0

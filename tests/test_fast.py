@@ -270,9 +270,8 @@ def test_without_a_compiler_it_says_so_once(monkeypatch, tmp_path, caplog):
         gkernel.kernel.cache_clear()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # of opcheck itself, torch >= 2.15
+# of opcheck itself, torch >= 2.15
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     ("layer", "dtype"), [(P4MConvP4M, torch.float32), (P4ConvZ2, torch.float64)]
 )

@@ -37,11 +37,6 @@ def test_axioms(group):
     assert len({matrix(g).tobytes() for g in elements}) == group.order
 
 
-def test_p4m_is_not_commutative_and_p4_is():
-    assert P4M.product(1, 4) != P4M.product(4, 1)
-    assert np.array_equal(P4.table, P4.table.T)
-
-
 @GROUPS
 @pytest.mark.parametrize("size", [1, 4, 5])
 def test_action_moves_each_pixel_where_the_matrix_says(group, size):

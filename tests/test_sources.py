@@ -86,9 +86,7 @@ def api_calls(server):
 
 
 def test_words_and_paths():
-    assert [sources.parse(word) for word in sources.WORDS] == [
-        (word, None) for word in sources.WORDS
-    ]
+    assert all(sources.parse(word) == (word, None) for word in sources.WORDS)
     for source, word, place in (
         ("chestmnist:a.npz", "chestmnist", "a.npz"),
         ("a/b.NPZ", "chestmnist", "a/b.NPZ"),

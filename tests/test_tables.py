@@ -24,9 +24,8 @@ PLAIN = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n"
     "00000001_000.png,Mass|Müller,0,1,060Y,F,PA\n"
 )
-WIDE = PLAIN.replace("View Position", "View Position,OriginalImage[Width,Height],").replace(
-    "PA\n", "PA,2000,2000,\n"
-)
+WIDE = PLAIN.replace("View Position", "View Position,OriginalImage[Width,Height],")
+WIDE = WIDE.replace("PA\n", "PA,2000,2000,\n")
 SEMICOLONS = (
     "Image Index;Finding Labels;Patient ID;Patient Age;Patient Gender;View Position;"
     "OriginalImage[Width,Height];\n00000001_000.png;Mass|Müller;1;60;F;PA;2000,2000;\n"

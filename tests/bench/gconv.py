@@ -2,7 +2,7 @@
 plain network of the same real channels.
 
     python tests/bench/gconv.py [--widths 64,128,256 ...] [--repeats 7] [--threads 2] [--batch 8]
-                                [--give-back] [--busy 0] [--device cpu] [--layers]
+                                [--give-back] [--device cpu] [--layers]
 
 Networks: lifting 5x5, then two group convolutions 3x3, each with batch norm, ReLU and pool of
 stride 2; group max-pool, mean, linear layer. If escnn (Cesa, Lang and Weiler 2022) is installed,
@@ -12,14 +12,12 @@ and the faster one is the measure.
 A round runs every variant once. A share is the median over the rounds of (variant / plain, same
 round). "step" is forward, backward and an SGD update. Peak memory is that of training steps, above
 the start's, each variant in a process of its own. Freed memory is kept for the next array, as in
-this project's training; with --give-back, and for peak memory, the C library returns it. --busy
-runs other busy processes meanwhile. --layers compares the Fourier transform with the dense way
-layer by layer instead, in bold what "auto" takes.
+this project's training; with --give-back, and for peak memory, the C library returns it. --layers
+compares the Fourier transform with the dense way layer by layer instead, in bold what "auto" takes.
 """
 
 import argparse
 import importlib.util
-import multiprocessing
 import os
 import platform
 import statistics
@@ -196,19 +194,14 @@ def networks(options: argparse.Namespace) -> None:
             rounds = [[bench.run(phase) for bench in benches] for _ in range(options.repeats)]
             medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
             best = min(range(len(PLAIN)), key=lambda i: medians[i])
-            shares = [
-                statistics.median(times[i] / times[best] for times in rounds)
-                for i in range(len(PLAIN), len(VARIANTS))
-            ]
+            others = range(len(PLAIN), len(VARIANTS))
+            shares = [statistics.median(t[i] / t[best] for t in rounds) for i in others]
             bars = [f"{bar[number]:.2f}" if bar else "" for bar in BARS.get(widths, (None, None))]
             cells = [f"{medians[best] * 1e3:.1f}", *(f"{share:.2f}" for share in shares), *bars]
             print(f"| {text} | {phase} | {' | '.join(cells)} |", flush=True)
         del benches
         command = [sys.executable, __file__, *sys.argv[1:], "--widths", text, "--memory-of"]
-        peaks = [
-            int(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout)
-            for name in VARIANTS
-        ]
+        peaks = [int(subprocess.check_output([*command, name], text=True)) for name in VARIANTS]
         least = min(peaks[: len(PLAIN)])
         cells = [f"{least / 2**20:.0f} MiB", *(f"{peak / least:.2f}" for peak in peaks[2:])]
         print(f"| {text} | peak memory | {' | '.join(cells)} | {MEMORY_BAR} | |", flush=True)
@@ -236,10 +229,9 @@ def layers(options: argparse.Namespace) -> None:
                 cells = []
                 for step in (False, True):
                     x.requires_grad_(step and not kind.lifting)
-                    dense, ours = (
-                        kind(*fields, k, padding=k // 2, algorithm=name)
-                        for name in ("dense", "fourier")
-                    )
+                    options = {"padding": k // 2, "algorithm": "dense"}
+                    dense = kind(*fields, k, **options)
+                    ours = kind(*fields, k, **options | {"algorithm": "fourier"})
                     with compiler(variant):
                         taken, shares = fast.faster(ours, x), []
                         for _ in range(options.repeats + 1):
@@ -249,19 +241,12 @@ def layers(options: argparse.Namespace) -> None:
                 print(f"| {fields[0]} -> {fields[1]} | {' | '.join(cells)} |", flush=True)
 
 
-def burn() -> None:
-    """Keep a processor busy."""
-    while True:
-        pass
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--busy", type=int, default=0)
     widths = [",".join(map(str, widths)) for widths in BARS]
     parser.add_argument("--widths", nargs="+", default=widths)
     parser.add_argument("--give-back", action="store_true")
@@ -277,14 +262,9 @@ def main() -> None:
     kernel = "compiled kernel" if gkernel.available() else "no compiler"
     where = f"{options.device}, {where}, batch {options.batch}, {kernel}"
     print(f"PyTorch {torch.__version__}, {where}")
-    print(f"{options.repeats} rounds, {options.busy} other busy processes\n")
-    others = [multiprocessing.Process(target=burn, daemon=True) for _ in range(options.busy)]
-    for process in others:
-        process.start()
+    print(f"{options.repeats} rounds\n")
     with nullcontext() if options.give_back else freed_memory_kept():
         layers(options) if options.layers else networks(options)
-    for process in others:
-        process.terminate()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Images per second from 1024 x 1024 gray PNGs to 64 x 64: this project beside Pillow, OpenCV and
-torchvision.
+"""Images per second from 1024 x 1024 gray PNGs to 64 x 64: this project beside Pillow alone.
 
 Run ``PYTHONPATH=. python tests/bench/preprocess.py``. The PNGs are drawn: phantoms enlarged, with
 the grain of a detector, so that a file has about 400 kB as NIH's have; ``--folder PATH`` takes real
@@ -33,8 +32,8 @@ def draw(folder: Path, n: int) -> None:
         Image.fromarray(image).save(folder / f"{number // 2 + 1:08d}_{number % 2:03d}.png")
 
 
-def peers() -> tuple[dict[str, Callable[[Path], np.ndarray]], list[str]]:
-    """Each library's fastest way to do the job that we know of, and those that are missing."""
+def peers() -> dict[str, Callable[[Path], np.ndarray]]:
+    """Pillow's ways to do the job."""
 
     def pillow(path: Path) -> np.ndarray:
         with Image.open(path) as image:
@@ -46,32 +45,7 @@ def peers() -> tuple[dict[str, Callable[[Path], np.ndarray]], list[str]]:
             image.load()
             return np.asarray((image if image.mode == "L" else image.convert("L")).reduce(16))
 
-    found, missing = {"Pillow, resize BOX": pillow, "Pillow, reduce": pillow_reduce}, []
-    try:
-        import cv2
-
-        cv2.setNumThreads(1)
-        found[f"OpenCV {cv2.__version__}, INTER_AREA"] = lambda path: cv2.resize(
-            cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (64, 64), interpolation=cv2.INTER_AREA
-        )
-    except ImportError as error:
-        missing.append(f"OpenCV cannot be imported ({error})")
-    try:
-        import torch
-        import torchvision
-        from torchvision.io import ImageReadMode, decode_image, read_file
-
-        torch.set_num_threads(1)
-
-        def vision(path: Path) -> np.ndarray:
-            image = decode_image(read_file(str(path)), ImageReadMode.GRAY)[None].float()
-            small = torch.nn.functional.interpolate(image, (64, 64), mode="area")
-            return small[0, 0].round().byte().numpy()
-
-        found[f"torchvision {torchvision.__version__}"] = vision
-    except (ImportError, RuntimeError, OSError) as error:
-        missing.append(f"torchvision cannot be imported ({str(error).splitlines()[0]})")
-    return found, missing
+    return {"Pillow, resize BOX": pillow, "Pillow, reduce": pillow_reduce}
 
 
 def rate(read: Callable[[Path], np.ndarray], files: list[Path]) -> float:
@@ -105,7 +79,7 @@ def main() -> None:
         files = files[: options.images]
         size = sum(path.stat().st_size for path in files) / len(files)
         print(f"{len(files)} gray PNGs, 1024 x 1024, {size / 1000:.0f} kB on average")
-        found, missing = peers()
+        found = peers()
         readers = {"this project": lambda path: decode.decode(path)[0], **found}
         best = dict.fromkeys(readers, 0.0)
         some = files[:100]
@@ -119,7 +93,6 @@ def main() -> None:
         print("\none thread, an image at a time:")
         for name, images in best.items():
             print(f"  {name:28s} {images:7.1f} images/s  {1000 / images:6.2f} ms")
-        print("".join(f"  {line}\n" for line in missing), end="")
         fastest = max(found, key=lambda name: best[name])
         ratio = best["this project"] / best[fastest]
         print(f"  ratio to the fastest peer ({fastest}): {ratio:.3f}")
