@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -190,9 +191,8 @@ class ProcessFailed(RuntimeError):
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    """CPU cores that this process may use: its affinity and its container's limit count."""
+    return joblib.cpu_count()
 
 
 def run_process(
