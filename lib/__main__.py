@@ -27,7 +27,7 @@ COMMANDS = ("run", "study", "train", "reuse", "test")
 DRAWN = ("phantom", "digits", "digits-turned")  # sources that need no file and no network
 SOURCES = (*DRAWN, "chestmnist", "kaggle", "kaggle-sample")
 CLUSTERERS = ("kmeans", "minibatch", "hierarchical", "graph")
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda")
 READING = ("csv", "image_column", "label_column", "fit", "drop_outliers", "max_broken")
 MORE = """\
 sources of X-rays, for --data:
