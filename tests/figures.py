@@ -61,6 +61,13 @@ def xrays(n=40):
     return images, [["Mass", "Mass|Nodule", "No Finding", "Effusion"][i % 4] for i in range(n)]
 
 
+def effect(i, name):
+    """Mass changes the upper left corner, other labels nothing."""
+    change = np.zeros((64, 64))
+    change[:20, :20] = 50 * (name == "Mass")
+    return change
+
+
 def people(n=40):
     patients, ages = [str(i // 3) for i in range(n)], np.linspace(20, 80, n)
     sexes, views = ["F", "M", "", "O"] * (n // 4), ["PA", "AP"] * (n // 2)

@@ -31,9 +31,9 @@ ATLAS = [made.cluster(3), made.cluster(5)]
 ROWS = FINDINGS, range(40), LABEL
 FIGURES = {
     "pipeline": lambda: pipeline.pipeline(IMAGES[0], LABEL),
-    "nmi": lambda: training.nmi_curves(RUNS, PUBLISHED, CHANCE, LABEL, published_chance=0.22),
-    "nmi, four": lambda: training.nmi_curves(CONTROLS, PUBLISHED, {"p4m": np.nan}, LABEL),
-    "nmi, no run": lambda: training.nmi_curves({}, PUBLISHED, CHANCE, LABEL),
+    "nmi": lambda: training.nmi_curves(RUNS, PUBLISHED, 0.22, LABEL),
+    "nmi, four": lambda: training.nmi_curves(CONTROLS, PUBLISHED, 0.22, LABEL),
+    "nmi, no run": lambda: training.nmi_curves({}, PUBLISHED, 0.22, LABEL),
     "loss": lambda: training.loss_curves(RUNS, PUBLISHED, 20, LABEL),
     "known classes": lambda: training.known_classes(CLASSES, LABEL, "digit"),
     "known classes, none": lambda: training.known_classes({}, LABEL, "digit"),
@@ -41,6 +41,7 @@ FIGURES = {
     "tsne": lambda: training.tsne_maps(*made.maps(), LABEL),
     "tsne, no run": lambda: training.tsne_maps({}, {}, [], LABEL),
     "samples": lambda: training.samples(IMAGES, FINDINGS, LABEL),
+    "samples, outlined": lambda: training.samples(IMAGES, FINDINGS, LABEL, effect=made.effect),
     "samples, no labels": lambda: training.samples(IMAGES, [""] * 40, LABEL),
     "clusters": lambda: training.clusters(IMAGES, IMAGES[:, 0, :3], np.arange(40) % 7, LABEL),
     "probes": lambda: training.probe_bars(made.probes(), LABEL),
@@ -151,7 +152,7 @@ def test_notebooks_show_all_figures_alike_and_thin_lines_in_colour(name, monkeyp
     monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
     style.show_in_notebooks()
     image = Image.open(io.BytesIO(kept[Figure](FIGURES[name]()))).convert("RGB")
-    assert image.width == 630
+    assert image.width == {"nmi": 508, "sobel": 770}[name]
     pixels = np.asarray(image).reshape(-1, 3).astype(int)
     for color in style.PALETTE[:2] if name == "nmi" else ():
         assert np.abs(pixels - 255 * np.array(to_rgb(color))).max(axis=1).min() <= 24, color

@@ -4,7 +4,7 @@
 ``arm``, ``epoch`` and that column."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from scipy.ndimage import gaussian_filter
+from scipy.spatial import ConvexHull
 from sklearn.metrics import silhouette_score
 
 from lib.plots import style
@@ -24,53 +26,55 @@ DASHED = {"linestyle": "--", "linewidth": 0.9}
 
 
 def _curves(
-    title: str, runs: Tables, column: str, published: pd.DataFrame
+    said: str, question: str, runs: Tables, column: str, published: pd.DataFrame
 ) -> tuple[Figure, dict[str, Axes]]:
     """The seeds of each arm and the published curve up to the arm's last epoch; and the panels that
-    have a curve.
+    have a curve. The title is `said` with where one or two arms end, else `question`.
     """
     arms = style.arm_order(runs) or ["alexnet"]
+    tables = {arm: style.by_seed(runs[arm], column) for arm in runs}
+    ends = {arm: table.dropna().mean(axis=1) for arm, table in tables.items() if len(table) > 1}
+    words = [
+        f"{style.arm(arm).title.split(',')[0]} {ends[arm].iloc[-1]:.2f}"
+        for arm in arms
+        if arm in ends and len(ends[arm])
+    ]
+    title = said.format(", ".join(words)) if 0 < len(words) < 3 else question
     figure = style.new_figure(0.6 + 1.6 * -(-len(arms) // 2), title)
     drawn = {}
     for arm, axes in style.epoch_panels(figure, arms).items():
-        table = style.by_seed(runs[arm], column) if arm in runs else pd.DataFrame()
-        if len(table) < 2:
-            one = f"\none value only: {table.mean(axis=None):.2f}" if len(table) else ""
-            style.absent(axes, f"too few epochs for a curve{one}" if arm in runs else "no run yet")
+        if arm not in ends:
+            one = tables[arm].mean(axis=None) if len(tables.get(arm, ())) else None
+            few = "too few epochs for a curve" + (f"\none value only: {one:.2f}" if one else "")
+            style.absent(axes, few if arm in runs else "no run yet")
             continue
-        style.seed_lines(axes, table, **style.arm(arm).line)
-        rows = published[(published["arm"] == arm) & (published["epoch"] <= table.index[-1])]
-        axes.plot(rows["epoch"], rows[column], **PUBLISHED)
+        style.seed_lines(axes, tables[arm], **style.arm(arm).line)
+        known = published[(published["arm"] == arm) & (published["epoch"] <= tables[arm].index[-1])]
+        axes.plot(known["epoch"], known[column], **PUBLISHED)
         drawn[arm] = axes
     return figure, drawn
 
 
 @style.context()
 def nmi_curves(
-    runs: Tables,
-    published: pd.DataFrame,
-    chance: Mapping[str, float],
-    dataset_label: str,
-    published_chance: float | None = None,
+    runs: Tables, published: pd.DataFrame, published_chance: float, dataset_label: str
 ) -> Figure:
-    """NMI between the assignments of consecutive epochs, a panel per arm.
+    """Agreement of the assignments of consecutive epochs, corrected for chance, a panel per arm.
 
-    `runs` have ``nmi_prev`` (NaN at epoch 1) and ``ami_prev``. `chance` maps an arm to the NMI of
-    two random assignments of its sizes, which is not 0; `published_chance` is that of the paper.
+    `runs` have ``ami_prev`` (NaN at epoch 1): AMI, 0 for chance and 1 for the same clusters at any
+    K. `published` has ``nmi_prev``. Its AMI is not known, so it is corrected likewise, with the NMI
+    of two random assignments, `published_chance`.
     """
-    figure, drawn = _curves("Does the clustering settle?", runs, "nmi_prev", published)
-    for arm, axes in drawn.items():
-        ami = style.by_seed(runs[arm], "ami_prev")
-        style.mean_line(axes, ami, color=style.arm(arm).colour, **DASHED)
-        if arm in chance:
-            axes.axhline(chance[arm], **CHANCE)
-    figure.axes[0].set(ylim=(0, 1), ylabel="NMI of consecutive epochs")
-    named = f"published, K = {PUBLISHED_K}"
-    if published_chance is not None:
-        named += f" (chance: {published_chance:.2f})"
-    keys = {**SEEDS, "AMI, mean (chance: 0)": DASHED, "NMI by chance": CHANCE, named: PUBLISHED}
+    corrected = (published["nmi_prev"] - published_chance) / (1 - published_chance)
+    asked = "Do consecutive epochs agree?"
+    data = "ami_prev", published.assign(ami_prev=corrected)
+    figure, drawn = _curves("Agreement ends at: {}", asked, runs, *data)
+    low, high = figure.axes[0].get_ylim()
+    figure.axes[0].set(ylim=(min(low, 0), min(high, 1)), ylabel="AMI of consecutive epochs")
+    keys = {**SEEDS, f"published, K = {PUBLISHED_K}": PUBLISHED}
     style.legend_below(figure, keys if drawn else {})
-    return style.finish(figure, dataset_label)
+    note = f"published: (NMI - {published_chance:.2f}) / {1 - published_chance:.2f}"
+    return style.finish(figure, dataset_label, f"AMI: 1 same clusters, 0 chance; {note}")
 
 
 @style.context()
@@ -85,7 +89,8 @@ def loss_curves(
     unit, published_unit = np.log(n_clusters), np.log(PUBLISHED_K)
     runs = {arm: table.assign(loss=table["loss"] / unit) for arm, table in runs.items()}
     published = published.assign(loss=published["loss"] / published_unit)
-    figure, drawn = _curves("Does training beat a uniform guess?", runs, "loss", published)
+    asked = "Does training beat a uniform guess?"
+    figure, drawn = _curves("Loss / ln K ends at: {}", asked, runs, "loss", published)
     for axes in drawn.values():
         axes.axhline(1, **CHANCE)
     figure.axes[0].set_ylabel("training loss / ln K")
@@ -171,12 +176,39 @@ def _spread(points: np.ndarray) -> np.ndarray:
     return centred @ axes.T @ (np.array([[1, 1], [-1, 1]]) / np.sqrt(2))
 
 
-def _silhouette(points: np.ndarray, labels: np.ndarray) -> str:
-    """Mean silhouette (Rousseeuw 1987) in a map, as text."""
+def _apart(points: np.ndarray, labels: np.ndarray) -> str:
+    """How far apart labels are in a map: mean silhouette (Rousseeuw 1987), as text."""
     if not 2 <= len(np.unique(labels)) < len(labels):
         return "silhouette not defined"
     some = min(len(labels), 5000)
-    return f"silhouette {silhouette_score(points, labels, sample_size=some, random_state=0):.2f}"
+    value = silhouette_score(points, labels, sample_size=some, random_state=0)
+    word = "mixed" if value < 0.05 else "overlapping" if value < 0.25 else "apart"
+    return f"{word}, silhouette {value:.2f}"
+
+
+def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray) -> None:
+    """The dots of a map by cluster: of the 30 largest the number, at the member next to the median,
+    and a line around the four fifths nearest to it. Clusters that are close differ in colour.
+    """
+    names, ids = np.unique(clusters, return_inverse=True)
+    ends, colours = [withStroke(linewidth=1.5, foreground="white")], PALETTE[:-1]
+    dots = {"s": float(np.clip(4000 / len(xy), 0.8, 6)), "rasterized": len(xy) > 5000}
+    used: dict[str, list[np.ndarray]] = {colour: [] for colour in colours}
+    for rank, place in enumerate(np.argsort(-np.bincount(ids), kind="stable")):
+        own = xy[ids == place]
+        distance = np.linalg.norm(own - np.median(own, axis=0), axis=1)
+        middle, inner = own[distance.argmin()], own[np.argsort(distance)[: len(own) * 4 // 5]]
+        gap = {c: min((np.linalg.norm(m - middle) for m in used[c]), default=np.inf) for c in used}
+        colour = max(gap, key=gap.__getitem__)
+        used[colour].append(middle)
+        axes.scatter(*own.T, **dots, color=colour, alpha=0.7, linewidth=0)
+        if rank < 30:
+            axes.text(
+                *middle, str(names[place]), fontsize=6, ha="center", va="center", path_effects=ends
+            )
+        if rank < 30 and len(inner) > 3:
+            hull = inner[ConvexHull(inner, qhull_options="QJ").vertices]
+            axes.fill(*hull.T, facecolor="none", edgecolor=colour, linewidth=0.8)
 
 
 def _groups(findings: Sequence[str]) -> tuple[np.ndarray, dict[str, tuple]]:
@@ -197,37 +229,29 @@ def _groups(findings: Sequence[str]) -> tuple[np.ndarray, dict[str, tuple]]:
 def tsne_maps(
     points: Arrays, clusters: Arrays, findings: Sequence[str], dataset_label: str
 ) -> Figure:
-    """t-SNE maps, a column per arm: coloured by cluster above, by label below.
+    """t-SNE maps, a column per arm: by cluster above (see `_outlines`), by label below.
 
-    The number of a cluster is at the member next to its median. Below a panel is the silhouette of
-    its colours in the map: near 1 if they are apart, about 0 or less if they are mixed.
-
-    `points` map an arm to an array (M, 2), `clusters` to M numbers. The unit and the direction of
-    the axes mean nothing; maps are turned to fill their panel.
+    Above a panel is the silhouette of its groups in the map: near 1 if they are apart, about 0 or
+    less if they are mixed. `points` map an arm to an array (M, 2), `clusters` to M numbers. The
+    unit and the direction of the axes mean nothing; maps are turned to fill their panel.
     """
     groups, looks = _groups(findings)
     arms, n = style.arm_order(points), len(findings)
-    figure = style.new_figure(3.9, "Are the clusters apart, and do they follow labels?")
+    figure = style.new_figure(4.1, "Are the clusters apart, and do they follow labels?")
     grid = figure.subplots(2, max(len(arms), 1), squeeze=False)
     dots = {"s": float(np.clip(4000 / max(n, 1), 0.8, 6)), "rasterized": n > 5000, "linewidth": 0}
-    number = {"fontsize": 6, "ha": "center", "va": "center"}
-    number["path_effects"] = [withStroke(linewidth=1.5, foreground="white")]
     for axes in grid.flat:
         style.frame(axes, LIGHT, 0.6)
         axes.set_box_aspect(1)
         axes.set_aspect("equal", adjustable="datalim")
     for arm, (above, below) in zip(arms, grid.T, strict=False):
-        xy, (names, ids) = _spread(points[arm]), np.unique(clusters[arm], return_inverse=True)
-        above.set_title(style.arm(arm).heading)
-        above.scatter(*xy.T, **dots, c=np.array(PALETTE[:-1])[ids % 6], alpha=0.7)
-        for place in np.argsort(-np.bincount(ids), kind="stable")[:30]:
-            own = xy[ids == place]
-            middle = own[((own - np.median(own, axis=0)) ** 2).sum(axis=1).argmin()]
-            above.text(*middle, str(names[place]), **number)
-        above.set_xlabel(f"{len(names)} clusters: {_silhouette(xy, ids)}", fontsize=6)
+        xy, number = _spread(points[arm]), len(np.unique(clusters[arm]))
+        _outlines(above, xy, clusters[arm])
+        above.set_title(f"{style.arm(arm).heading}\n{_apart(xy, clusters[arm])}")
+        above.set_xlabel(f"{number} clusters", fontsize=6)
         for name, (colour, marker) in looks.items():
             below.scatter(*xy[groups == name].T, **dots, color=colour, marker=marker)
-        below.set_xlabel(f"labels: {_silhouette(xy, groups.astype(str))}", fontsize=6)
+        below.set_title(f"labels: {_apart(xy, groups.astype(str))}")
     if not arms:
         style.absent(grid[0, 0], "no run yet")
     grid[0, 0].set_ylabel("by cluster")
@@ -237,17 +261,22 @@ def tsne_maps(
         for name, (colour, marker) in looks.items()
     }
     style.legend_below(figure, keys, handletextpad=0.1)
-    note = f"{n:,} images per map; numbers: clusters, the 30 largest at most"
+    note = f"{n:,} images per map; outlined: clusters, the 30 largest at most"
     return style.finish(figure, dataset_label, note)
 
 
 @style.context()
 def samples(
-    images: np.ndarray, findings: Sequence[str], dataset_label: str, examples: int = 4
+    images: np.ndarray,
+    findings: Sequence[str],
+    dataset_label: str,
+    examples: int = 4,
+    effect: Callable[[int, str], np.ndarray] | None = None,
 ) -> Figure:
     """Examples of the 24 most frequent labels, No Finding first as the reference.
 
     Images with that label alone come first; one that has others too is marked with a plus sign.
+    `effect` gives what a label changes in an image, (H, W) in gray levels: it is outlined.
     """
     members = style.members(findings)
     several, gap, n_rows = ["|" in text for text in findings], 3, -(-len(members) // 3)
@@ -265,11 +294,15 @@ def samples(
             left = position * (width + gap)
             extent = (left, left + width, height, 0)
             style.picture(axes, images[i], interpolation="bicubic", extent=extent)
+            if effect and (change := gaussian_filter(np.abs(effect(i, name)), 1)).max() > 1:
+                place = {"extent": extent, "origin": "upper", "colors": PALETTE[4]}
+                axes.contour(change, [change.max() / 2], linewidths=0.5, **place)
             if several[i]:
                 axes.text(left + width - 3, 3, "+", **plus)
         axes.set_title(f"{style.shown(name)} ({has.sum():,})", loc="left", fontsize=7, pad=2)
         axes.set(xlim=(0, examples * (width + gap) - gap), ylim=(height, 0))
     note = "in brackets: images with that label; +: has other labels too"
+    note += "; outlined: where the label shows most" if effect else ""
     return style.finish(figure, dataset_label, note)
 
 
@@ -310,30 +343,39 @@ def probe_bars(table: pd.DataFrame, dataset_label: str) -> Figure:
     """
     targets = table.groupby("target", sort=False)
     rows = targets.size()
-    figure = style.new_figure(0.4 + 0.15 * len(table) + 0.5 * len(rows), "What can a probe read?")
+    figure = style.new_figure(0.4 + 0.15 * len(table) + 0.6 * len(rows), "What can a probe read?")
     panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows + 0.6)[:, 0]
     guess = {"marker": "|", "color": DARK, "markersize": 8, "markeredgewidth": 1.4}
     diamond = {"marker": "D", "color": DARK, "markerfacecolor": "none", "markersize": 5.5}
     looks = {
-        "baseline": ("guess: majority (accuracy), 0.5 (AUROC)", guess),
-        "published_baseline": ("published majority", {"marker": "|", "color": GRAY}),
-        "published": ("published score", diamond),
+        "baseline": ("majority class", guess),
+        "published_baseline": ("published majority", {**guess, "color": GRAY}),
+        "published": ("published accuracy", diamond),
     }
     for axes, (target, group) in zip(panels, targets, strict=True):
+        auroc = target == "findings"
         for y, row in enumerate(group.itertuples()):
             look = style.arm(row.arm)
             if np.isnan(row.accuracy):
-                axes.text(0.02, y, "not defined", va="center", fontsize=6, color=GRAY)
+                left = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 6}
+                axes.text(0.02, y, "not defined", color=GRAY, **left)
             axes.plot([row.ci_low, row.ci_high], [y, y], color=look.colour)
             axes.plot(row.accuracy, y, **look.line, markersize=4)
         for column, (_, look) in looks.items():
-            axes.plot(group[column], range(len(group)), **{"linestyle": "", "zorder": 2.5, **look})
-        kind = "mean AUROC" if target == "findings" else "accuracy"
-        axes.set_title(f"{style.shown(target)}: {kind}", loc="left", fontweight="bold")
+            if not auroc:
+                axes.plot(group[column], range(len(group)), **{"ls": "", "zorder": 2.5, **look})
+        if auroc:  # another measure on another axis, with another guess
+            axes.axvline(0.5, **CHANCE)
+        low, high = (
+            group[["ci_low", "ci_high"]].fillna(0.5).agg({"ci_low": "min", "ci_high": "max"})
+        )
+        axes.set_xlim((min(0.4, low), max(0.8, high)) if auroc else (0, 1))
+        axes.set_xlabel("mean AUROC" if auroc else "accuracy")
+        axes.set_title(style.shown(target), loc="left", fontweight="bold")
         style.rows_of(axes, [style.arm(arm).title for arm in group["arm"]])
-        axes.set_xlim(0, 1)
         axes.grid(axis="x")
     keys = {"this run, 95 % interval": {"marker": "o"}}
-    keys |= {name: {**look, "linestyle": ""} for name, look in looks.values()}
+    keys |= {name: {"ls": "", **look} for name, look in looks.values()}
+    keys |= {"guess: AUROC 0.5": CHANCE}
     style.legend_below(figure, keys)
     return style.finish(figure, dataset_label, style.seeds_per_arm(table["n_seeds"]))
