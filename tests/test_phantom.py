@@ -184,3 +184,12 @@ def test_bad_arguments_are_named(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         make_phantoms(**{"n": 1, "seed": 0} | wrong)
+
+
+def test_effect_is_what_the_finding_adds_where_it_is():
+    _, parameters, severity = phantom.cohort(64, 0)
+    has = int(severity[:, FINDINGS.index("Effusion")].argmax())
+    change = phantom.effect(parameters, severity, has, "Effusion")
+    assert change.shape == (64, 64)
+    assert np.abs(change[32:]).max() > 20 > np.abs(change[:16]).max()  # at the bases
+    assert not phantom.effect(parameters, severity, has, nih.NO_FINDING).any()

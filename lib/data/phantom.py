@@ -380,6 +380,16 @@ def scene(
     return _frame(gray, fx, fy, device)
 
 
+def effect(p: dict[str, np.ndarray], severity: np.ndarray, image: int, finding: str) -> np.ndarray:
+    """What a finding changes in one upright image of a `cohort`: gray levels (64, 64), without
+    noise; 0 everywhere if the image does not have it.
+    """
+    one = {name: values[image : image + 1] for name, values in p.items()}
+    own = severity[image : image + 1] * (np.array(FINDINGS) == finding)  # (1, 14)
+    having, lacking = (scene(one, s, np.zeros(1), np.zeros(1, bool)) for s in (own, 0 * own))
+    return (having - lacking)[0]
+
+
 def _pose(
     s: SimpleNamespace, angle: np.ndarray, mirrored: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
