@@ -114,13 +114,26 @@ def show_in_notebooks(dpi: int = 110, colors: int = 64) -> None:
         with context():
             scale = np.clip(COLUMN_INCHES[2] / figure.get_figwidth(), 1, 1.4)
             figure.savefig(drawn, format="png", dpi=dpi * scale)
-        # Pillow's default cuts by numbers of pixels: thin coloured lines then lose their colour
-        look = {"method": Image.Quantize.FASTOCTREE, "dither": Image.Dither.NONE}
-        few = Image.open(drawn).convert("RGB").quantize(colors, **look)
+        few = _few_colours(Image.open(drawn).convert("RGB"), colors)
         few.save(small, format="png", optimize=True)
         return small.getvalue()
 
     shell.display_formatter.formatters["image/png"].for_type(Figure, png)
+
+
+def _few_colours(image: Image.Image, colors: int) -> Image.Image:
+    """Half of the palette is grays, so that X-rays stay smooth; the rest are the picture's colours.
+
+    Pillow's default cuts by numbers of pixels: thin coloured lines then lose their colour.
+    """
+    pixels = np.asarray(image).reshape(1, -1, 3)
+    coloured = pixels[:, np.ptp(pixels[0].astype(int), axis=1) > 12]  # (1, n, 3)
+    grays = np.linspace(0, 255, colors // 2).round().astype(int).repeat(3).tolist()
+    palette, look = Image.new("P", (1, 1)), {"method": Image.Quantize.FASTOCTREE}
+    if coloured.size:
+        grays += Image.fromarray(coloured).quantize(colors - colors // 2, **look).getpalette()
+    palette.putpalette(grays)
+    return image.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 # --- parts of figures -----------------------------------------------------------------------------
