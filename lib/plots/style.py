@@ -126,14 +126,18 @@ def _few_colours(image: Image.Image, colors: int) -> Image.Image:
 
     Pillow's default cuts by numbers of pixels: thin coloured lines then lose their colour.
     """
-    pixels = np.asarray(image).reshape(1, -1, 3)
-    coloured = pixels[:, np.ptp(pixels[0].astype(int), axis=1) > 12]  # (1, n, 3)
-    grays = np.linspace(0, 255, colors // 2).round().astype(int).repeat(3).tolist()
-    palette, look = Image.new("P", (1, 1)), {"method": Image.Quantize.FASTOCTREE}
-    if coloured.size:
-        grays += Image.fromarray(coloured).quantize(colors - colors // 2, **look).getpalette()
-    palette.putpalette(grays)
-    return image.quantize(palette=palette, dither=Image.Dither.NONE)
+    pixels, half = np.asarray(image), colors // 2  # (H, W, 3)
+    coloured = np.ptp(pixels.astype(int), axis=2) > 12  # (H, W)
+    index = np.round(pixels.mean(axis=2) * ((half - 1) / 255)).astype(np.uint8)
+    palette = np.linspace(0, 255, half).round().astype(int).repeat(3).tolist()
+    if coloured.any():
+        found = Image.fromarray(pixels[coloured][None])
+        found = found.quantize(colors - half, Image.Quantize.FASTOCTREE)
+        index[coloured] = half + np.asarray(found)[0]
+        palette += found.getpalette()
+    few = Image.fromarray(index)
+    few.putpalette(palette)
+    return few
 
 
 # --- parts of figures -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,12 +35,9 @@ def _curves(
     arms = style.arm_order(runs) or ["alexnet"]
     tables = {arm: style.by_seed(runs[arm], column) for arm in runs}
     ends = {arm: table.dropna().mean(axis=1) for arm, table in tables.items() if len(table) > 1}
-    words = [
-        f"{style.arm(arm).title.split(',')[0]} {ends[arm].iloc[-1]:.2f}"
-        for arm in arms
-        if arm in ends and len(ends[arm])
-    ]
-    title = said.format(", ".join(words)) if 0 < len(words) < 3 else question
+    short = {arm: style.arm(arm).title.split(",")[0] for arm in arms}
+    last = [f"{short[arm]} {ends[arm].iloc[-1]:.2f}" for arm in arms if len(ends.get(arm, ()))]
+    title = said.format(", ".join(last)) if 0 < len(last) < 3 else question
     figure = style.new_figure(0.6 + 1.6 * -(-len(arms) // 2), title)
     drawn = {}
     for arm, axes in style.epoch_panels(figure, arms).items():
@@ -66,9 +64,8 @@ def nmi_curves(
     of two random assignments, `published_chance`.
     """
     corrected = (published["nmi_prev"] - published_chance) / (1 - published_chance)
-    asked = "Do consecutive epochs agree?"
-    data = "ami_prev", published.assign(ami_prev=corrected)
-    figure, drawn = _curves("Agreement ends at: {}", asked, runs, *data)
+    titles = "Agreement ends at: {}", "Do consecutive epochs agree?"
+    figure, drawn = _curves(*titles, runs, "ami_prev", published.assign(ami_prev=corrected))
     low, high = figure.axes[0].get_ylim()
     figure.axes[0].set(ylim=(min(low, 0), min(high, 1)), ylabel="AMI of consecutive epochs")
     keys = {**SEEDS, f"published, K = {PUBLISHED_K}": PUBLISHED}
@@ -89,8 +86,8 @@ def loss_curves(
     unit, published_unit = np.log(n_clusters), np.log(PUBLISHED_K)
     runs = {arm: table.assign(loss=table["loss"] / unit) for arm, table in runs.items()}
     published = published.assign(loss=published["loss"] / published_unit)
-    asked = "Does training beat a uniform guess?"
-    figure, drawn = _curves("Loss / ln K ends at: {}", asked, runs, "loss", published)
+    titles = "Loss / ln K ends at: {}", "Does training beat a uniform guess?"
+    figure, drawn = _curves(*titles, runs, "loss", published)
     for axes in drawn.values():
         axes.axhline(1, **CHANCE)
     figure.axes[0].set_ylabel("training loss / ln K")
@@ -186,14 +183,14 @@ def _apart(points: np.ndarray, labels: np.ndarray) -> str:
     return f"{word}, silhouette {value:.2f}"
 
 
-def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray) -> None:
+def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray, **dots: Any) -> None:
     """The dots of a map by cluster: of the 30 largest the number, at the member next to the median,
     and a line around the four fifths nearest to it. Clusters that are close differ in colour.
     """
     names, ids = np.unique(clusters, return_inverse=True)
-    ends, colours = [withStroke(linewidth=1.5, foreground="white")], PALETTE[:-1]
-    dots = {"s": float(np.clip(4000 / len(xy), 0.8, 6)), "rasterized": len(xy) > 5000}
-    used: dict[str, list[np.ndarray]] = {colour: [] for colour in colours}
+    number = {"fontsize": 6, "ha": "center", "va": "center"}
+    number["path_effects"] = [withStroke(linewidth=1.5, foreground="white")]
+    used: dict[str, list[np.ndarray]] = {colour: [] for colour in PALETTE[:-1]}
     for rank, place in enumerate(np.argsort(-np.bincount(ids), kind="stable")):
         own = xy[ids == place]
         distance = np.linalg.norm(own - np.median(own, axis=0), axis=1)
@@ -201,11 +198,9 @@ def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray) -> None:
         gap = {c: min((np.linalg.norm(m - middle) for m in used[c]), default=np.inf) for c in used}
         colour = max(gap, key=gap.__getitem__)
         used[colour].append(middle)
-        axes.scatter(*own.T, **dots, color=colour, alpha=0.7, linewidth=0)
+        axes.scatter(*own.T, **dots, color=colour, alpha=0.7)
         if rank < 30:
-            axes.text(
-                *middle, str(names[place]), fontsize=6, ha="center", va="center", path_effects=ends
-            )
+            axes.text(*middle, str(names[place]), **number)
         if rank < 30 and len(inner) > 3:
             hull = inner[ConvexHull(inner, qhull_options="QJ").vertices]
             axes.fill(*hull.T, facecolor="none", edgecolor=colour, linewidth=0.8)
@@ -246,7 +241,7 @@ def tsne_maps(
         axes.set_aspect("equal", adjustable="datalim")
     for arm, (above, below) in zip(arms, grid.T, strict=False):
         xy, number = _spread(points[arm]), len(np.unique(clusters[arm]))
-        _outlines(above, xy, clusters[arm])
+        _outlines(above, xy, clusters[arm], **dots)
         above.set_title(f"{style.arm(arm).heading}\n{_apart(xy, clusters[arm])}")
         above.set_xlabel(f"{number} clusters", fontsize=6)
         for name, (colour, marker) in looks.items():
@@ -361,16 +356,12 @@ def probe_bars(table: pd.DataFrame, dataset_label: str) -> Figure:
                 axes.text(0.02, y, "not defined", color=GRAY, **left)
             axes.plot([row.ci_low, row.ci_high], [y, y], color=look.colour)
             axes.plot(row.accuracy, y, **look.line, markersize=4)
-        for column, (_, look) in looks.items():
-            if not auroc:
-                axes.plot(group[column], range(len(group)), **{"ls": "", "zorder": 2.5, **look})
         if auroc:  # another measure on another axis, with another guess
             axes.axvline(0.5, **CHANCE)
-        low, high = (
-            group[["ci_low", "ci_high"]].fillna(0.5).agg({"ci_low": "min", "ci_high": "max"})
-        )
-        axes.set_xlim((min(0.4, low), max(0.8, high)) if auroc else (0, 1))
-        axes.set_xlabel("mean AUROC" if auroc else "accuracy")
+        for column, (_, look) in () if auroc else looks.items():
+            axes.plot(group[column], range(len(group)), **{"ls": "", "zorder": 2.5, **look})
+        ends = min(0.4, group["ci_low"].min()), max(0.8, group["ci_high"].max())
+        axes.set(xlim=ends if auroc else (0, 1), xlabel="mean AUROC" if auroc else "accuracy")
         axes.set_title(style.shown(target), loc="left", fontweight="bold")
         style.rows_of(axes, [style.arm(arm).title for arm in group["arm"]])
         axes.grid(axis="x")
