@@ -185,7 +185,7 @@ def _apart(points: np.ndarray, labels: np.ndarray) -> str:
 
 def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray, **dots: Any) -> None:
     """The dots of a map by cluster: of the 30 largest the number, at the member next to the median,
-    and a line around the four fifths nearest to it. Clusters that are close differ in colour.
+    and a line around the half that is nearest to it. Clusters that are close differ in colour.
     """
     names, ids = np.unique(clusters, return_inverse=True)
     number = {"fontsize": 6, "ha": "center", "va": "center"}
@@ -194,7 +194,7 @@ def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray, **dots: Any) -> 
     for rank, place in enumerate(np.argsort(-np.bincount(ids), kind="stable")):
         own = xy[ids == place]
         distance = np.linalg.norm(own - np.median(own, axis=0), axis=1)
-        middle, inner = own[distance.argmin()], own[np.argsort(distance)[: len(own) * 4 // 5]]
+        middle, inner = own[distance.argmin()], own[np.argsort(distance)[: len(own) // 2]]
         gap = {c: min((np.linalg.norm(m - middle) for m in used[c]), default=np.inf) for c in used}
         colour = max(gap, key=gap.__getitem__)
         used[colour].append(middle)
@@ -256,7 +256,7 @@ def tsne_maps(
         for name, (colour, marker) in looks.items()
     }
     style.legend_below(figure, keys, handletextpad=0.1)
-    note = f"{n:,} images per map; outlined: clusters, the 30 largest at most"
+    note = f"{n:,} images per map; outlined: the middle half of a cluster, 30 at most"
     return style.finish(figure, dataset_label, note)
 
 
