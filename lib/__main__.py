@@ -141,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset", help="name under data/ and figures/, if not that of --data and --preset")
     add("--status", action="store_true", help="only show what is missing")
     add("--no-claims", action="store_true", help="train only")
+    add("--redraw", action="store_true", help="only figures and claims, of published numbers, too")
 
     add = commands.add_parser("train", description="Train one run, also in torchrun.").add_argument
     add("--images", required=True, metavar="FILE", help="images.npy that 01_preprocess wrote")
@@ -268,6 +269,8 @@ def study(options: Namespace) -> None:
     if options.status:
         print(arms.status(dataset, preset, chosen, seeds).to_string())
         return
+    if options.redraw:
+        return notebooks.run(nb.find_notebooks("05", "06"))
     get_ready(options, preset)
     notebooks.run(nb.find_notebooks("00", "01"))
     runs = arms.missing_runs(dataset, preset, chosen, seeds)

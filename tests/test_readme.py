@@ -11,7 +11,7 @@ from lib import paths
 from lib.__main__ import parse
 from lib.deepcluster import TrainConfig, fit
 from lib.notebooks import find_notebooks
-from lib.study import report
+from lib.study import report, verdicts
 from tests import readme_commands
 from tests.test_bootstrap import NOTEBOOKS, code
 
@@ -31,6 +31,11 @@ def test_result_at_a_glance_is_the_committed_result():
     table = report.glance(paths.load_json(FIGURES / "phantom" / "results.json"))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert f"<!-- glance -->\n{table}\n<!-- /glance -->" in page
+
+
+def test_what_we_found_is_the_published_study():
+    text = verdicts.findings(paths.load_json(FIGURES / "nih-9k" / "results.json"))
+    assert f"<!-- study -->\n{text}\n<!-- /study -->" in README
 
 
 def test_readme_is_short_and_begins_with_a_picture():

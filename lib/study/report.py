@@ -202,7 +202,8 @@ def linear_probe_table(results: Results, published: Mapping[str, Any]) -> pd.Dat
                 continue
             mean, *seeds = seed_interval(list(values.values()))
             fallen, row = len(collapsed(results, arm)), {"target": target, "arm": arm}
-            seeds = [math.nan] * 2 if 0 < fallen < len(values) else np.clip(seeds, 0, 1).tolist()
+            none = 0 < fallen < len(values) or len(values) < 3
+            seeds = [math.nan] * 2 if none else np.clip(seeds, 0, 1).tolist()
             row |= {"n_seeds": len(values), "accuracy": mean, "collapsed": fallen}
             row |= {"seeds_low": seeds[0], "seeds_high": seeds[1]}
             for name, ending in BESIDE.items():
