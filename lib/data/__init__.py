@@ -24,9 +24,8 @@ from lib.data import nih
 def load_images(dataset_dir: str | os.PathLike, verify: bool = False) -> np.ndarray:
     """Open ``images.npy``, and no other file: training must not see labels.
 
-    Returns a read-only memmap, uint8 (N, 64, 64), 0..255, in the order of ``metadata.csv``. With
-    `verify` the file's SHA-256 is compared with ``manifest.json``. ValueError if the file is
-    missing, is no such array, or is not that of the manifest.
+    Returns a read-only memmap, uint8 (N, 64, 64), in the order of ``metadata.csv``; ValueError if
+    the file is missing, is no such array, or, with `verify`, has not the SHA-256 of the manifest.
     """
     path = _written(dataset_dir, "images.npy", verify)
     try:
@@ -68,7 +67,7 @@ def load(dataset_dir: str | os.PathLike, verify: bool = False) -> tuple[np.ndarr
 def _written(dataset_dir: str | os.PathLike, name: str, verify: bool) -> Path:
     """Path of a file that `save` wrote; ValueError if it is absent or changed."""
     path, manifest = Path(dataset_dir) / name, Path(dataset_dir) / "manifest.json"
-    for file in (path, manifest) if verify else (path,):
+    for file in (path, manifest)[: 1 + verify]:
         if not file.is_file():
             raise ValueError(f"there is no {paths.show(file)}: run 01_preprocess")
     if verify and sha256(path) != paths.load_json(manifest)["files"][name]["sha256"]:
@@ -94,10 +93,10 @@ def finished(dataset_dir: Path, fingerprint: str) -> dict[str, Any] | None:
 def save(
     work_dir: Path, manifest: dict[str, Any], metadata: pd.DataFrame, images: Iterable[np.ndarray]
 ) -> dict[str, Any]:
-    """Write the three files into the parent of `work_dir`, which is removed; return the manifest.
+    """Write the three files into the parent of `work_dir`, which is removed; return the manifest,
+    to which `manifest` is added. `images`, uint8 (64, 64), are in the order of `metadata`.
 
-    `images`, uint8 (64, 64), are in the order of `metadata`. `manifest` is added to what is said
-    here of every data set. OSError if the disk is full; no file is left half-written.
+    OSError if the disk is full; no file is left half-written.
     """
     with paths.atomic_write(work_dir / "metadata.csv", "w") as handle:
         metadata.to_csv(handle, index=False, lineterminator="\n")
@@ -156,6 +155,6 @@ def label_combinations(findings: Iterable[str]) -> np.ndarray:
     """Class of each image, (N,) int64, if every distinct text is a class, as in the published
     evaluation: 0..C-1 in the alphabetical order of the texts; -1 for empty text, which is no label.
     """
-    texts = list(findings)
-    codes = {text: code for code, text in enumerate(sorted(set(texts) - {""}))} | {"": -1}
-    return np.array([codes[text] for text in texts], dtype=np.int64)
+    texts = np.array([*findings, ""])
+    codes = np.unique(texts, return_inverse=True)[1]
+    return codes[:-1].astype(np.int64) - 1

@@ -1,6 +1,4 @@
-"""ChestMNIST-64: NIH's 112,120 X-rays at 64x64 as MedMNIST publishes them, without patients, views,
-ages or sexes (J. Yang et al., MedMNIST v2, Scientific Data 10, 41, 2023).
-"""
+"""ChestMNIST-64: NIH's X-rays as MedMNIST publishes them, without patients, views, ages, sexes."""
 
 import hashlib
 import warnings
@@ -46,10 +44,10 @@ def _read(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Check all of an ``.npz`` of ChestMNIST at 64x64; nothing in it is unpickled.
+    """Check all of ChestMNIST's ``.npz`` at 64x64; ValueError if it is another file, or damaged.
 
     Returns labels, bool (n, 14) of `nih.FINDINGS` by part; images, their number; md5; published,
-    whether this is the file of the Zenodo record. ValueError if it is another file, or damaged.
+    whether this is the file of the Zenodo record.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give {NAME} from {PAGE}")

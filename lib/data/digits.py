@@ -1,6 +1,4 @@
-"""Handwritten digits as a data set: the positive control. Their ten classes are known and easy to
-see, so a clustering that works must find them.
-"""
+"""Handwritten digits: the positive control, whose known classes a clustering that works finds."""
 
 import numpy as np
 import pandas as pd
@@ -26,11 +24,9 @@ def make_digits(
     overshoot, and evaluated once per pixel, so that a turned digit is as sharp as an upright one.
 
     If `turned`, each image is turned by an angle of its own, uniform over the full circle; image i
-    depends on `seed` and i alone. `n` takes the first n of 1,797.
-
-    Returns the images, uint8 (n, 64, 64), white on black, and a table of n rows: image_id,
-    patient_id (each image is its own), findings ("0" to "9") and angle (degrees counter-clockwise
-    on the screen, 0.0 if upright).
+    depends on `seed` and i alone. Returns the first `n` images, uint8 (n, 64, 64), white on black,
+    and a table of n rows: image_id, patient_id (each image is its own), findings ("0" to "9") and
+    angle (degrees counter-clockwise on the screen, 0.0 if upright).
     """
     digits = load_digits()
     pixels, labels = digits.images[:n], digits.target[:n]  # (n, 8, 8), 0..16

@@ -140,10 +140,9 @@ class RemoteFile(io.RawIOBase):
 
 
 def download(url: str, path: Path, md5: str) -> Path:
-    """Bring a file here, and go on from what an earlier call left.
+    """Bring a file here, and go on from what an earlier call left in ``<name>.part`` beside `path`.
 
-    What arrives goes to ``<name>.part`` beside `path`. It gets its name if the MD5 is right, and is
-    thrown away otherwise.
+    It gets its name if the MD5 is right, and is thrown away otherwise.
     """
     part = path.with_name(f"{path.name}.part")
     with naming_disk_errors(part):

@@ -48,23 +48,10 @@ def needs_dense(layer: nn.Module, x: Tensor) -> bool:
 def fast_conv(layer: nn.Module, x: Tensor) -> Tensor | None:
     """The group convolution by the Fourier transform, or None if the dense one is to be taken.
 
-    Parameters
-    ----------
-    layer : lib.gconv.GroupConv
-        Its ``algorithm`` is "auto" (take Fourier if `faster`) or "fourier" (take it always).
-    x : Tensor
-        The layer's input.
-
-    Returns
-    -------
-    Tensor or None
-        Of the wider of the dtypes of `x` and the weight; autocast does not narrow it.
-
-    Raises
-    ------
-    NotImplementedError
-        For "fourier" under `torch.func`'s transforms, forward differentiation and TorchScript. In
-        the backward pass, if its gradient is asked for.
+    The ``algorithm`` of the `lib.gconv.GroupConv` is "auto" (Fourier if `faster`) or "fourier"
+    (always). The result has the wider of the dtypes of `x` and the weight; autocast does not narrow
+    it. NotImplementedError for "fourier" under `torch.func`'s transforms, forward differentiation
+    and TorchScript, and in a backward pass whose gradient is asked for.
     """
     if layer.algorithm == "auto":
         if not faster(layer, x):
@@ -78,15 +65,10 @@ def fast_conv(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
-    """The block by the compiled kernel, or None if its modules are to be called.
+    """A `lib.gconv.GroupBlock` by the compiled kernel, or None if its modules are to be called.
 
-    Parameters
-    ----------
-    block : lib.gconv.GroupBlock
-        Group convolution, `GroupBatchNorm`, ReLU, `GroupAvgBlurPool`. With statistics of the batch
-        the norm's come with the convolution; else the norm is folded into the filters.
-    x : Tensor
-        The convolution's input.
+    With statistics of the batch, the norm's come with the convolution of `x`; else the norm is
+    folded into the filters.
     """
     conv, norm, *_ = block
     hooks = (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in block)
@@ -112,16 +94,10 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
         return operators.ReluPool.apply(operators.conv(x, folded, shift, geometry))
     weights = conv.weight, norm.weight, norm.bias
     out, statistics = operators.Block.apply(x, *weights, norm.eps, geometry)
-    with torch.no_grad():
-        _update(norm, *statistics.float())
+    with torch.no_grad():  # as PyTorch does; with momentum None the running statistics are means
+        norm.num_batches_tracked.add_(1)
+        count = float(norm.num_batches_tracked)
+        momentum = 1 / count if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(statistics[0].float(), momentum)
+        norm.running_var.lerp_(statistics[2].float(), momentum)
     return out
-
-
-def _update(norm: nn.BatchNorm3d, mean: Tensor, _: Tensor, variance: Tensor) -> None:
-    """Move the norm's running statistics as PyTorch does; with momentum None they are means."""
-    norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum
-    if momentum is None:
-        momentum = 1 / float(norm.num_batches_tracked)
-    norm.running_mean.lerp_(mean, momentum)
-    norm.running_var.lerp_(variance, momentum)

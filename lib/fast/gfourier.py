@@ -87,25 +87,13 @@ def bilinear_algorithm(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def taps(
     order: int, kernel_size: int, lifting: bool, transposed: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the numbers of P[t] and phi[t] are.
+    """Where the numbers of P[t] and phi[t] are, for a group of `order` S and filters of odd side k.
 
-    Parameters
-    ----------
-    order, kernel_size : int
-        S, and the odd side k of the filters.
-    lifting : bool
-        True for filters on the plane (one tap per orbit), False for filters on the group.
-    transposed : bool
-        True for the transposed layer, which has the filters ``psi(h^-1, -h^-1 t)``.
-
-    Returns
-    -------
-    offsets : ndarray, shape (T, S, 2)
-        Row and column, 0 to k - 1, of the tap A(u) t in the window.
-    cells : ndarray, shape (T, S)
-        Place of phi[t](h) in ``psi.flatten(-3)``.
-    shares : ndarray, shape (T,)
-        One over the size of the tap's stabilizer; 1 if the layer does not lift.
+    `lifting`: filters on the plane (one tap per orbit), not on the group. `transposed`: the
+    transposed layer, which has the filters ``psi(h^-1, -h^-1 t)``. Returns offsets (T, S, 2), row
+    and column, 0 to k - 1, of the tap A(u) t in the window; cells (T, S), the place of phi[t](h) in
+    ``psi.flatten(-3)``; and shares (T,), one over the size of the tap's stabilizer, 1 if the layer
+    does not lift.
     """
     group, half = GROUPS[order], kernel_size // 2
     grid = np.indices((kernel_size, kernel_size)).reshape(2, -1).T - half

@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("gfourier.c")
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-march=native"]
-
-
 Norm = tuple[Tensor, Tensor, Tensor, float]  # gamma, beta, statistics (as of `forward`), eps
 
 
@@ -60,10 +58,7 @@ class Maps(ctypes.Structure):
 def build() -> Path:
     """Compile ``gfourier.c`` unless this processor's library is in the cache; return its path.
 
-    Raises
-    ------
-    OSError
-        If there is no compiler, or it fails; the message holds the first line it wrote.
+    OSError without a compiler, or if it fails; the message holds the first line it wrote.
     """
     if sys.platform != "linux":
         raise OSError(f"the kernel is built on Linux only, this is {sys.platform}")
@@ -143,17 +138,11 @@ def _layer(
     return Layer(*sizes, *geometry, *steps, *addresses)
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *geometry: int | Tensor
-) -> None:
-    """Write the convolution into `y`.
-
-    `geometry` is stride, padding and, if wanted, a float64 tensor (3, fields) for mean, variance
-    and unbiased variance of the fields of y.
+def forward(x, weight, bias, y, stride: int, padding: int, statistics=None) -> None:
+    """Write the convolution into `y` and, if wanted, mean, variance and unbiased variance of the
+    fields of y into `statistics`, float64 (3, fields). All but the geometry are tensors.
     """
-    stride, padding, *statistics = geometry
-    layer = _layer(x, weight, y, stride, padding)
-    _call("forward", layer, x, weight, bias, y, *(statistics or [None]))
+    _call("forward", _layer(x, weight, y, stride, padding), x, weight, bias, y, statistics)
 
 
 def input_gradient(dy: Tensor, weight: Tensor, dx: Tensor, padding: int) -> None:

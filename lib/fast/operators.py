@@ -26,19 +26,10 @@ def _once() -> None:
 
 @torch.library.custom_op("cxr::group_conv", mutates_args=())
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> Tensor:
-    """Group convolution.
+    """Group convolution of x, (n, C, H, W) for a lifting layer, else (n, C, S, H, W).
 
-    Parameters
-    ----------
-    x : Tensor, shape (n, C, H, W) for a lifting layer, else (n, C, S, H, W)
-    weight : Tensor, shape (N, C, S_in, k, k)
-    bias : Tensor or None, shape (N,)
-    geometry : (order, stride, padding)
-        The group's order S, 4 for p4 and 8 for p4m; the others as in `torch.nn.Conv2d`.
-
-    Returns
-    -------
-    Tensor, shape (n, N, S, H', W')
+    weight (N, C, S_in, k, k); bias (N,). `geometry` is the group's order S, 4 for p4 and 8 for p4m,
+    and stride and padding as in `torch.nn.Conv2d`. Returns (n, N, S, H', W').
     """
     x, weight = x.contiguous(), weight.contiguous()
     y = _conv_like(x, weight, bias, geometry)
@@ -58,15 +49,10 @@ def _conv_like(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequenc
 
 
 def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    geometry: Sequence[int],
-    dx: Tensor | None,
-    dweight: Tensor | None,
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[int], *into: Tensor | None
 ) -> None:
-    """Write the gradients of `conv` for x and the weight, unless None."""
-    order, stride, padding = geometry
+    """Write the gradients of `conv` for x and the weight `into` two tensors, unless None."""
+    (order, stride, padding), (dx, dweight) = geometry, into
     with torch.autocast(x.device.type, enabled=False):
         if not _compiled(x):
             TorchLayer(x, weight, *geometry).backward(x, dy, dx, dweight)
@@ -137,13 +123,11 @@ class ReluPool(torch.autograd.Function):
 
 
 class Block(torch.autograd.Function):
-    """Group convolution, batch norm by the batch's statistics, ReLU and blur pool, by the compiled
-    kernel.
+    """Group convolution, norm by the batch's statistics, ReLU, blur pool, by the compiled kernel.
 
-    ``Block.apply(x, weight, gamma, beta, eps, geometry)``: x, weight and geometry are those of
-    `conv`; gamma and beta, shape (N,), are the norm's. It returns the pooled maps and, without
-    gradient, mean, variance and unbiased variance of the convolution's fields, float64 (3, N). The
-    backward pass needs x and the convolution; nothing else of their size is kept.
+    x, weight and geometry are those of `conv`; gamma and beta, shape (N,), are the norm's. It
+    returns the pooled maps and, without gradient, mean, variance and unbiased variance of the
+    convolution's fields, float64 (3, N). Nothing but x and the convolution is kept for `backward`.
     """
 
     @staticmethod

@@ -1,7 +1,5 @@
 """The arms of the study: what each is, how it is named and drawn, and how far its runs are."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence

@@ -6,8 +6,6 @@ the rule that gives a verdict.
 (`COMPARISONS`) and the rule (`rule`). Numbers in, numbers out; `lib.study.report` writes the text.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,8 +1,6 @@
 """The clusters of a run one by one: who is in them, who represents them, and which findings, and
 which things that should not matter, they follow. Arrays that do not fit raise a ValueError."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,14 +51,10 @@ def attributes(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, Property
     """What is known of each image, (N, H, W) uint8, as properties that it has or has not.
 
     `metadata` has ``findings``, and ``view_position, sex, age`` if known; empty texts and NaN are
-    not known.
-
-    Returns
-    -------
-    dict of name to (kind, has, known)
-        kind is CLINICAL (the findings of `lib.data.label_set`) or NUISANCE (view, sex, age band,
-        darkest and brightest quarter); has and known are bool (N,). Properties that no image or
-        every image has are left out, and one of two that exclude each other.
+    not known. Returns (kind, has, known) by name: kind is CLINICAL (the findings of
+    `lib.data.label_set`) or NUISANCE (view, sex, age band, darkest and brightest quarter); has and
+    known are bool (N,). Properties that no image or every image has are left out, and one of two
+    that exclude each other.
     """
     texts, names = metadata["findings"], label_set(metadata)
     columns, labelled = finding_matrix(texts, names).T, (texts != "").to_numpy()
@@ -70,11 +64,7 @@ def attributes(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, Property
         there = sorted(set(values.dropna()) - {*QUARTERS[1:3]})
         for value in there[: 1 if values.nunique() == 2 else None]:
             found[value] = (NUISANCE, (values == value).to_numpy(), known)
-    return {
-        name: (kind, has, known)
-        for name, (kind, has, known) in found.items()
-        if len(np.unique(has[known])) == 2
-    }
+    return {name: of for name, of in found.items() if len(np.unique(of[1][of[2]])) == 2}
 
 
 def enrichment(assignments: np.ndarray, properties: Mapping[str, Property]) -> pd.DataFrame:
@@ -83,13 +73,10 @@ def enrichment(assignments: np.ndarray, properties: Mapping[str, Property]) -> p
     Images of one patient are not independent, so p is too small if patients have many images: read
     `patient_together` beside it. A small p in a large cluster may be a small effect: read the odds.
 
-    Returns
-    -------
-    DataFrame
-        One row per property and cluster: ``property, kind, cluster``; ``n``, images of the cluster
-        of which the property is known; ``share`` of them that have it, ``elsewhere`` in all other
-        clusters; ``log2_odds``, with 1/2 added to each count, so that it is finite; ``p``,
-        two-sided; ``q``, false-discovery rate over all rows (Benjamini and Hochberg 1995).
+    One row per property and cluster: ``property, kind, cluster``; ``n``, images of the cluster of
+    which the property is known; ``share`` of them that have it, ``elsewhere`` in all other
+    clusters; ``log2_odds``, with 1/2 added to each count, so that it is finite; ``p``, two-sided;
+    ``q``, false-discovery rate over all rows (Benjamini and Hochberg 1995).
     """
     rows = []
     for name, (kind, has, known) in properties.items():
@@ -118,9 +105,8 @@ def reading(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str]) -> li
             hits, n = rows[rows["q"] <= LEVEL], rows["property"].nunique()
             cells = f"({len(hits)} of {len(rows)} cells)"
             parts.append(f"{hits['property'].nunique()} of {n} {names[kind]} {cells}")
-        found.append(
-            f"{titles.get(arm, arm)}: {rate}, clusters differ in {' and in '.join(parts)}."
-        )
+        differ = f"clusters differ in {' and in '.join(parts)}."
+        found.append(f"{titles.get(arm, arm)}: {rate}, {differ}")
     return found
 
 
@@ -154,12 +140,10 @@ def drivers(
 
 @dataclass(frozen=True)
 class Cluster:
-    """One cluster.
-
-    ``medoid``: row of the image whose summed distance to the others is least. ``nearest``: rows of
-    the images nearest to the centroid, the nearest first, without the medoid. ``mean`` (H, W) of
-    its images, 0 to 255. ``enriched``: what is more frequent in it than elsewhere, as (property,
-    share, elsewhere, q); findings, then what should not matter, each with the largest odds first.
+    """One cluster: ``medoid``, row of the image whose summed distance to the others is least;
+    ``nearest``, rows of the images nearest to the centroid, the nearest first, without the medoid;
+    ``mean`` (H, W) of its images, 0 to 255; ``enriched``, what is more frequent in it, as
+    (property, share, elsewhere, q), findings first, each with the largest odds first.
     """
 
     number: int

@@ -1,10 +1,7 @@
 """How fast and how steadily a curve of epochs settles: arrays in, numbers out.
 
-A curve is a row (T,) of finite values, one per epoch: leave out epochs without one. ValueError for
-anything else.
+A curve is a row (T,) of finite values, one per epoch. ValueError for anything else.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -26,8 +23,7 @@ def plateau(curve: ArrayLike) -> float:
 
 
 def settling_time(curve: ArrayLike, share: float = 0.9) -> float:
-    """Where a curve (T,) first reaches `share` of its own plateau, 0 to T - 1: a straight line is
-    drawn between two values.
+    """Where a curve (T,) first reaches `share` of its own plateau, 0 to T - 1, interpolated.
 
     Early is not good in itself: a network that never learns has settled from the start.
     """
@@ -41,9 +37,7 @@ def settling_time(curve: ArrayLike, share: float = 0.9) -> float:
 
 
 def shortfall(curve: ArrayLike) -> float:
-    """Area between a curve (T,) and its plateau, in epochs of the plateau: 0 if it begins there,
-    NaN if the plateau is not above 0.
-    """
+    """Area between a curve (T,) and its plateau, in epochs of the plateau; NaN if that is <= 0."""
     level = plateau(curve)
     return float((1 - _checked(curve) / level).sum()) if level > 0 else math.nan
 
@@ -66,9 +60,7 @@ def spread(curve: ArrayLike) -> float:
 
 
 def convergence_epoch(curve: ArrayLike, tolerance: float = 0.02) -> float:
-    """First epoch, counted from 1, from which a curve (T,) stays within `tolerance` of its plateau;
-    NaN if even its last value lies outside.
-    """
+    """Epoch, from 1, after which a curve (T,) stays within `tolerance` of its plateau, or NaN."""
     curve = _checked(curve)
     outside = np.flatnonzero(np.abs(curve - plateau(curve)) > tolerance)
     first = outside[-1] + 2 if len(outside) else 1

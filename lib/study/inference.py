@@ -1,7 +1,5 @@
 """Paired differences: interval, tests, correction for several claims, and power."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -30,12 +28,8 @@ def paired(
     `resolution` is the step of the measure. The standard deviation is taken to be at least that of
     rounding both arms, resolution / sqrt(6): three equal whole numbers are no proof of no spread.
 
-    Returns
-    -------
-    dict
-        ``n``, ``mean``, ``sd``, ``low``, ``high`` (95 %), ``p`` (Student's, two-sided),
-        ``sign_flip_p``. NaN if n is too small. ValueError for no difference, or one that is not
-        finite.
+    Returns ``n, mean, sd, low, high`` (95 %), ``p`` (Student's, two-sided) and ``sign_flip_p``; NaN
+    if n is too small. ValueError for no difference, or one that is not finite.
     """
     differences = np.asarray(differences, dtype=float)
     n = differences.size
@@ -61,10 +55,7 @@ def paired(
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm-adjusted p-values (Holm 1979): to reject those at most alpha keeps the chance of any
-    error in the family at most alpha.
-
-    NaN is a claim that could not be tested: it stays NaN but counts, so that the family always has
-    the same size.
+    error in the family at most alpha. NaN, a claim that could not be tested, stays NaN but counts.
     """
     p = np.nan_to_num(np.asarray(p_values, dtype=float), nan=1.0)
     order = np.argsort(p, kind="stable")
@@ -80,12 +71,9 @@ def detectable(n: int, power: float = 0.8) -> float:
     """
     if n < 3:
         return math.nan
-    critical = stats.t.ppf(1 - ALPHA / (2 * FAMILY), n - 1)
-
-    def excess(d: float) -> float:
-        return stats.nct.sf(critical, n - 1, d * math.sqrt(n)) - power
-
-    return float(optimize.brentq(excess, 0.01, 200))
+    critical, root = stats.t.ppf(1 - ALPHA / (2 * FAMILY), n - 1), math.sqrt(n)
+    found = optimize.brentq(lambda d: stats.nct.sf(critical, n - 1, d * root) - power, 0.01, 200)
+    return float(found)
 
 
 def seeds_to_tell(sd: float, smallest: float) -> float:

@@ -1,12 +1,8 @@
 """Every number of the finished runs and of the baselines, measured once.
 
 `gather` measures all finished runs of a data set; 04_evaluate writes what it returns to
-``results.json``, which all else reads. The numbers of a run are kept beside it in measures.json,
-the answers of its probes, image by image, in scores.npz. `lib.study.parts` says what is measured,
-`lib.study.claims` compares arms.
+``results.json``, which all else reads. `lib.study.parts` says what is measured.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -48,12 +44,12 @@ PROCESS_BYTES = 900e6  # per process that measures: 0.6 GB measured, and room
 
 
 def of_run(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict[str, Any]:
-    """Measure a finished run, or read what was measured before.
+    """Measure a finished run, or a baseline with the PCA size, K and seed of `config`; or read what
+    was measured before: in `folder`, that of the run, ``measures.json`` keeps the numbers and
+    ``scores.npz`` the answers of the probes, image by image.
 
-    A baseline has the PCA size, K and seed of `config`. In
-    `folder`, that of the run, ``measures.json`` keeps the numbers and ``scores.npz`` the answers of
-    the probes. Returns ``values`` (per measure a number, or a text that says why there is none),
-    ``details`` (curves and tables) and ``of`` (what was measured).
+    Returns ``values`` (per measure a number, or a text that says why there is none), ``details``
+    (curves and tables) and ``of`` (what was measured).
     """
     of = None if is_kept(folder) else _identity(arm, folder, config, material)
     if (found := _stored(folder, of)) is not None:
@@ -140,10 +136,8 @@ def _store(folder: Path, of: Mapping[str, Any], found: Found) -> dict[str, Any]:
 
 
 def turned_phantoms(dataset: str, pictures: np.ndarray) -> np.ndarray | None:
-    """The phantoms of `pictures`, each mirrored with probability 1/2 and turned by a random angle
-    *before* it is drawn: no pixel is interpolated, no corner is black.
-
-    None if `pictures` are not upright phantoms that can be drawn again.
+    """The phantoms of `pictures`, each mirrored or not and turned by a random angle *before* it is
+    drawn: no pixel is interpolated. None if `pictures` are not upright phantoms, drawn again.
     """
     source = paths.load_json(paths.dataset_dir(dataset) / "manifest.json")["source"]
     if source.get("kind") != "phantom" or "seed" not in source or "orientation" in source:
@@ -159,14 +153,11 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
     """Numbers of all finished runs of a data set and of the baselines; what was measured before is
     read. At most `jobs` processes measure; fewer if memory is limited.
 
-    Returns
-    -------
-    dict
-        ``format``; ``dataset`` (name, label, kind, n, patients, n_test, labels, attribution);
-        ``settings``; ``code`` (versions that trained the runs); ``arms``: arm -> title, kind,
-        backbone, rotation, pseudo_labels, parameters, feature_dim, flops and ``seeds``: seed (as
-        text) -> ``values``, ``details`` of `of_run`; ``missing`` (one line per run that is left out
-        and per arm without a run). FileNotFoundError if no run is finished.
+    Returns ``format``; ``dataset`` (name, label, kind, n, patients, n_test, labels, attribution);
+    ``settings``; ``code`` (versions that trained the runs); ``arms``: arm -> title, kind, backbone,
+    rotation, pseudo_labels, parameters, feature_dim, flops and ``seeds``: seed (as text) ->
+    ``values``, ``details`` of `of_run`; ``missing`` (one line per run that is left out and per arm
+    without a run). FileNotFoundError if no run is finished.
     """
     pictures, metadata = data.load(paths.dataset_dir(dataset))
     material = Material(pictures, metadata, effort=effort)
@@ -256,9 +247,8 @@ def save(path: Path | str, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(dataset: str) -> dict[str, Any]:
-    """Results as 04_evaluate wrote them, or those that are published in ``figures/<dataset>``.
-
-    FileNotFoundError if there are none.
+    """Results as 04_evaluate wrote them, or those published in ``figures/<dataset>``, or a
+    FileNotFoundError.
     """
     places = [folder(dataset) / "results.json" for folder in (paths.runs_dir, paths.figures_dir)]
     found = next(filter(Path.exists, places), None)
@@ -273,24 +263,22 @@ def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndar
     (m, F), log-odds, ``truth`` (m, F) bool; ``test_patients`` and ``labelled_test_patients``.
     """
     found: dict[str, dict[str, Any]] = {arm: {} for arm in results["arms"]}
-    dataset = results["dataset"]["name"]
     for arm, entry in results["arms"].items():
         for seed in entry["seeds"]:
-            with np.load(_place(dataset, arm, seed) / ANSWERS) as file:
+            with np.load(_place(results["dataset"]["name"], arm, seed) / ANSWERS) as file:
                 found[arm][seed] = dict(file)
     return found
 
 
 def curves(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """Metrics by epoch of each trained arm, the seeds below each other: ``seed, epoch, nmi_prev,
-    ami_prev, loss``, ...
-    """
+    """By trained arm, ``seed``, ``epoch``, ``nmi_prev``, ``ami_prev``, ``loss``, ... of its runs."""
     found = {}
     for arm, entry in results["arms"].items():
         tables = {seed: run["details"].get("curves") for seed, run in entry["seeds"].items()}
-        there = {seed: table for seed, table in tables.items() if table and table["epoch"]}
-        if there:
-            frames = [pd.DataFrame(table).assign(seed=int(s)) for s, table in there.items()]
+        frames = [
+            pd.DataFrame(t).assign(seed=int(s)) for s, t in tables.items() if t and t["epoch"]
+        ]
+        if frames:
             found[arm] = pd.concat(frames, ignore_index=True)
     return found
 
@@ -304,11 +292,9 @@ def known(results: Mapping[str, Any]) -> dict[str, dict[str, pd.DataFrame]]:
         for seed, run in results["arms"][arm]["seeds"].items():
             for factor, amis in run["details"]["known"].items():
                 table = pd.DataFrame({"seed": int(seed), "epoch": range(len(amis)), "ami": amis})
-                found.setdefault(factor, {}).setdefault(arm, []).append(table)
-    return {
-        factor: {arm: pd.concat(tables, ignore_index=True) for arm, tables in arms.items()}
-        for factor, arms in found.items()
-    }
+                tables = found.setdefault(factor, {})
+                tables[arm] = pd.concat([tables.get(arm), table], ignore_index=True)
+    return found
 
 
 def roc_curves(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:

@@ -1,11 +1,8 @@
 """The parts of the measuring: what is asked of a run or a baseline.
 
 Each part returns what it found by name: a number, or a text that says why there is none; a table or
-curve (dict); answers image by image (array). `lib.metrics` and `lib.study.scores` define the
-numbers; `lib.study.measure` runs the parts and keeps what they find.
+curve (dict); answers image by image (array), which `lib.study.measure` keeps.
 """
-
-from __future__ import annotations
 
 import math
 from typing import Any
@@ -26,7 +23,6 @@ MOVES = {"mirrored": (True, 0), "upside_down": (False, 2), "quarter_turn": (Fals
 RATES = np.linspace(0, 1, 51)  # false positive rates at which ROC curves are read
 LEAST_SIDED = 10  # effusions of one side in training and in test
 FEW = "fewer than 2 classes"
-
 
 Found = dict[str, Any]
 Subject = Network | Pixels | Metadata
@@ -104,18 +100,15 @@ def label_probe(subject: Subject, material: Material) -> Found:
     )
     found |= {"auroc_macro_low": low, "auroc_macro_high": high}
     found["auroc_macro_n_classes"] = int((~np.isnan(log_odds).any(axis=0)).sum())
-    for name in ("auroc_macro", "auroc_micro", "ap_macro", "ap_micro"):
+    for name in ("auroc_macro", "auroc_micro", "ap_macro"):
         found |= {name: float(ours[name][0]), f"{name}_prevalence": float(blind[name][0])}
-    found["by_label"] = {name: ours[name][0] for name in ("auroc", "ap")}
     for name, some in {"roc": probabilities, "roc_guess": guess}.items():
         found[name] = scores.roc_curves(some, asked, RATES)
     return found | {"findings": log_odds, "truth": asked}
 
 
 def structure(subject: Subject, material: Material) -> Found:
-    """Are the images spread over the clusters, and are these apart: in the space they were made in,
-    and in several t-SNE maps of it?
-    """
+    """Are the images spread over the clusters, and are these apart, in t-SNE maps of them too?"""
     effort, index = material.effort, material.sample(material.effort.n_map)
     points, labels = subject.embedding[index], subject.assignments[index]
     several, maps = len(np.unique(labels)) > 1, []
@@ -136,8 +129,8 @@ def structure(subject: Subject, material: Material) -> Found:
 
 
 def halves(subject: Subject, material: Material) -> Found:
-    """A stability that can be wrong: two clusterings, each of a third of the patients, label the
-    images of the last third by their nearest centroids. AMI of these labels.
+    """AMI of the labels that two clusterings, each of a third of the patients, give to the images
+    of the last third by their nearest centroids: a stability that can be wrong.
     """
     number = np.unique(material.patients, return_inverse=True)[1]
     third = np.random.default_rng([subject.seed, 4]).integers(3, size=number.max() + 1)[number]
@@ -151,9 +144,7 @@ def halves(subject: Subject, material: Material) -> Found:
 
 
 def invariance(subject: Subject, material: Material) -> Found:
-    """Who keeps the cluster, and how far features move, under the symmetries of the square and
-    under turns by 15 degrees.
-    """
+    """Who keeps the cluster, and how far do features move, under symmetries and other turns?"""
     index = material.sample(material.effort.n_turned)
     chosen = np.array(material.images[index])
     copies = [images.moved(chosen, *symmetry) for symmetry in images.SYMMETRIES]  # first: itself
@@ -179,8 +170,9 @@ def invariance(subject: Subject, material: Material) -> Found:
 
 
 def laterality(subject: Subject, material: Material) -> Found:
-    """The price of invariance: can a linear classifier still tell left from right, and up from
-    down? An image and its moved copy are both in the data, so 0.5 is chance.
+    """The price of invariance: can a linear classifier tell left from right, and up from down?
+
+    An image and its moved copy are both in the data, so 0.5 is chance.
     """
     index = material.sample(material.effort.n_moved, seed=1)
     chosen, test = np.array(material.images[index]), np.isin(index, material.rows(stated=False)[1])
@@ -200,7 +192,7 @@ def effusion_side(subject: Subject, material: Material) -> Found:
     """Can a linear classifier tell a left from a right effusion?
 
     Each image is used twice, as it is and mirrored (side swapped): otherwise left and right
-    effusions are of different patients, and a probe could separate these without seeing the side.
+    effusions are of different patients, whom a probe could tell apart without seeing the side.
     """
     side, (train, test) = material.metadata.get("side"), material.rows()
     if side is None or "Effusion" not in material.labels:
@@ -215,8 +207,8 @@ def effusion_side(subject: Subject, material: Material) -> Found:
     left = (side == "L").to_numpy()[index]
     left = np.concatenate([left, ~left])[:, None]
     options = {"groups": np.tile(material.patients[index], 2), "seed": subject.seed}
-    answer = scores.findings_auroc(features, left, ~tested, tested, **options)
-    return {"tells_effusion_side": answer["mean"]}
+    area = scores.findings_auroc(features, left, ~tested, tested, **options)
+    return {"tells_effusion_side": float(area[0])}
 
 
 def meaning(subject: Subject, material: Material) -> Found:
@@ -241,11 +233,9 @@ def found_again(subject: Subject, material: Material) -> Found:
     vectors = subject.describe(material.images)[rows]
     some = material.targets[rows], material.patients[rows]
     answer = retrieval.precision_at_k(vectors, *some, material.effort.k)
-    lift = answer["precision"] - answer["chance"]
-    found: Found = {"retrieval": {name: answer[name] for name in ("precision", "chance")}}
-    found["retrieval_lift"] = float(scores.mean_known(lift[None], axis=1)[0])
+    lift = float(scores.mean_known(answer["precision"] - answer["chance"]))
     same = ("same_patient", "same_patient_chance")
-    return found | {f"retrieval_{key}": answer[key] for key in same}
+    return {"retrieval_lift": lift} | {f"retrieval_{key}": answer[key] for key in same}
 
 
 CURVES = ("epoch", "nmi_prev", "ami_prev", "loss", "largest_cluster", "clusters_used", "perplexity")
@@ -255,7 +245,7 @@ LEAST_LEARNT, LEAST_PERPLEXITY = 0.9, 0.5  # last loss / ln K, perplexity / K: a
 
 
 def training(subject: Network, material: Material) -> Found:
-    """Convergence and stability of a run with at least two epochs, and its curves.
+    """Convergence and stability of a run, and its curves.
 
     A network that has not learnt counts as never settled: one epoch more than it was trained.
     """
@@ -303,11 +293,11 @@ def known(subject: Network, material: Material) -> Found:
     end. The clusters of epoch 1 are those of the untrained network.
     """
     rows, there = [*subject.run.assignments, subject.assignments], factors(material)
-    curves = {name: [metrics.ami(row, of) for row in rows] for name, of in there.items()}
+    found = {name: [metrics.ami(row, of) for row in rows] for name, of in there.items()}
     ami = nmi = "no single classes"
     if "classes" in there:
-        ami, nmi = curves["classes"][-1], metrics.nmi(subject.assignments, there["classes"])
-    return {"known": curves, "ami_classes": ami, "nmi_classes": nmi}
+        ami, nmi = found["classes"][-1], metrics.nmi(subject.assignments, there["classes"])
+    return {"known": found, "ami_classes": ami, "nmi_classes": nmi}
 
 
 def agreement_by_chance(subject: Random, material: Material) -> Found:

@@ -1,7 +1,5 @@
 """Tables and text of a study, written from results.json: no sentence here knows a result."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -109,9 +107,7 @@ def dataset_label(kind: str, n_images: int) -> str:
 
 
 def cell(results: Results, arm: str, key: str, interval: bool = True) -> str:
-    """A measure of an arm: mean over seeds, from three on with its 95 % interval; "†" if
-    runs collapsed; why there is no number.
-    """
+    """Mean of a measure over seeds, from three on with its 95 % interval; "†" if runs collapsed."""
     values, fallen = values_of(results, arm, key), collapsed(results, arm)
     if not values:
         why = reason(results, arm, key)
@@ -175,7 +171,6 @@ def occupancy_table(results: Results, arms: Sequence[str] | None = None) -> str:
 
 
 # --- table 1 --------------------------------------------------------------------------------------
-
 
 TARGETS = {  # what a probe predicts: measure, name
     "clusters": ("probe_clusters", "cluster assignments"),

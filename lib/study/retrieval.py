@@ -1,7 +1,5 @@
 """Image retrieval with R-MAC descriptors, and what it finds."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import torch
@@ -86,16 +84,11 @@ def precision_at_k(
     """How often the k images nearest to a query share its findings, or are of the same patient.
 
     At most 1,000 images are queries, drawn at random; `descriptors` (N, C) of unit length,
-    `targets` (N, F) bool, `patients` (N,).
-
-    Returns
-    -------
-    dict
-        ``precision`` (F,): of the queries that have a finding, the mean share of the k nearest
-        images *of other patients* that have it; ``chance`` (F,), of all images of other patients;
-        NaN if no query has it. ``same_patient``: of the queries whose patient has other images, the
-        mean share of the k nearest that are of this patient; ``same_patient_chance``, of all. To
-        find the patient again, by devices, framing or body shape, says nothing of disease.
+    `targets` (N, F) bool, `patients` (N,). Returns ``precision`` (F,): of the queries that have a
+    finding, the mean share of the k nearest images *of other patients* that have it; ``chance``
+    (F,), of all images of other patients; NaN if no query has it. ``same_patient``: of the queries
+    whose patient has other images, the mean share of the k nearest that are of this patient, which
+    says nothing of disease; ``same_patient_chance``, of all.
     """
     check_consistent_length(descriptors, targets, patients)
     n, by_patient = len(targets), pd.DataFrame(targets).groupby(patients)

@@ -3,8 +3,6 @@
 `lib.metrics` holds what needs no findings. A finding that all or none of the training or of the
 test images have is NaN. Arrays that do not fit raise a ValueError."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -27,10 +25,8 @@ def finding_scores(
     groups: ArrayLike | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Log-odds (n_test, F) of each finding, by one linear classifier per finding.
-
-    Binary logistic regression of each column of `targets`, bool (N, F). Other parameters and errors
-    as `lib.metrics.probe`.
+    """Log-odds (n_test, F) of each finding, by a logistic regression of each column of `targets`,
+    bool (N, F). Other parameters and errors as `lib.metrics.probe`.
     """
     features, targets = np.asarray(features), np.asarray(targets)
     if targets.ndim != 2 or targets.dtype != bool:
@@ -48,24 +44,15 @@ def finding_scores(
 
 def findings_auroc(
     features: np.ndarray, targets: np.ndarray, train: ArrayLike, test: ArrayLike, **options: Any
-) -> dict[str, float | np.ndarray]:
-    """Area under the ROC curve of each finding, by the classifiers of `finding_scores`.
+) -> np.ndarray:
+    """Area under the ROC curve (F,) of each finding, by the classifiers of `finding_scores`.
 
     The area is the probability that an image with the finding scores higher than one without (ties
-    count half): 0.5 is chance whatever the prevalence, 1 is perfect. It does not show calibration,
-    nor how useful the alarms of a rare finding are. NIH's findings are a program's reading of
-    reports (Wang et al. 2017), not of the images.
-
-    Returns
-    -------
-    dict
-        ``per_finding`` (F,); ``mean`` of those that have a number; ``n_findings``, how many have.
+    count half): 0.5 is chance whatever the prevalence. It does not show calibration, nor how useful
+    the alarms of a rare finding are. NIH's findings are a program's reading of reports.
     """
     log_odds = finding_scores(features, targets, train, test, **options)
-    areas = multilabel_scores(log_odds, np.asarray(targets)[test], micro=False)
-    known = int((~np.isnan(areas["auroc"])).sum())
-    mean = float(areas["auroc_macro"][0])
-    return {"mean": mean, "per_finding": areas["auroc"][0], "n_findings": known}
+    return multilabel_scores(log_odds, np.asarray(targets)[test], micro=False)["auroc"][0]
 
 
 def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -120,20 +107,10 @@ def multilabel_scores(
     image and label, so a guess that only knows how frequent each label is scores high without a
     look at any image: read it beside `prevalence_guess`.
 
-    Parameters
-    ----------
-    probabilities : (n, F) float
-        Comparable between labels; a column with NaN is left out.
-    targets : (n, F) bool
-    weights : (B, n), optional
-        Of the images, for a bootstrap; without it each counts once.
-    micro : bool
-        Whether to compute the micro averages, which cost as much as all else.
-
-    Returns
-    -------
-    dict
-        ``auroc_macro, auroc_micro, ap_macro, ap_micro`` (B,); ``auroc, ap`` (B, F).
+    `probabilities` (n, F) are comparable between labels; a column with NaN is left out. `targets`
+    (n, F) are bool. `weights` (B, n) of the images are for a bootstrap; without them each counts
+    once. `micro` averages cost as much as all else. Returns ``auroc_macro, auroc_micro, ap_macro,
+    ap_micro`` (B,); ``auroc, ap`` (B, F).
     """
     probabilities, targets = np.asarray(probabilities, dtype=float), np.asarray(targets)
     if probabilities.shape != targets.shape or targets.ndim != 2 or targets.dtype != bool:
@@ -173,7 +150,6 @@ def roc_curves(
     of image and label. Read both as `multilabel_scores`, which has the same parameters.
     `false_positive_rates` (m,) ascend from 0 to 1; between thresholds lines are straight.
     """
-    targets = np.asarray(targets)
     known = ~np.isnan(probabilities).any(axis=0)
     defined = np.flatnonzero(known & targets.any(axis=0) & ~targets.all(axis=0))
     if not len(defined):
@@ -197,7 +173,6 @@ def finding_neighbourhood(
     others that have it too, less the share of all others that have it. 0 is chance, 1 the most, NaN
     if no finding is frequent enough. Images of one patient may lie together for other reasons.
     """
-    points, targets = np.asarray(points), np.asarray(targets)
     check_consistent_length(points, targets)
     nearest = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors()[1]  # without self
     frequent = targets.T[targets.sum(axis=0) >= least]
@@ -209,8 +184,7 @@ def trustworthiness(embedding: np.ndarray, points: np.ndarray, n_neighbors: int 
     """Share of neighbours in a map (N, d) that are neighbours in the space (N, D) it was made from.
 
     Venna and Kaski 2001; 1: no false neighbours, about 0.5: a random map. It does not punish torn
-    neighbourhoods, nor say that clusters are real. Memory is quadratic in N, and values of
-    different N do not compare. `n_neighbors` must be less than N / 2.
+    neighbourhoods. Values of different N do not compare. `n_neighbors` must be less than N / 2.
     """
     return float(sklearn.manifold.trustworthiness(embedding, points, n_neighbors=n_neighbors))
 
@@ -225,6 +199,5 @@ def relative_distance(reference: np.ndarray, moved: np.ndarray) -> np.ndarray:
     reference, moved = np.asarray(reference, dtype=float), np.asarray(moved, dtype=float)
     unit = pdist(reference).mean()
     # the difference that rounding leaves between equal images is no distance
-    if not unit > 1e-6 * np.abs(reference).max():
-        return np.full(len(moved), np.nan)
+    unit = unit if unit > 1e-6 * np.abs(reference).max() else np.nan
     return np.linalg.norm(moved - reference, axis=2).mean(axis=1) / unit

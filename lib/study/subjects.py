@@ -1,8 +1,4 @@
-"""What is measured: a run, or a baseline that no network has made, on images and what is known of
-them.
-"""
-
-from __future__ import annotations
+"""What is measured: a run, or a baseline without a network, on images and what is known of them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,9 +20,8 @@ class Effort:
     """How much is looked at: fixed numbers, so that large data sets cost little more.
 
     `n_turned` images are turned; `n_moved` images are in the probes of moved images; `n_map` images
-    are in each t-SNE map and its silhouette, one map per perplexity and seed. (The silhouette of
-    the clustered space is of at most 5,000 images, see `lib.metrics.cluster_structure`.) `k`
-    matches are retrieved, `n_boot` samples of the test patients drawn.
+    are in each t-SNE map and its silhouette, one map per perplexity and seed. `k` matches are
+    retrieved, `n_boot` samples of the test patients drawn.
     """
 
     n_turned: int = 96
@@ -98,8 +93,7 @@ class Network:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.seed = run, run.config, run.config.seed
-        self.n_clusters = run.config.n_clusters
-        self.device = resolve_device(run.config.device)
+        self.n_clusters, self.device = self.config.n_clusters, resolve_device(run.config.device)
         self.model = load_model(run, self.device)
         self.features = np.asarray(run.features)
         self.embedding, self.assignments = self.embed(self.features), run.final_assignments
@@ -154,9 +148,7 @@ class Random(Pixels):
 
 
 class Gaussian(Pixels):
-    """Gaussian points in place of whitened features: clusters of the same covariance that nothing
-    but chance has made.
-    """
+    """Gaussian points in place of whitened features: clusters that nothing but chance has made."""
 
     def extract(self, pictures: np.ndarray) -> np.ndarray:
         rng = np.random.default_rng([self.seed, 3])
