@@ -1,6 +1,4 @@
-"""One image file to one small gray image: PNG, JPEG or DICOM in, (size, size) uint8 out, or the
-reason why not.
-"""
+"""One image file to one small gray image: PNG, JPEG or DICOM in, (size, size) uint8 out."""
 
 import functools
 import hashlib
@@ -103,7 +101,7 @@ def _gray(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         low, high = image.getchannel("A").getextrema()
         if low != high:  # alpha that is the same everywhere, as in NIH's RGBA files, is dropped
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if image.mode not in ("1", "L"):
         image = image.convert("RGB")  # CMYK and palettes know no direct way to gray
     return image.convert("L")
@@ -279,10 +277,8 @@ def _presentation(dataset: Any, values: np.ndarray, inside: np.ndarray) -> tuple
 
 
 def _look_up(item: Any, values: np.ndarray, little: bool) -> tuple[np.ndarray, int, int]:
-    """What a lookup table makes of `values`, its black, and its white: all bits that it uses.
-
-    Tables that claim 16 bits and end at 4095 are common. pydicom's own function cannot read those
-    with two entries of 8 bits per word, the first one in the lower byte.
+    """What a lookup table makes of `values`, its black, and its white: all bits that it uses, since
+    many claim 16 and end at 4095. pydicom's own function cannot read two entries of 8 bits a word.
     """
     count, first, bits = (int(number) for number in item.LUTDescriptor)
     count = count or 2**16
@@ -317,8 +313,8 @@ def _number(dataset: Any, keyword: str, default: float | None = None) -> float |
 def _header(dataset: Any) -> dict[str, str]:
     """What a header may say of its image, without names, dates and numbers.
 
-    patient_id begins the number's SHA-256, without salt, so that two runs agree. Who can guess the
-    numbers can undo it: the table stays as private as the files.
+    patient_id begins the number's SHA-256, without salt, so that two runs agree; who can guess the
+    numbers can undo it.
     """
     number = str(dataset.get("PatientID") or "").strip().encode("utf-8", "surrogatepass")
     found = {"patient_id": f"sha256-{hashlib.sha256(number).hexdigest()[:16]}" if number else ""}

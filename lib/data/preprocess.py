@@ -48,10 +48,9 @@ def preprocess(
 
     Parameters
     ----------
-    source_dir : path
-        What `lib.data.sources.fetch` filled, any folder of images, or an ``.npz`` of ChestMNIST.
-    out_dir : path
-        Usually ``paths.dataset_dir(dataset)``.
+    source_dir, out_dir : path
+        What `lib.data.sources.fetch` filled, any folder of images, or an ``.npz`` of ChestMNIST;
+        and where to, usually ``paths.dataset_dir(dataset)``.
     split_seed : int
         Of the patient-wise split; not used if NIH's two lists are in the folder.
     fit : {"pad", "crop", "stretch"}
@@ -60,10 +59,9 @@ def preprocess(
         Leave out images that are too dark, too bright or constant; else they are only listed.
     max_broken : float
         Largest share of unreadable images that is only listed in the manifest, 0 to 1.
-    csv : path, optional
-        Table to read instead of the one that is found, in the folder or elsewhere.
-    image_column, label_column : str, optional
-        Columns of the table, see `lib.data.tables.read_table`.
+    csv, image_column, label_column : optional
+        Table to read instead of the one that is found, in the folder or elsewhere; and its columns,
+        see `lib.data.tables.read_table`.
 
     Returns the manifest: source, counts, sha256 of both files, what was dropped and why.
 

@@ -16,7 +16,7 @@ import requests
 from PIL import Image
 
 from lib import paths
-from lib.data import chestmnist, decode, digits, http, nih, phantom, tables
+from lib.data import chestmnist, decode, digits, http, nih, phantom, sha256, tables
 from lib.data.http import DownloadError
 
 WORDS = ("phantom", "digits", "digits-turned", "chestmnist", "kaggle", "kaggle-sample")
@@ -48,18 +48,14 @@ _DONE = ".done.json"  # in a folder that was filled to the end
 
 
 def parse(source: str | os.PathLike) -> tuple[str, Path | None]:
-    """Split a source into a word and a path.
-
-    A word of `WORDS` has no path. ``"nih:PATH"`` gives ``("nih", PATH)``, ``"chestmnist:FILE"`` and
-    any ``FILE.npz`` give ``("chestmnist", FILE)``, and another path gives ``("folder", PATH)``.
-    """
+    """Split a source into a word of `WORDS`, ``nih``, ``chestmnist`` or ``folder``, and a path."""
     text = os.fspath(source)
     if text in WORDS:
         return text, None
     word, _, place = text.partition(":")
-    if word in ("nih", "chestmnist") and place:
-        return word, Path(place).expanduser()
-    return ("chestmnist" if text.lower().endswith(".npz") else "folder"), Path(text).expanduser()
+    if word not in ("nih", "chestmnist") or not place:
+        word, place = "chestmnist" if text.lower().endswith(".npz") else "folder", text
+    return word, Path(place).expanduser()
 
 
 def fetch(
@@ -76,7 +72,6 @@ def fetch(
     source : str or path
         A word of `WORDS`, ``"chestmnist:FILE.npz"``, ``"nih:PATH"`` of a folder with NIH's archives
         or with what was unpacked from them, or a folder with images, which stays where it is.
-        Phantoms and digits are drawn in Kaggle's layout: the reader of real X-rays reads them.
     raw_dir : path
         Usually ``paths.raw_dir(dataset)``. Downloads go beside it; every preset uses the same.
     n_phantoms, seed : int
@@ -166,15 +161,9 @@ def _drawn(word: str, raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
     """Phantoms or digits in Kaggle's layout, drawn anew beside `raw_dir` if it holds others."""
     kind, module = ("phantom", phantom) if word == "phantom" else ("digits", digits)
     # The generator is part of the identity: what an older version has drawn is drawn again.
-    note = {
-        "kind": kind,
-        "origin": "drawn here",
-        "verified": _UNREAD,
-        "images": n if kind == "phantom" else digits.IMAGES,
-        "csv": nih.METADATA_NAMES[0],
-        "seed": seed,
-        "generator": hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest(),
-    }
+    note = {"kind": kind, "origin": "drawn here", "verified": _UNREAD, "seed": seed}
+    note |= {"images": n if kind == "phantom" else digits.IMAGES, "csv": nih.METADATA_NAMES[0]}
+    note["generator"] = sha256(Path(module.__file__))
     note |= {"orientation": "any"} if word == "digits-turned" else {}
     if read_source(raw_dir) == note:
         return note
@@ -232,9 +221,9 @@ def _from_kaggle(name: str, expected: int, store: Path) -> dict[str, Any]:
 def _kaggle_address(name: str) -> str:
     """The signed address of a data set's zip, to which Kaggle's API redirects.
 
-    The package ``kaggle`` finds the credentials. It is imported here and not above, since on import
-    it looks for them and asks the network. If there are none, it prints a help and calls ``exit``,
-    which is a NameError in a Jupyter kernel. Its errors may hold a credential: none is chained.
+    The package ``kaggle`` is imported here, since on import it looks for credentials and asks the
+    network. If there are none, it prints a help and calls ``exit``, which is a NameError in a
+    Jupyter kernel. Its errors may hold a credential: none is chained.
     """
     page = f"https://www.kaggle.com/datasets/{name} while signed in and accept what it asks for"
     hint = f"open {page}, or make a new token at https://www.kaggle.com/settings/api"

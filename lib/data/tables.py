@@ -23,11 +23,11 @@ IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|dcm|dicom)$", re.IGNORECASE)
 def find_metadata(
     folder: Path, files: Sequence[str], image_column: str | None = None, given: Any = None
 ) -> Path | None:
-    """The table with the labels: that which is `given`, in the folder or elsewhere; else one of
-    NIH's names; else the only CSV that names images.
+    """The table with the labels: the `given` one, in the folder or elsewhere; else one of NIH's
+    names; else the only CSV of `files`, relative paths (``/``) in `folder`, that names images.
 
-    `files` are relative paths (``/``) in `folder`. ValueError if the given one is not there, or if
-    several tables could be it; if none of those in the folder can be it, a warning says why.
+    ValueError if the given one is not there, or if several tables could be it; if none of those in
+    the folder can be it, a warning says why.
     """
     if given:
         table = Path(given).expanduser()
@@ -193,13 +193,12 @@ def match(
 
     Returns the numbers of the rows by image_id, and how many images were found in which way.
     """
+    zeros = re.compile(r"(^|/)0+(?=[^/]+$)|\.0+$")
     forms = {
         "by name": str,
         "without extension": lambda path: IMAGE_SUFFIX.sub("", path),
         "in any case": lambda path: IMAGE_SUFFIX.sub("", path).casefold(),
-        "without leading zeros": lambda path: re.sub(
-            r"(^|/)0+(?=[^/]+$)|\.0+$", r"\1", IMAGE_SUFFIX.sub("", path).casefold()
-        ),
+        "without leading zeros": lambda p: zeros.sub(r"\1", IMAGE_SUFFIX.sub("", p).casefold()),
     }
     numbers = defaultdict(list)
     for number, path in enumerate(paths):
@@ -227,7 +226,7 @@ def match(
 def _ends(path: str) -> list[str]:
     """``c``, ``b/c`` and ``a/b/c`` of ``a/b/c``."""
     parts = path.strip("/").split("/")
-    return ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+    return ["/".join(parts[place:]) for place in reversed(range(len(parts)))]
 
 
 def join(
@@ -236,9 +235,8 @@ def join(
     """One row per image: what the table says, then the file's own header, then NIH's way of naming.
 
     `records`, by image_id, are of `decode`, `table` is of `read_table` and `found` of `match`. The
-    labels of several rows of an image are joined, and "No Finding" is dropped if another row has a
-    finding; of other columns the first value is taken. An image of an unknown patient is its own
-    patient: patient_id is its image_id.
+    labels of several rows of an image are joined, without "No Finding" if there is a finding; of
+    other columns the first value is taken. patient_id of an unknown patient is the image_id.
     """
     columns = list(nih.COLUMNS[1:-1] if table is None else table.columns[1:])
     rows = [] if table is None else table[columns].to_dict("records")

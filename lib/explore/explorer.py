@@ -1,9 +1,6 @@
 """A page on which to look around in finished runs: maps, clusters, galleries, epochs and turned
-images, in one file without a server.
-
-`gather` computes what the page shows, `html` makes the page, `save` writes it. The script of Bokeh,
-which draws, is in the file; ``explorer.html`` holds what the browser does. All X-rays shown are in
-the page as one picture: it is as private as they are."""
+images, in one file without a server. ``explorer.html`` holds what the browser does. All X-rays
+shown are in the page as one picture: it is as private as they are."""
 
 import base64
 import html as html_module
@@ -60,21 +57,11 @@ def gather(
 ) -> dict[str, Any]:
     """Compute what the page shows: plain values, and ``pixels``, uint8 (M, 64, 64).
 
-    Parameters
-    ----------
-    images : uint8, shape (N, 64, 64)
-    metadata : DataFrame, N rows
-        image_id, findings, and patient_id, view_position, age and sex if known.
-    runs : mapping of arm to Run
-        Finished runs of these images, at least one.
-    n_images, seed : int
-        Images shown, at most: a random choice. Clusters are followed and tested for findings on all
-        images. `seed` is that of the choice and of t-SNE.
-
-    Raises
-    ------
-    ValueError
-        No run, a run of another number of images, or `n_images` out of range.
+    `images` are uint8 (N, 64, 64); `metadata` has image_id, findings, and patient_id,
+    view_position, age and sex if known; `runs` map arms to finished runs of these images. At most
+    `n_images` are shown, a random choice by `seed`, which is also that of t-SNE; clusters are
+    followed and tested for findings on all images. ValueError without a run, for a run of another
+    number of images, or `n_images` out of range.
     """
     if not runs:
         raise ValueError("there is no run to explore: runs is empty")
@@ -107,12 +94,7 @@ def gather(
 
 
 def _arm(
-    arm: str,
-    run: Run,
-    pixels: np.ndarray,
-    rows: np.ndarray,
-    known: Mapping[str, clusters.Property],
-    seed: int,
+    arm: str, run: Run, pixels: np.ndarray, rows: np.ndarray, known: Mapping, seed: int
 ) -> dict[str, Any]:
     """What the page shows of one run, of the images in `rows`, which have these `pixels`."""
     embedding = embed(run, np.asarray(run.features))
@@ -127,17 +109,12 @@ def _arm(
     perplexity = min(30, (len(rows) - 1) / 3)
     x, y = _flat(embedding[rows], perplexity, seed).T
     stability = clusters.stability(epochs).round(3).astype(object)
-    return {
-        "name": arm,
-        "title": style.arm(arm).title,
-        "seed": run.config.seed,
-        "perplexity": round(perplexity),
-        "x": x.tolist(),
-        "y": y.tolist(),
+    found = {"name": arm, "title": style.arm(arm).title, "seed": run.config.seed}
+    found |= {"perplexity": round(perplexity), "x": x.tolist(), "y": y.tolist(), "turned": turned}
+    return found | {
         "epochs": epochs[:, rows].tolist(),
         "distance": [_distance(embedding, labels)[rows].tolist() for labels in epochs],
         "stability": np.where(pd.isna(stability), None, stability).tolist(),
-        "turned": turned,
         "q": table.pivot(index="cluster", columns="property", values="q").to_dict("index"),
     }
 

@@ -39,9 +39,8 @@ QUANTILE = 0.995  # of the run's own images, in each of two measures: about 1 % 
 
 @dataclass(frozen=True)
 class Novelty:
-    """How far images (M,) lie from those that a run has seen.
+    """How far images (M,) lie from those that a run has seen, as the network sees it.
 
-    The network is the judge: what it has learnt to overlook, or is too small to see, is not far.
     Many far images are a warning; few are no proof that images are of the same kind.
 
     ``distance`` to the image's own centroid in the clustered space, 0 to 2; ``spread``, root mean

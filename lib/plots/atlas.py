@@ -24,15 +24,8 @@ def pages(
     dataset_label: str,
     rows: int = 20,
 ) -> Iterator[Figure]:
-    """The atlas of a run, which `title` names, page by page: `rows` clusters each.
-
-    Parameters
-    ----------
-    clusters : sequence
-        Each with ``number, size, medoid`` and ``nearest`` (rows of `images`), ``mean`` (H, W) and
-        ``enriched``: tuples of property, share in the cluster, share elsewhere, q.
-    n_images : int
-        Images that were clustered: shares are of these.
+    """The atlas of a run, which `title` names, page by page: `rows` of `clusters` each, as of
+    `lib.study.clusters.atlas`. Sizes are shares of the `n_images` that were clustered.
     """
     sizes = [cluster.size for cluster in clusters]
     overall = np.average([cluster.mean for cluster in clusters], axis=0, weights=sizes)

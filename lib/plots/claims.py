@@ -19,12 +19,9 @@ from lib.plots.style import CHANCE, DARK, LIGHT, LINES, NO_FINDING, PALETTE
 
 Arms = Mapping[str, Mapping[str, Any]]
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
-PRICES = {
-    "tells_mirrored": "mirrored\nfilm",
-    "tells_upside_down": "upside-down\nfilm",
-    "tells_quarter_turn": "quarter\nturn",
-    "tells_effusion_side": "effusion left\nor right (AUROC)",
-}
+PRICES = {"tells_mirrored": "mirrored\nfilm", "tells_upside_down": "upside-down\nfilm"}
+PRICES |= {"tells_quarter_turn": "quarter\nturn"}
+PRICES |= {"tells_effusion_side": "effusion left\nor right (AUROC)"}
 LEVEL, LEAST = 0.05, 5  # of a discovery; images of a property
 HEADINGS = {"macro": "macro: mean of\nthe findings", "micro": "micro: all image-\nfinding pairs"}
 
@@ -48,16 +45,9 @@ def _differences(arms: Arms, comparison: Mapping, measure: Mapping, seeds: Seque
 @style.context()
 def forest(result: Mapping[str, Any]) -> Figure:
     """Paired differences of the deciding measures of at most 6 comparisons: a panel per claim, in
-    the measure's unit.
+    the measure's unit. `result` is of `lib.study.claims.overview`.
 
     To the right speaks for the claim. The gray band is the smallest difference that matters.
-
-    Parameters
-    ----------
-    result : mapping
-        ``claims`` (``title``), ``measures`` (``key, title, higher_is_better, smallest``), ``arms``,
-        ``comparisons`` (``treatment, reference``, ``measures`` with ``measure, seeds, mean, low,
-        high``, and a verdict per claim: ``measure, verdict, n``) and ``dataset_label``.
     """
     comparisons, claims = result["comparisons"][:6], result["claims"]
     measures = {measure["key"]: measure for measure in result["measures"]}
@@ -115,7 +105,7 @@ VERDICTS = {  # colour of a cell, from for the claim to against it
 @style.context()
 def verdict_matrix(result: Mapping[str, Any]) -> Figure:
     """Every comparison (rows) and claim (columns): verdict in words and colour, with the difference
-    of the deciding measure. `result` as in `forest`; ``verdicts`` have ``verdict, measure, n``.
+    of the deciding measure. `result` as in `forest`.
     """
     comparisons, claims = result["comparisons"], result["claims"]
     height = 0.7 + 0.34 * max(len(comparisons), 1)
@@ -218,21 +208,13 @@ def roc(
     """ROC curves of the probe of findings, macro- and micro-averaged, at most 6 with those of a
     guess that looks at no image.
 
-    Parameters
-    ----------
-    curves : mapping of arm to mapping
-        ``macro`` and ``micro``: true positive rates. Areas are the measures ``auroc_<average>``;
-        those of the arm ``guess`` are ``auroc_<average>_prevalence`` of the first arm.
-    rates : sequence
-        False positive rates.
-    n_test : int
-        Images tested.
+    `curves` map an arm to ``macro`` and ``micro``: true positive rates at the false positive
+    `rates`. Areas are the measures ``auroc_<average>``; those of the arm ``guess`` are
+    ``auroc_<average>_prevalence`` of the first arm. `n_test` images were tested.
     """
     names = list(curves)[:6]
-    lines = {
-        name: {"color": style.arm(name).colour, "linestyle": line}
-        for name, line in zip(names, LINES, strict=False)
-    }
+    looks = {name: {"color": style.arm(name).colour} for name in names}
+    lines = {n: looks[n] | {"linestyle": line} for n, line in zip(names, LINES, strict=False)}
     figure = style.new_figure(2.1, "What do probes of the findings tell?")
     for axes, average in zip(figure.subplots(1, 2, sharey=True), HEADINGS, strict=True):
         for name, line in lines.items():
@@ -261,13 +243,8 @@ def invariance(
     """Agreement of clusters and distance of features against the angle of a turn (degrees); below,
     what a probe can no longer tell; for at most 5 arms.
 
-    Parameters
-    ----------
-    curves : mapping of arm to mapping
-        ``ami`` (of the clusters before and after) and ``distance``: a value per angle, means over
-        seeds, None if not defined.
-    n_images : int
-        Images turned.
+    `curves` map an arm to ``ami`` (of the clusters before and after) and ``distance``: a value per
+    angle, means over seeds, None if not defined. `n_images` were turned.
     """
     names = list(curves)[:5]
     looks = [style.arm(name) for name in names]

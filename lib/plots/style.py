@@ -86,9 +86,7 @@ def context() -> AbstractContextManager:
 
 
 def save(figure: Figure, path: Path | str, dpi: int = 300) -> list[Path]:
-    """Write ``<path>.png`` and ``<path>.svg``, each atomically; return the two paths. `dpi` is also
-    that of pictures in the SVG.
-    """
+    """Write ``<path>.png`` and ``<path>.svg``, with pictures of `dpi`; return the two paths."""
     path, written = Path(path), []
     # no version, no date: they would change the bytes and say nothing of the figure
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
@@ -101,8 +99,7 @@ def save(figure: Figure, path: Path | str, dpi: int = 300) -> list[Path]:
 def show_in_notebooks(dpi: int = 110, colors: int = 64) -> None:
     """Show figures that end a cell as PNGs of few colours, so that a saved notebook stays small.
 
-    `dpi` is that of a figure 7 in wide; narrower ones get up to 1.4 times as much. Does nothing
-    outside IPython.
+    `dpi` is of a figure 7 in wide; narrower ones get up to 1.4 times as much. Only in IPython.
     """
     try:
         shell = get_ipython()  # a builtin in IPython

@@ -19,13 +19,12 @@ from lib.runs import TrainConfig, is_complete
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm of the study: how it is drawn, and what differs from the preset's settings.
+    """One arm of the study: how it is drawn in all figures, and what differs from the preset.
 
-    `title`, `colour` and `marker` are the same in every figure and table. `backbone` is a key of
-    ``lib.models.BACKBONES``, empty for a baseline. With `rotation` the arm trains on images turned
-    by the preset's ``rotation_degrees``; `untrained` is no epoch. `kind` is arm, variant, control,
-    published (follows the published code and need not match the others) or baseline. `changes` are
-    other fields of ``TrainConfig``.
+    `backbone` is a key of ``lib.models.BACKBONES``, empty for a baseline. With `rotation` the arm
+    trains on images turned by the preset's ``rotation_degrees``; `untrained` is no epoch. `kind` is
+    arm, variant, control, published (follows the published code and need not match the others) or
+    baseline. `changes` are other fields of ``TrainConfig``.
     """
 
     title: str
@@ -174,9 +173,7 @@ def log_path(dataset: str, arm: str, seed: int) -> Path:
 
 
 def state(dataset: str, arm: str, config: TrainConfig) -> str:
-    """How far a run is: ``done``, ``epoch 3 of 10``, ``other settings``, ``failed: <why>`` or
-    ``missing``.
-    """
+    """A run is ``done``, ``epoch 3 of 10``, ``other settings``, ``failed: <why>``, ``missing``."""
     folder = paths.run_dir(dataset, arm, config.seed)
     begun = (folder / "config.json").exists()
     if begun:
@@ -208,9 +205,7 @@ def status(
 def missing_runs(
     dataset: str, preset: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[int]
 ) -> list[tuple[str, int]]:
-    """Arm and seed of each run that is not done, one seed of all arms after the other: a study that
-    is stopped can be compared as far as it got.
-    """
+    """Arm and seed of each run that is not done, seed by seed: a stopped study can be compared."""
     table = status(dataset, preset, arms, seeds)
     return [(arm, seed) for seed in table for arm in table.index if table.at[arm, seed] != "done"]
 
@@ -243,9 +238,8 @@ def config_of(folder: Path) -> TrainConfig:
 
 
 def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
-    """The finished runs of a dataset that can be compared (arm -> seed -> folder, in the order of
-    `ARMS`), and one line per run that is left out, with the reason. Runs of which only the numbers
-    were kept (`kept_dir`) are among them.
+    """The finished or kept runs of a dataset that can be compared (arm -> seed -> folder, in the
+    order of `ARMS`), and one line per run that is left out, with the reason.
 
     Runs are compared with the first finished one of P4M or AlexNet, or of any arm if these have
     none. They must agree in `MATCHED`, and in the number of epochs unless they are untrained; all

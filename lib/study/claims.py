@@ -1,9 +1,6 @@
 """The paper's five key findings as claims: what is measured for each, how arms are compared, and
-the rule that gives a verdict.
-
-``docs/plan.md`` fixed it before the study was run: the measures (`MEASURES`), which of them decides
-(``primary``), the smallest difference that would matter (``smallest``), the comparisons
-(`COMPARISONS`) and the rule (`rule`). Numbers in, numbers out; `lib.study.report` writes the text.
+the rule that gives a verdict. ``docs/plan.md`` fixed all of it before the study was run. Numbers
+in, numbers out; `lib.study.report` writes the text.
 """
 
 import math
@@ -154,7 +151,7 @@ Answers = Mapping[str, np.ndarray]  # of the probes of a run, see lib.study.meas
 
 
 def _seeds(results: Results, arm: str) -> Mapping[str, Any]:
-    return results["arms"][arm]["seeds"] if arm in results["arms"] else {}
+    return results["arms"].get(arm, {"seeds": {}})["seeds"]
 
 
 def values_of(results: Results, arm: str, key: str) -> dict[str, float]:
@@ -179,9 +176,7 @@ def collapsed(results: Results, arm: str) -> list[str]:
 
 
 def mean_curves(results: Results, name: str, part: str) -> dict[str, list[float]]:
-    """A curve in the details of runs, such as ``kept`` of ``angles``: its mean over seeds, by arm;
-    NaN where no seed has a value.
-    """
+    """Mean over seeds by arm of a curve in the details of runs, such as ``kept`` of ``angles``."""
     found = {}
     for arm, entry in results["arms"].items():
         tables = [run["details"].get(name) for run in entry["seeds"].values()]
@@ -219,9 +214,7 @@ def overview(results: Results) -> dict[str, Any]:
 
 
 def verdict(n: int, mean: float, low: float, high: float, p_holm: float, smallest: float) -> str:
-    """The verdict on a claim from its primary measure, oriented so that a positive difference
-    speaks for the claim. See `rule`.
-    """
+    """The verdict by `rule` on a difference that speaks for the claim if it is positive."""
     if n < LEAST_SEEDS or math.isnan(p_holm):
         return "cannot tell"
     if -smallest < low and high < smallest:
@@ -258,11 +251,9 @@ def _resampled(measure: Measure, answers: Answers, weights: np.ndarray) -> np.nd
 def patient_se(
     treatment: Sequence[Answers], reference: Sequence[Answers], measure: Measure, n_boot: int = 300
 ) -> float:
-    """Standard error that the choice of test patients gives to a mean difference of probes, from
-    the answers of each seed: patients are drawn with replacement, the same for all runs.
-
-    0 if there is one patient only, or answers are missing; ValueError if two runs were tested on
-    different images.
+    """Standard error that the choice of test patients, drawn with replacement, gives to a mean
+    difference of probes, from the answers of each seed. 0 if there is one patient only, or answers
+    are missing; ValueError if two runs were tested on different images.
     """
     everyone = [*treatment, *reference]
     if not measure.scores or not all(measure.scores in answers for answers in everyone):
@@ -340,14 +331,11 @@ def compare(
     difference speaks for the claim about `treatment`. `purpose` says what the comparison is for;
     `answers` (arm -> seed -> answers) are for the bootstrap over patients.
 
-    Returns
-    -------
-    dict
-        ``treatment, reference, purpose, seeds``; ``collapsed``: seeds in which one of the two did;
-        ``measures``: per measure ``measure, claim, primary, seeds`` and, if there are seeds, what
-        `paired` returns, ``treatment, reference`` (means), ``patient_se``, ``p_holm``;
-        ``verdicts``: per claim ``claim, measure, n, verdict``, ``whole`` (mean and interval without
-        the collapsed seeds, if there are any) and ``needed`` (seeds that would tell).
+    Returns ``treatment, reference, purpose, seeds``; ``collapsed``: seeds in which one of the two
+    did; ``measures``: per measure ``measure, claim, primary, seeds`` and, if there are seeds, what
+    `paired` returns, ``treatment, reference`` (means), ``patient_se``, ``p_holm``; ``verdicts``:
+    per claim ``claim, measure, n, verdict``, ``whole`` (mean and interval without the collapsed
+    seeds, if there are any) and ``needed`` (seeds that would tell).
     """
     arms, known = (treatment, reference), answers or {}
     entries = {k: _difference(results, m, arms, known, n_boot) for k, m in MEASURE.items()}
@@ -357,10 +345,8 @@ def compare(
     for measure, how in zip(decisive, found, strict=True):
         entry = entries[measure.key]
         about = {"claim": measure.claim, "measure": measure.key, "n": len(entry["seeds"])}
-        about |= {
-            "verdict": how,
-            "needed": seeds_to_tell(entry.get("sd", math.inf), measure.smallest),
-        }
+        needed = seeds_to_tell(entry.get("sd", math.inf), measure.smallest)
+        about |= {"verdict": how, "needed": needed}
         if fallen:
             whole = _difference(results, measure, arms, known, n_boot, fallen)
             about["whole"] = {name: whole.get(name) for name in ("n", "mean", "low", "high")}

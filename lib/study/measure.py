@@ -271,7 +271,7 @@ def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndar
 
 
 def curves(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """By trained arm, ``seed``, ``epoch``, ``nmi_prev``, ``ami_prev``, ``loss``, ... of its runs."""
+    """``seed, epoch, nmi_prev, ami_prev, loss``, ... of the runs of each trained arm."""
     found = {}
     for arm, entry in results["arms"].items():
         tables = {seed: run["details"].get("curves") for seed, run in entry["seeds"].items()}

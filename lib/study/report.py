@@ -306,13 +306,15 @@ def summary(
 SECTION = re.compile(r"<!-- figures of (\S+) -->\n.*?<!-- /figures of \1 -->\n", re.DOTALL)
 
 
-def save_summary(path: Path | str, text: str) -> None:
-    """Write ``summary.md``, and below it the captions that other notebooks have added."""
+def save_summary(path: Path | str, text: str, **added: str) -> None:
+    """Write ``summary.md``, and below it the captions that notebooks have added (by notebook)."""
     path = Path(path)
     earlier = path.read_text(encoding="utf-8") if path.exists() else ""
-    sections = [section.group() for section in SECTION.finditer(earlier)]
+    sections = {found[1]: found[0] for found in SECTION.finditer(earlier)} | added
     with atomic_write(path, "w") as handle:
-        handle.write("\n".join([text.rstrip("\n") + "\n", *sections]))
+        handle.write(
+            "\n".join([text.rstrip("\n") + "\n", *dict(sorted(sections.items())).values()])
+        )
 
 
 def save_captions(
@@ -324,19 +326,14 @@ def save_captions(
     command: str,
     attribution: str,
 ) -> None:
-    """Put the captions of a notebook's figures (file name -> caption) into ``summary.md``, in a
-    section that replaces an earlier one of `notebook`, such as ``"06_claims"``. A file that is not
-    there begins with a title and `attribution`.
+    """Put the captions of a notebook's figures (file name -> caption) into ``summary.md``, in place
+    of earlier ones of `notebook`. A file that is not there begins with a title and `attribution`.
     """
-    path, text = Path(path), f"# Figures: {label}\n\n{attribution}\n"
+    path, text = Path(path), f"# Figures: {label}\n\n{attribution}"
     if path.exists():
-        text = path.read_text(encoding="utf-8")
+        text = SECTION.sub("", path.read_text(encoding="utf-8"))
     blocks = [f"## Figures of {notebook}"]
     blocks += [f"Seeds {', '.join(map(str, seeds))}. Made by `{command}`."]
     blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in figures.items()]
     begin, end = (f"<!-- {slash}figures of {notebook} -->\n" for slash in ("", "/"))
-    sections = {found[1]: found[0] for found in SECTION.finditer(text)}
-    sections[notebook] = begin + "\n\n".join(blocks) + "\n" + end
-    ordered = [sections[name] for name in sorted(sections)]
-    with atomic_write(path, "w") as handle:
-        handle.write("\n".join([SECTION.sub("", text).rstrip("\n") + "\n", *ordered]))
+    save_summary(path, text, **{notebook: begin + "\n\n".join(blocks) + "\n" + end})
