@@ -105,17 +105,11 @@ def save(
         np.lib.format.write_array_header_1_0(handle, header)
         handle.writelines(image.tobytes() for image in images)
     labels = Counter(name for text in metadata["findings"] for name in text.split("|") if name)
-    common = {
-        "images": len(metadata),
-        "size": 64,
-        "patients": count_patients(metadata),
-        "findings": dict(labels.most_common()),
-        "versions": {"lib": __version__, "numpy": np.__version__, "pillow": PIL.__version__},
-        "files": {
-            name: {"bytes": (work_dir / name).stat().st_size, "sha256": sha256(work_dir / name)}
-            for name in ("images.npy", "metadata.csv")
-        },
-    }
+    common = {"images": len(metadata), "size": 64, "patients": count_patients(metadata)}
+    common["findings"] = dict(labels.most_common())
+    common["versions"] = {"lib": __version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    files = (work_dir / name for name in ("images.npy", "metadata.csv"))
+    common["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
     paths.save_json(work_dir / "manifest.json", common | manifest)
     # The manifest vouches for the other two: an older one goes first, the new one comes last.
     out_dir = work_dir.parent

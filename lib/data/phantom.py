@@ -511,18 +511,12 @@ def make_phantoms(
         ``"upright"``: as a radiographer would hang them, tilted by a few degrees at most.
         ``"any"``: the same, each mirrored with probability 1/2, then turned by a uniform angle.
 
-    Returns
-    -------
-    images : ndarray of uint8, shape (n, 64, 64)
-        White is dense. The patient's right is on the image's left, as hung.
-    metadata : DataFrame, n rows
-        image_id, patient_id (int), findings (NIH's names joined by ``|``, or No Finding),
-        view_position (PA, AP), age (years), sex (M, F), side of the patient on which the one-sided
-        findings lie (R, L, both, or empty if there is none), exposure (gain of the film curve,
-        about 0.6 to 1.6; more is brighter), angle (degrees counter-clockwise on the screen; 0.0 if
-        upright) and mirrored (before turning).
-
-    Raises ValueError if `n` is below 1, `seed` negative, or `orientation` another word.
+    Returns images, uint8 (n, 64, 64): white is dense, the patient's right is on the image's left,
+    as hung. And a DataFrame of n rows: image_id, patient_id (int), findings (NIH's names joined by
+    ``|``, or No Finding), view_position (PA, AP), age (years), sex (M, F), side of the patient on
+    which the one-sided findings lie (R, L, both, or empty if there is none), exposure (gain of the
+    film curve, about 0.6 to 1.6; more is brighter), angle (degrees counter-clockwise on the screen;
+    0.0 if upright) and mirrored (before turning). ValueError for another `n`, `seed` or word.
     """
     if n < 1 or n != int(n) or seed < 0 or orientation not in ORIENTATIONS:
         valid = f"need a whole n >= 1, seed >= 0, and orientation in {ORIENTATIONS}"

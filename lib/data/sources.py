@@ -20,10 +20,8 @@ from lib.data import chestmnist, decode, digits, http, nih, phantom, sha256, tab
 from lib.data.http import DownloadError
 
 WORDS = ("phantom", "digits", "digits-turned", "chestmnist", "kaggle", "kaggle-sample")
-KAGGLE = {  # name on Kaggle, and images in it
-    "kaggle": ("nih-chest-xrays/data", 112_120),
-    "kaggle-sample": ("nih-chest-xrays/sample", 5_606),
-}
+KAGGLE = {"kaggle": ("nih-chest-xrays/data", 112_120)}  # name on Kaggle, and images in it
+KAGGLE["kaggle-sample"] = ("nih-chest-xrays/sample", 5_606)
 NO_CREDENTIALS = (
     "Kaggle needs credentials, and there are none that it takes: (1) sign in at "
     "https://www.kaggle.com, an account is free; (2) make a token at "
@@ -31,13 +29,11 @@ NO_CREDENTIALS = (
     "KAGGLE_API_TOKEN or the file ~/.kaggle/access_token, and give the same command again. "
     "Without an account: --data chestmnist (the same X-rays at 64x64) or --data phantom"
 )
-ATTRIBUTIONS = {
-    "phantom": phantom.ATTRIBUTION,
-    "digits": digits.ATTRIBUTION,
-    "chestmnist": chestmnist.ATTRIBUTION,
-    "nih": nih.ATTRIBUTION,
-    "folder": "Images of the user's own folder, under their own terms. Not for clinical use.",
-}
+ATTRIBUTIONS = {"phantom": phantom.ATTRIBUTION, "digits": digits.ATTRIBUTION}
+ATTRIBUTIONS |= {"chestmnist": chestmnist.ATTRIBUTION, "nih": nih.ATTRIBUTION}
+ATTRIBUTIONS["folder"] = (
+    "Images of the user's own folder, under their own terms. Not for clinical use."
+)
 _HEADERS = {  # Kaggle's, for what is drawn here
     "image_id": "Image Index", "findings": "Finding Labels", "patient_id": "Patient ID",
     "age": "Patient Age", "sex": "Patient Gender", "view_position": "View Position",

@@ -79,18 +79,14 @@ def gather(
     has = finding_matrix(shown["findings"], tuple(names))
     texts = shown.reindex(columns=[*TEXTS], fill_value="").fillna("").astype(str)
     ages = shown["age"] if "age" in shown else [np.nan] * len(rows)
-    return texts.rename(columns=TEXTS).to_dict("list") | {
-        "label": dataset_label,
-        "attribution": attribution,
-        "total": len(images),
-        "ages": [int(age) if np.isfinite(age) else None for age in ages],
-        "labelled": (shown["findings"] != "").tolist(),
-        "findings": [np.flatnonzero(row).tolist() for row in has],
-        "finding_names": list(names.values()),
-        "turns": TURNS,
-        "arms": [_arm(arm, run, images[rows], rows, known, seed) for arm, run in runs.items()],
-        "pixels": images[rows],
-    }
+    found = {"label": dataset_label, "attribution": attribution, "total": len(images)}
+    found |= {"turns": TURNS, "finding_names": list(names.values()), "pixels": images[rows]}
+    found |= texts.rename(columns=TEXTS).to_dict("list")
+    found["ages"] = [int(age) if np.isfinite(age) else None for age in ages]
+    found["labelled"] = (shown["findings"] != "").tolist()
+    found["findings"] = [np.flatnonzero(row).tolist() for row in has]
+    arms = [_arm(arm, run, images[rows], rows, known, seed) for arm, run in runs.items()]
+    return found | {"arms": arms}
 
 
 def _arm(

@@ -77,10 +77,8 @@ def bilinear_algorithm(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     (function, filter_), singles = fourier_matrices(order), order // 2
     left, right, out = map(np.array, STRASSEN if order == 8 else GAUSS)
-    return tuple(
-        np.concatenate([matrix[:singles], products @ matrix[singles:]])
-        for products, matrix in ((left, function), (right, filter_), (out, function))
-    )
+    pairs = ((left, function), (right, filter_), (out, function))
+    return tuple(np.concatenate([m[:singles], products @ m[singles:]]) for products, m in pairs)
 
 
 @functools.cache
@@ -119,8 +117,7 @@ def out_size(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[in
 
 
 class TorchLayer:
-    """A layer by PyTorch's operations, a chunk of images at a time: the transforms, the products of
-    channel matrices, and the transposes of both."""
+    """A layer by PyTorch's operations, a chunk of images at a time, and its transpose."""
 
     def __init__(self, x: Tensor, weight: Tensor, order: int, stride: int, padding: int) -> None:
         self.order, self.stride, self.padding, self.singles = order, stride, padding, order // 2
@@ -143,13 +140,17 @@ class TorchLayer:
     def windows(self, x: Tensor) -> Iterator[list[Tensor]]:
         """For each tap P[t](., u), views (C, n, H', W') of the padded maps, by u."""
         maps = (x.unsqueeze(2) if x.ndim == 4 else x).transpose(0, 1)
-        ends = [self.stride * (size - 1) + 1 for size in self.size]
+        step, ends = self.stride, [self.stride * (size - 1) + 1 for size in self.size]
         for orbit in self.offsets.tolist():
             yield [
-                maps[:, :, u % maps.shape[2], row : row + ends[0], column : column + ends[1]][
-                    ..., :: self.stride, :: self.stride
+                maps[
+                    :,
+                    :,
+                    u % maps.shape[2],
+                    row : row + ends[0] : step,
+                    left : left + ends[1] : step,
                 ]
-                for u, (row, column) in enumerate(orbit)
+                for u, (row, left) in enumerate(orbit)
             ]
 
     def patches(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 
 from lib.plots import style
 from lib.plots.style import CHANCE, DARK, LIGHT, LINES, NO_FINDING, PALETTE
+from lib.study.arms import Arm
 
 Arms = Mapping[str, Mapping[str, Any]]
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
@@ -26,7 +27,7 @@ LEVEL, LEAST = 0.05, 5  # of a discovery; images of a property
 HEADINGS = {"macro": "macro: mean of\nthe findings", "micro": "micro: all image-\nfinding pairs"}
 
 
-def _dots(axes: Axes, look: style.Look, values: Sequence, mean: tuple, flat: bool) -> None:
+def _dots(axes: Axes, look: Arm, values: Sequence, mean: tuple, flat: bool) -> None:
     """Seeds as small dots, and their mean as a marker at `mean` (x, y)."""
     x, y = (values, [mean[1]] * len(values)) if flat else ([mean[0]] * len(values), values)
     axes.plot(x, y, "o", color=look.colour, markersize=2, alpha=0.6)
@@ -142,8 +143,8 @@ FOLLOWED |= {"brightness": "brightness", "patient": "patient"}
 
 @style.context()
 def follows(arms: Arms, names: Sequence[str], dataset_label: str) -> Figure:
-    """What do clusters follow: AMI of the final clusters with what is known of the images, for at
-    most 6 arms. The measures are ``follows_<property>``.
+    """AMI of the final clusters with what is known of the images (``follows_<property>``), for at
+    most 6 arms.
     """
     names = [name for name in names if name in arms][:6]
     keys = [k for k in FOLLOWED if any(f"follows_{k}" in arms[n]["measures"] for n in names)]

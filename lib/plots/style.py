@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from lib.paths import atomic_write
-from lib.study.arms import ARMS
+from lib.study.arms import ARMS, Arm
 
 COLUMN_INCHES = {1: 3.3, 2: 7.0}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -50,29 +50,9 @@ _RC |= {"lines.markersize": 3, "text.hinting": "none", "figure.dpi": 110}
 _RC |= {"svg.fonttype": "path", "svg.hashsalt": "equivariant-cxr-clustering"}
 
 
-class Look(NamedTuple):
-    """How an arm of the study is named and drawn in every figure."""
-
-    title: str
-    colour: str
-    marker: str
-
-    @property
-    def line(self) -> dict[str, str]:
-        """The look of its lines."""
-        return {"color": self.colour, "marker": self.marker}
-
-    @property
-    def heading(self) -> str:
-        """The title on two lines, for a narrow panel."""
-        return self.title.replace(", ", "\n", 1)
-
-
-def arm(name: str) -> Look:
-    """Title, colour and marker of an arm; one that the study does not know is gray."""
-    if name in ARMS:
-        return Look(ARMS[name].title, ARMS[name].colour, ARMS[name].marker)
-    return Look(name.replace("_", " ").replace("-", ", ", 1), GRAY, "X")
+def arm(name: str) -> Arm:
+    """How an arm is named and drawn in every figure; one that the study does not know is gray."""
+    return ARMS.get(name) or Arm(name.replace("_", " ").replace("-", ", ", 1), GRAY, "X")
 
 
 def arm_order(given: Iterable[str]) -> list[str]:

@@ -37,6 +37,16 @@ class Arm:
     kind: str = "arm"
     changes: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def line(self) -> dict[str, str]:
+        """The look of its lines, for matplotlib."""
+        return {"color": self.colour, "marker": self.marker}
+
+    @property
+    def heading(self) -> str:
+        """The title on two lines, for a narrow panel."""
+        return self.title.replace(", ", "\n", 1)
+
 
 # Okabe and Ito's colours (2008), a hue per backbone; what is derived is lighter or darker
 # fmt: off
@@ -132,15 +142,12 @@ def train_config(
         raise _unknown(arm)
     chosen = ARMS[arm]
     width = "alexnet_width" if chosen.backbone == "alexnet" else "p4m_width"
-    settings = {name: preset[name] for name in PRESET} | {
-        "epochs": 0 if chosen.untrained else preset["epochs"],
-        "backbone": chosen.backbone,
-        "width": tuple(preset[width]),
-        "rotation_degrees": float(preset["rotation_degrees"]) if chosen.rotation else 0.0,
-        "pseudo_labels": chosen.pseudo_labels,
-        "seed": seed,
-        "device": device or preset.get("device", "auto"),
-    }
+    settings = {name: preset[name] for name in PRESET}
+    settings |= {"backbone": chosen.backbone, "width": tuple(preset[width]), "seed": seed}
+    settings |= {"epochs": 0} if chosen.untrained else {}
+    settings["rotation_degrees"] = float(preset["rotation_degrees"]) if chosen.rotation else 0.0
+    settings["pseudo_labels"] = chosen.pseudo_labels
+    settings["device"] = device or preset.get("device", "auto")
     return TrainConfig(**(settings | dict(chosen.changes)))
 
 
@@ -157,11 +164,8 @@ def cost(backbone: str, n_clusters: int, width: Sequence[int] | None = None) -> 
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model.features(torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE))
-    return {
-        "parameters": sum(p.numel() for p in model.body_parameters()),
-        "feature_dim": model.feature_dim,
-        "flops": int(counter.get_total_flops()),
-    }
+    found = {"parameters": sum(p.numel() for p in model.body_parameters())}
+    return found | {"feature_dim": model.feature_dim, "flops": int(counter.get_total_flops())}
 
 
 # --- what is there --------------------------------------------------------------------------------

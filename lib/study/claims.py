@@ -4,7 +4,7 @@ in, numbers out; `lib.study.report` writes the text.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -145,6 +145,7 @@ COMPARISONS: tuple[tuple[str, str, str], ...] = (
 
 Results = Mapping[str, Any]  # contents of results.json, see lib.study.measure.gather
 Answers = Mapping[str, np.ndarray]  # of the probes of a run, see lib.study.measure.answers
+ByArm = Mapping[str, Mapping[str, Answers]]  # by arm and seed
 
 
 # --- reading the results --------------------------------------------------------------------------
@@ -240,14 +241,6 @@ def rule() -> str:
     )
 
 
-def _resampled(measure: Measure, answers: Answers, weights: np.ndarray) -> np.ndarray:
-    """The measure (B,) under bootstrap weights (B, images)."""
-    if measure.scores != "findings":
-        return weights @ answers[measure.scores] / weights.sum(axis=1)
-    found = multilabel_scores(answers["findings"], answers["truth"], weights, micro=False)
-    return found[measure.key]
-
-
 def patient_se(
     treatment: Sequence[Answers], reference: Sequence[Answers], measure: Measure, n_boot: int = 300
 ) -> float:
@@ -263,7 +256,12 @@ def patient_se(
         raise ValueError("the two arms were tested on different images")
     samples = []
     for weights in bootstrap_weights(everyone[0][f"{part}_patients"], n_boot, seed=0):
-        values = [_resampled(measure, answers, weights) for answers in everyone]
+        if measure.scores == "findings":
+            pairs = ((answers["findings"], answers["truth"]) for answers in everyone)
+            found = (multilabel_scores(*pair, weights, micro=False) for pair in pairs)
+            values = [numbers[measure.key] for numbers in found]
+        else:
+            values = [weights @ a[measure.scores] / weights.sum(axis=1) for a in everyone]
         ours, theirs = values[: len(treatment)], values[len(treatment) :]
         samples.append(np.mean(ours, axis=0) - np.mean(theirs, axis=0))
     sample = np.concatenate([np.empty(0), *samples])
@@ -272,12 +270,7 @@ def patient_se(
 
 
 def _difference(
-    results: Results,
-    measure: Measure,
-    arms: Sequence[str],
-    answers: Mapping[str, Mapping[str, Answers]],
-    n_boot: int,
-    without: Collection[str] = (),
+    results: Results, measure: Measure, arms: Sequence[str], answers: ByArm, n_boot: int, without=()
 ) -> dict[str, Any]:
     """Two arms on one measure, over the seeds that both have, but for those `without`."""
     ours, theirs = (values_of(results, arm, measure.key) for arm in arms)
@@ -311,25 +304,17 @@ def _decide(entries: Sequence[dict[str, Any]]) -> list[str]:
 def _holds(how: str, whole: Mapping[str, Any], smallest: float) -> bool:
     """Whether the interval without collapsed seeds does not speak against a verdict."""
     low, high = whole.get("low", math.nan), whole.get("high", math.nan)
-    return {
-        "supported": low > 0,
-        "reversed": high < 0,
-        "no difference that matters": -smallest < low and high < smallest,
-        "not supported": high < smallest,
-    }.get(how, True)
+    against = {"supported": low > 0, "reversed": high < 0, "not supported": high < smallest}
+    against["no difference that matters"] = -smallest < low and high < smallest
+    return against.get(how, True)
 
 
 def compare(
-    results: Results,
-    treatment: str,
-    reference: str,
-    purpose: str = "",
-    answers: Mapping[str, Mapping[str, Answers]] | None = None,
-    n_boot: int = 300,
+    results: Results, *arms: str, purpose: str = "", answers: ByArm | None = None, n_boot: int = 300
 ) -> dict[str, Any]:
-    """Two arms on every measure of every claim, over the seeds that both have; a positive
-    difference speaks for the claim about `treatment`. `purpose` says what the comparison is for;
-    `answers` (arm -> seed -> answers) are for the bootstrap over patients.
+    """Two `arms`, treatment and reference, on every measure of every claim, over the seeds that
+    both have; a positive difference speaks for the claim about the first. `purpose` says what the
+    comparison is for; `answers` are for the bootstrap over patients.
 
     Returns ``treatment, reference, purpose, seeds``; ``collapsed``: seeds in which one of the two
     did; ``measures``: per measure ``measure, claim, primary, seeds`` and, if there are seeds, what
@@ -337,8 +322,7 @@ def compare(
     per claim ``claim, measure, n, verdict``, ``whole`` (mean and interval without the collapsed
     seeds, if there are any) and ``needed`` (seeds that would tell).
     """
-    arms, known = (treatment, reference), answers or {}
-    entries = {k: _difference(results, m, arms, known, n_boot) for k, m in MEASURE.items()}
+    entries = {k: _difference(results, m, arms, answers or {}, n_boot) for k, m in MEASURE.items()}
     decisive = [next(m for m in MEASURES if m.primary and m.claim == c.key) for c in CLAIMS]
     found, verdicts = _decide([entries[m.key] for m in decisive]), []
     fallen = sorted({seed for arm in arms for seed in collapsed(results, arm)}, key=int)
@@ -348,22 +332,20 @@ def compare(
         needed = seeds_to_tell(entry.get("sd", math.inf), measure.smallest)
         about |= {"verdict": how, "needed": needed}
         if fallen:
-            whole = _difference(results, measure, arms, known, n_boot, fallen)
+            whole = _difference(results, measure, arms, answers or {}, n_boot, fallen)
             about["whole"] = {name: whole.get(name) for name in ("n", "mean", "low", "high")}
             about["verdict"] = how if _holds(how, whole, measure.smallest) else "cannot tell"
         verdicts.append(about)
     ours, theirs = (results["arms"][arm]["seeds"] for arm in arms)
-    about = {"treatment": treatment, "reference": reference, "purpose": purpose}
+    about = dict(zip(("treatment", "reference"), arms, strict=True)) | {"purpose": purpose}
     about |= {"seeds": [seed for seed in ours if seed in theirs], "collapsed": fallen}
     return about | {"verdicts": verdicts, "measures": list(entries.values())}
 
 
 def compare_all(
-    results: Results, answers: Mapping[str, Mapping[str, Answers]] | None = None, n_boot: int = 300
+    results: Results, answers: ByArm | None = None, n_boot: int = 300
 ) -> list[dict[str, Any]]:
     """`compare` for each of `COMPARISONS` whose arms are both there."""
-    return [
-        compare(results, *pair, purpose, answers, n_boot)
-        for *pair, purpose in COMPARISONS
-        if all(arm in results["arms"] for arm in pair)
-    ]
+    there = [c for c in COMPARISONS if {*c[:2]} <= results["arms"].keys()]
+    options = {"answers": answers, "n_boot": n_boot}
+    return [compare(results, *pair, purpose=purpose, **options) for *pair, purpose in there]

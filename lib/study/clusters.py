@@ -167,10 +167,10 @@ def atlas(
     properties: Mapping[str, Property],
     n_nearest: int = 7,
 ) -> list[Cluster]:
-    """Describe the clusters of a run that have images, the largest first.
+    """Describe the clusters of a run that have images, the largest first, with `n_nearest` images.
 
     `images` are uint8 (N, H, W); `embedding` (N, d) was clustered into `assignments` (N,);
-    `properties` are `attributes`. At most `n_nearest` images are nearest to the centroid.
+    `properties` are `attributes`.
     """
     check_consistent_length(images, embedding, assignments)
     table = enrichment(assignments, properties)

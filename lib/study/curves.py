@@ -68,8 +68,6 @@ def convergence_epoch(curve: ArrayLike, tolerance: float = 0.02) -> float:
 
 
 def raw_spread(curve: ArrayLike) -> float:
-    """Standard deviation (n - 1) of the second half (rounded up) of a curve (T,): a slow trend
-    counts as unsteady. NaN if the half is a single value.
-    """
+    """Standard deviation (n - 1) of the second half (rounded up) of a curve (T,), or NaN."""
     half = _checked(curve)[len(curve) // 2 :]
     return float(half.std(ddof=1)) if len(half) > 1 else math.nan

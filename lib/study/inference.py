@@ -77,8 +77,6 @@ def detectable(n: int, power: float = 0.8) -> float:
 
 
 def seeds_to_tell(sd: float, smallest: float) -> float:
-    """How many seeds find a difference of `smallest` with a power of 80 %, if the differences have
-    the standard deviation `sd`; infinity above 200.
-    """
+    """Seeds that find a difference of `smallest` with a power of 80 %; infinity above 200."""
     enough = (n for n in range(LEAST_SEEDS, 201) if detectable(n) * sd <= smallest)
     return float(next(enough, math.inf))

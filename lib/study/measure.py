@@ -136,8 +136,8 @@ def _store(folder: Path, of: Mapping[str, Any], found: Found) -> dict[str, Any]:
 
 
 def turned_phantoms(dataset: str, pictures: np.ndarray) -> np.ndarray | None:
-    """The phantoms of `pictures`, each mirrored or not and turned by a random angle *before* it is
-    drawn: no pixel is interpolated. None if `pictures` are not upright phantoms, drawn again.
+    """The phantoms of `pictures`, each turned, and mirrored or not, *before* it is drawn: no pixel
+    is interpolated. None if they are not upright phantoms that can be drawn again.
     """
     source = paths.load_json(paths.dataset_dir(dataset) / "manifest.json")["source"]
     if source.get("kind") != "phantom" or "seed" not in source or "orientation" in source:
@@ -208,16 +208,10 @@ def _dataset(dataset: str, material: Material) -> dict[str, Any]:
     manifest = paths.load_json(paths.dataset_dir(dataset) / "manifest.json")
     source, n = manifest["source"], len(material.images)
     turned = ", in any orientation" * (source.get("orientation") == "any")
-    return {
-        "name": dataset,
-        "label": dataset_label(source["kind"], n) + turned,
-        "kind": source["kind"],
-        "n": n,
-        "patients": data.count_patients(material.metadata),
-        "n_test": len(material.rows(stated=False)[1]),
-        "labels": list(material.labels),
-        "attribution": manifest["attribution"],
-    }
+    about = {"name": dataset, "label": dataset_label(source["kind"], n) + turned}
+    about |= {"kind": source["kind"], "n": n, "patients": data.count_patients(material.metadata)}
+    about |= {"n_test": len(material.rows(stated=False)[1]), "labels": list(material.labels)}
+    return about | {"attribution": manifest["attribution"]}
 
 
 def _about(arm: str, config: TrainConfig) -> dict[str, Any]:
@@ -247,9 +241,7 @@ def save(path: Path | str, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(dataset: str) -> dict[str, Any]:
-    """Results as 04_evaluate wrote them, or those published in ``figures/<dataset>``, or a
-    FileNotFoundError.
-    """
+    """Results of 04_evaluate, or those published in ``figures/<dataset>``; or FileNotFoundError."""
     places = [folder(dataset) / "results.json" for folder in (paths.runs_dir, paths.figures_dir)]
     found = next(filter(Path.exists, places), None)
     if found is None:

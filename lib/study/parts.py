@@ -132,8 +132,8 @@ def halves(subject: Subject, material: Material) -> Found:
     """AMI of the labels that two clusterings, each of a third of the patients, give to the images
     of the last third by their nearest centroids: a stability that can be wrong.
     """
-    number = np.unique(material.patients, return_inverse=True)[1]
-    third = np.random.default_rng([subject.seed, 4]).integers(3, size=number.max() + 1)[number]
+    rng, patients = np.random.default_rng([subject.seed, 4]), material.patients
+    third = rng.integers(3, size=patients.max() + 1)[patients]
     asked, labels, config = subject.features[third == 2], [], subject.config
     if min((third == 0).sum(), (third == 1).sum()) < config.n_clusters or not len(asked):
         return {"ami_halves": "fewer images than clusters"}

@@ -1,7 +1,7 @@
 """What is measured: a run, or a baseline without a network, on images and what is known of them."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pandas as pd
@@ -75,8 +75,8 @@ class Material:
 
     def own_rows(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows with labels for training and for testing, patients split 80 to 20 with `seed`."""
-        number = np.unique(self.patients, return_inverse=True)[1]
-        tested = (np.random.default_rng([seed, 2]).random(number.max() + 1) < 0.2)[number]
+        patients = np.random.default_rng([seed, 2]).random(self.patients.max() + 1)
+        tested = (patients < 0.2)[self.patients]
         stated = self.codes >= 0
         return np.flatnonzero(~tested & stated), np.flatnonzero(tested & stated)
 
@@ -88,28 +88,19 @@ class Material:
 
 class Network:
     """A finished run: ``features`` (N, D) for probes, the clustered ``embedding`` (N, d),
-    ``assignments`` (N,). `Pixels` and `Random` are measured in the same way.
+    ``assignments`` (N,). `describe` gives unit vectors (N, C) to retrieve by. `Pixels` and `Random`
+    are measured in the same way.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.seed = run, run.config, run.config.seed
-        self.n_clusters, self.device = self.config.n_clusters, resolve_device(run.config.device)
-        self.model = load_model(run, self.device)
+        self.n_clusters, device = self.config.n_clusters, resolve_device(run.config.device)
+        model = load_model(run, device)
+        self.extract = partial(extract, model, device=device)
+        self.describe = partial(retrieval.describe, model, device=device)
+        self.embed, self.assign = partial(embed, run), partial(assign, run)
         self.features = np.asarray(run.features)
         self.embedding, self.assignments = self.embed(self.features), run.final_assignments
-
-    def extract(self, pictures: np.ndarray) -> np.ndarray:
-        return extract(self.model, pictures, device=self.device)
-
-    def embed(self, features: np.ndarray) -> np.ndarray:
-        return embed(self.run, features)
-
-    def assign(self, features: np.ndarray) -> np.ndarray:
-        return assign(self.run, features)
-
-    def describe(self, pictures: np.ndarray) -> np.ndarray:
-        """Unit vectors to retrieve by, (N, C)."""
-        return retrieval.describe(self.model, pictures, self.device)
 
 
 class Pixels:
