@@ -76,16 +76,6 @@ def test_any_labels_do_and_no_view_sex_age_or_patient_need_be_known():
     assert {"AP view", "PA view", "LL view"} <= set(attributes(images, lateral))
 
 
-def test_patients_together():
-    patients = np.arange(300) // 3
-    assert clusters.patient_together(patients % 10, patients)["share"] == 1
-    shuffled = np.random.default_rng(0).permutation(300) % 10
-    by_chance = clusters.patient_together(shuffled, patients)
-    assert by_chance["expected"] == pytest.approx(10 * 30 * 29 / (300 * 299))
-    assert by_chance["share"] == pytest.approx(by_chance["expected"], abs=0.05)
-    assert np.isnan(clusters.patient_together(np.zeros(5, int), np.arange(5))["share"])
-
-
 def test_drivers_tell_what_clusters_follow():
     images, table = cohort()
     view = np.unique(table["view_position"], return_inverse=True)[1]

@@ -70,7 +70,6 @@ def test_planted_labels_are_read_and_noise_is_not():
     known, guessed = found
     assert min(known["probe_combinations"], known["auroc_macro"]) > 0.98
     assert known["auroc_macro_n_classes"] == 2
-    assert known["nmi_findings"] == pytest.approx(1)
     assert known["follows_findings"] == pytest.approx(1)
     assert guessed["probe_combinations"] < guessed["probe_combinations_majority"] + 0.1
     assert abs(guessed["auroc_macro"] - 0.5) < 0.15

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import confusion_matrix, pair_confusion_matrix, pairwise_distances_chunked
+from sklearn.metrics import confusion_matrix, pairwise_distances_chunked
 from sklearn.utils import check_consistent_length
 
 from lib.data import finding_matrix, label_set
@@ -70,8 +70,8 @@ def attributes(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, Property
 def enrichment(assignments: np.ndarray, properties: Mapping[str, Property]) -> pd.DataFrame:
     """Each of `attributes` in each cluster against all others: Fisher's exact test (1922).
 
-    Images of one patient are not independent, so p is too small if patients have many images: read
-    `patient_together` beside it. A small p in a large cluster may be a small effect: read the odds.
+    Images of one patient are not independent, so p is too small if patients have many images. A
+    small p in a large cluster may be a small effect: read the odds.
 
     One row per property and cluster: ``property, kind, cluster``; ``n``, images of the cluster of
     which the property is known; ``share`` of them that have it, ``elsewhere`` in all other
@@ -108,17 +108,6 @@ def reading(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str]) -> li
         differ = f"clusters differ in {' and in '.join(parts)}."
         found.append(f"{titles.get(arm, arm)}: {rate}, {differ}")
     return found
-
-
-def patient_together(assignments: np.ndarray, patients: np.ndarray) -> dict[str, float]:
-    """Share of the pairs of images of one patient that are in one cluster, and ``expected``, the
-    mean if clusters are shuffled among all images: the share of all pairs. NaN without a pair.
-    """
-    (_, others), (apart, together) = pair_confusion_matrix(patients, assignments).astype(float)
-    pairs, n = together + apart, len(patients)
-    if not pairs:
-        return {"share": np.nan, "expected": np.nan}
-    return {"share": together / pairs, "expected": (together + others) / (n * (n - 1))}
 
 
 def drivers(

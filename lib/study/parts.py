@@ -213,16 +213,8 @@ def effusion_side(subject: Subject, material: Material) -> Found:
 
 def meaning(subject: Subject, material: Material) -> Found:
     """Agreement of clusters with labels and with what should not matter."""
-    labels, stated = subject.assignments, material.codes >= 0
-    together = clusters.patient_together(labels, material.patients)
-    found = {"patient_together": together["share"], "patient_together_chance": together["expected"]}
-    for name, value in clusters.drivers(labels, material.images, material.metadata).items():
-        found[f"follows_{name}"] = FEW if math.isnan(value) else value
-    if not stated.any():
-        return found | {"nmi_findings": "no labels"}
-    pair = labels[stated], material.codes[stated]
-    chance = metrics.chance_nmi(*pair, seed=subject.seed)
-    return found | {"nmi_findings": metrics.nmi(*pair), "nmi_findings_chance": chance}
+    values = clusters.drivers(subject.assignments, material.images, material.metadata)
+    return {f"follows_{key}": FEW if math.isnan(v) else v for key, v in values.items()}
 
 
 def found_again(subject: Subject, material: Material) -> Found:
