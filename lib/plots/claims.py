@@ -94,13 +94,9 @@ def forest(result: Mapping[str, Any]) -> Figure:
     return style.finish(figure, result["dataset_label"], *notes)
 
 
-VERDICTS = {  # colour of a cell, from for the claim to against it
-    "supported": "#9AD5BF",
-    "no difference that matters": "#D6E4F0",
-    "cannot tell": "#F2F2F2",
-    "not supported": "#F6D9C4",
-    "reversed": "#EFA27F",
-}
+# colour of a cell, from for the claim to against it
+VERDICTS = {"supported": "#9AD5BF", "no difference that matters": "#D6E4F0"}
+VERDICTS |= {"cannot tell": "#F2F2F2", "not supported": "#F6D9C4", "reversed": "#EFA27F"}
 
 
 @style.context()

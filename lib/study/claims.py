@@ -202,13 +202,9 @@ def overview(results: Results) -> dict[str, Any]:
                 measures[key] = numbers | {"by_seed": by_seed}
         about = {"title": entry["title"], "kind": entry["kind"], "seeds": list(entry["seeds"])}
         arms[arm] = {**about, "collapsed": collapsed(results, arm), "measures": measures}
-    return {
-        "dataset_label": results["dataset"]["label"],
-        "claims": [asdict(claim) for claim in CLAIMS],
-        "measures": [asdict(measure) for measure in MEASURES],
-        "comparisons": results.get("comparisons", []),
-        "arms": arms,
-    }
+    found = {"dataset_label": results["dataset"]["label"], "arms": arms}
+    found |= {"claims": list(map(asdict, CLAIMS)), "measures": list(map(asdict, MEASURES))}
+    return found | {"comparisons": results.get("comparisons", [])}
 
 
 # --- statistics -----------------------------------------------------------------------------------

@@ -187,14 +187,9 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
     reference = configs[first, next(iter(runs[first]))]
     codes = {paths.load_json(tasks[k][1] / "config.json").get("code") for k in range(len(configs))}
     absent = [f"{a}: no finished run ({ARMS[a].title})" for a in GROUPS["all"] if a not in runs]
-    return {
-        "format": FORMAT,
-        "dataset": _dataset(dataset, material),
-        "settings": {n: getattr(reference, n) for n in PRESET} | {"effort": asdict(effort)},
-        "code": sorted(map(str, codes)),
-        "arms": arms,
-        "missing": missing + absent,
-    }
+    settings = {n: getattr(reference, n) for n in PRESET} | {"effort": asdict(effort)}
+    about = {"format": FORMAT, "dataset": _dataset(dataset, material), "settings": settings}
+    return about | {"code": sorted(map(str, codes)), "arms": arms, "missing": missing + absent}
 
 
 def _with_other_seeds(seeds: Mapping[int, Path], folder: Path) -> float | str:

@@ -94,10 +94,8 @@ def label_probe(subject: Subject, material: Material) -> Found:
     guess = np.where(np.isnan(log_odds), np.nan, scores.prevalence_guess(targets, train, test))
     ours, blind = (scores.multilabel_scores(some, asked) for some in (probabilities, guess))
     draws = metrics.bootstrap_weights(material.patients[test], material.effort.n_boot, seed)
-    low, high = metrics.percentile_interval(
-        scores.multilabel_scores(log_odds, asked, weights, micro=False)["auroc_macro"]
-        for weights in draws
-    )
+    again = (scores.multilabel_scores(log_odds, asked, draw, micro=False) for draw in draws)
+    low, high = metrics.percentile_interval(numbers["auroc_macro"] for numbers in again)
     found |= {"auroc_macro_low": low, "auroc_macro_high": high}
     found["auroc_macro_n_classes"] = int((~np.isnan(log_odds).any(axis=0)).sum())
     for name in ("auroc_macro", "auroc_micro", "ap_macro"):
@@ -300,10 +298,6 @@ def agreement_by_chance(subject: Random, material: Material) -> Found:
 
 BLIND = (cluster_probe, structure, invariance, meaning)  # of clusters alone
 PARTS = (*BLIND, halves, combination_probe, label_probe, laterality, effusion_side, found_again)
-OF_BASELINE = {
-    "pixels": PARTS,
-    "random": (*BLIND, agreement_by_chance),
-    "metadata": (combination_probe, label_probe),
-    "gaussian": (structure, halves),
-}
+OF_BASELINE = {"pixels": PARTS, "random": (*BLIND, agreement_by_chance)}
+OF_BASELINE |= {"metadata": (combination_probe, label_probe), "gaussian": (structure, halves)}
 OF_PIXELS = ("map_trust", "map_findings", "distance_")  # what random clusters have no part in

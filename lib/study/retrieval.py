@@ -103,9 +103,6 @@ def precision_at_k(
     several = queries[size[queries] > 1]
     matches = nearest(descriptors, several, k)
     same = np.where(matches >= 0, patients[matches] == patients[several][:, None], np.nan)
-    return {
-        "precision": mean_known(precision, axis=0),
-        "chance": mean_known(chance, axis=0),
-        "same_patient": float(mean_known(same)),
-        "same_patient_chance": float(mean_known((size[several] - 1) / (n - 1))),
-    }
+    found = {"precision": mean_known(precision, axis=0), "chance": mean_known(chance, axis=0)}
+    of_all = mean_known((size[several] - 1) / (n - 1))
+    return found | {"same_patient": float(mean_known(same)), "same_patient_chance": float(of_all)}
