@@ -217,16 +217,12 @@ def cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.n
     blocks = []
     for chunk in range(n // _CHUNK):
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, chunk)))
-        block = {
-            "portable": rng.standard_normal(_CHUNK),
-            "liability": rng.standard_normal((_CHUNK, len(FINDINGS))),
-            "anatomy": rng.standard_normal((_CHUNK, len(_NAMES))),
-            "severity": rng.random((_CHUNK, len(FINDINGS))),
-            "device": rng.random((_CHUNK, 8)),
-            "pick": rng.random(_CHUNK),
-            "turn": rng.random(_CHUNK),
-            "mirror": rng.random(_CHUNK) < 0.5,
-        }
+        block = {"portable": rng.standard_normal(_CHUNK)}
+        block["liability"] = rng.standard_normal((_CHUNK, len(FINDINGS)))
+        block["anatomy"] = rng.standard_normal((_CHUNK, len(_NAMES)))
+        block["severity"] = rng.random((_CHUNK, len(FINDINGS)))
+        block |= {"device": rng.random((_CHUNK, 8)), "pick": rng.random(_CHUNK)}
+        block |= {"turn": rng.random(_CHUNK), "mirror": rng.random(_CHUNK) < 0.5}
         blocks.append(block)
     images = {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
     mine = {k: v[who] for k, v in patients.items()}

@@ -168,9 +168,6 @@ def cost(backbone: str, n_clusters: int, width: Sequence[int] | None = None) -> 
     return found | {"feature_dim": model.feature_dim, "flops": int(counter.get_total_flops())}
 
 
-# --- what is there --------------------------------------------------------------------------------
-
-
 def log_path(dataset: str, arm: str, seed: int) -> Path:
     """Where the process that trains a run writes its output."""
     return paths.runs_dir(dataset) / "logs" / f"{arm}-seed{seed}.log"

@@ -148,9 +148,6 @@ Answers = Mapping[str, np.ndarray]  # of the probes of a run, see lib.study.meas
 ByArm = Mapping[str, Mapping[str, Answers]]  # by arm and seed
 
 
-# --- reading the results --------------------------------------------------------------------------
-
-
 def _seeds(results: Results, arm: str) -> Mapping[str, Any]:
     return results["arms"].get(arm, {"seeds": {}})["seeds"]
 
@@ -205,9 +202,6 @@ def overview(results: Results) -> dict[str, Any]:
     found = {"dataset_label": results["dataset"]["label"], "arms": arms}
     found |= {"claims": list(map(asdict, CLAIMS)), "measures": list(map(asdict, MEASURES))}
     return found | {"comparisons": results.get("comparisons", [])}
-
-
-# --- statistics -----------------------------------------------------------------------------------
 
 
 def verdict(n: int, mean: float, low: float, high: float, p_holm: float, smallest: float) -> str:

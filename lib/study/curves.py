@@ -56,11 +56,8 @@ def spread(curve: ArrayLike) -> float:
     return float(np.sqrt(np.mean((rest[1:-1] - (rest[:-2] + rest[2:]) / 2) ** 2) * 2 / 3))
 
 
-# --- measures of version 0.1 ----------------------------------------------------------------------
-
-
 def convergence_epoch(curve: ArrayLike, tolerance: float = 0.02) -> float:
-    """Epoch, from 1, after which a curve (T,) stays within `tolerance` of its plateau, or NaN."""
+    """Version 0.1: epoch from which a curve (T,) is within `tolerance` of its plateau, or NaN."""
     curve = _checked(curve)
     outside = np.flatnonzero(np.abs(curve - plateau(curve)) > tolerance)
     first = outside[-1] + 2 if len(outside) else 1
@@ -68,6 +65,6 @@ def convergence_epoch(curve: ArrayLike, tolerance: float = 0.02) -> float:
 
 
 def raw_spread(curve: ArrayLike) -> float:
-    """Standard deviation (n - 1) of the second half (rounded up) of a curve (T,), or NaN."""
+    """Version 0.1: standard deviation (n - 1) of the second half of a curve (T,), or NaN."""
     half = _checked(curve)[len(curve) // 2 :]
     return float(half.std(ddof=1)) if len(half) > 1 else math.nan

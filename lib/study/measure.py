@@ -40,9 +40,6 @@ BASELINE_SEEDS = 3  # they differ little
 PROCESS_BYTES = 900e6  # per process that measures: 0.6 GB measured, and room
 
 
-# --- one run --------------------------------------------------------------------------------------
-
-
 def of_run(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict[str, Any]:
     """Measure a finished run, or a baseline with the PCA size, K and seed of `config`; or read what
     was measured before: in `folder`, that of the run, ``measures.json`` keeps the numbers and
@@ -132,9 +129,6 @@ def _store(folder: Path, of: Mapping[str, Any], found: Found) -> dict[str, Any]:
     return paths.load_json(folder / NAME)
 
 
-# --- all runs -------------------------------------------------------------------------------------
-
-
 def turned_phantoms(dataset: str, pictures: np.ndarray) -> np.ndarray | None:
     """The phantoms of `pictures`, each turned, and mirrored or not, *before* it is drawn: no pixel
     is interpolated. None if they are not upright phantoms that can be drawn again.
@@ -219,9 +213,6 @@ def _about(arm: str, config: TrainConfig) -> dict[str, Any]:
     about["pseudo_labels"] = config.pseudo_labels if config.epochs else "nothing"
     about |= {"backbone": config.backbone, "width": config.width}
     return about | cost(config.backbone, config.n_clusters, config.width)
-
-
-# --- the file of results --------------------------------------------------------------------------
 
 
 def save(path: Path | str, results: Mapping[str, Any]) -> dict[str, Any]:

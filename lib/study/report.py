@@ -78,9 +78,6 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 # fmt: on
 
 
-# --- numbers and tables ---------------------------------------------------------------------------
-
-
 def number(value: float | None, digits: int = 3) -> str:
     """A number with `digits` decimals; a dash for None, NaN and infinity."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
@@ -169,8 +166,6 @@ def occupancy_table(results: Results, arms: Sequence[str] | None = None) -> str:
     header = ["arm", "largest cluster, share of the images", f"clusters in use, of {k}"]
     return note(table([*header, f"perplexity, at most {k}", "collapsed"], rows))
 
-
-# --- table 1 --------------------------------------------------------------------------------------
 
 TARGETS = {  # what a probe predicts: measure, name
     "clusters": ("probe_clusters", "cluster assignments"),
@@ -271,9 +266,6 @@ def glance(results: Results) -> str:
     return note(table(header, rows, figures=True))
 
 
-# --- pages ----------------------------------------------------------------------------------------
-
-
 def head(results: Results, command: str) -> str:
     about, settings = results["dataset"], results["settings"]
     patients = f"{about['patients']:,} patients" if about["patients"] else "patients unknown"
@@ -300,8 +292,6 @@ def summary(
     blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in captions.items()]
     return "\n\n".join(blocks) + "\n"
 
-
-# --- captions of figures, in one summary.md -------------------------------------------------------
 
 SECTION = re.compile(r"<!-- figures of (\S+) -->\n.*?<!-- /figures of \1 -->\n", re.DOTALL)
 
