@@ -17,12 +17,7 @@ NOTES = (
 
 
 def pages(
-    images: np.ndarray,
-    clusters: Sequence[Any],
-    n_images: int,
-    title: str,
-    dataset_label: str,
-    rows: int = 20,
+    images: np.ndarray, clusters: list, n_images: int, title: str, dataset_label: str, rows=20
 ) -> Iterator[Figure]:
     """The atlas of a run, which `title` names, page by page: `rows` of `clusters` each, as of
     `lib.study.clusters.atlas`. Sizes are shares of the `n_images` that were clustered.

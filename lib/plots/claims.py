@@ -35,14 +35,6 @@ def _dots(axes: Axes, look: Arm, values: Sequence, mean: tuple, flat: bool) -> N
     axes.plot(*mean, **look.line, **edge)
 
 
-def _differences(arms: Arms, comparison: Mapping, measure: Mapping, seeds: Sequence) -> list[float]:
-    """Treatment minus reference of each seed, positive if it speaks for the claim."""
-    both = (arms[comparison[side]]["measures"] for side in ("treatment", "reference"))
-    a, b = (measures.get(measure["key"], {}).get("by_seed", {}) for measures in both)
-    sign = 1 if measure["higher_is_better"] else -1
-    return [sign * (a[seed] - b[seed]) for seed in map(str, seeds)]
-
-
 @style.context()
 def forest(result: Mapping[str, Any]) -> Figure:
     """Paired differences of the deciding measures of at most 6 comparisons: a panel per claim, in
@@ -72,7 +64,10 @@ def forest(result: Mapping[str, Any]) -> Figure:
         for row, comparison in enumerate(comparisons):
             look = style.arm(comparison["reference"])
             entry = next(e for e in comparison["measures"] if e["measure"] == measure["key"])
-            if each := _differences(result["arms"], comparison, measure, entry["seeds"]):
+            both = (result["arms"][comparison[s]]["measures"] for s in ("treatment", "reference"))
+            a, b = (of.get(measure["key"], {}).get("by_seed", {}) for of in both)
+            sign = 1 if measure["higher_is_better"] else -1  # positive speaks for the claim
+            if each := [sign * (a[seed] - b[seed]) for seed in map(str, entry["seeds"])]:
                 if entry["low"] is not None and math.isfinite(entry["low"]):
                     axes.plot([entry["low"], entry["high"]], [row, row], color=look.colour)
                 _dots(axes, look, each, (entry["mean"], row), flat=True)

@@ -149,7 +149,7 @@ ByArm = Mapping[str, Mapping[str, Answers]]  # by arm and seed
 
 
 def _seeds(results: Results, arm: str) -> Mapping[str, Any]:
-    return results["arms"].get(arm, {"seeds": {}})["seeds"]
+    return results["arms"][arm]["seeds"] if arm in results["arms"] else {}
 
 
 def values_of(results: Results, arm: str, key: str) -> dict[str, float]:
@@ -294,9 +294,9 @@ def _decide(entries: Sequence[dict[str, Any]]) -> list[str]:
 def _holds(how: str, whole: Mapping[str, Any], smallest: float) -> bool:
     """Whether the interval without collapsed seeds does not speak against a verdict."""
     low, high = whole.get("low", math.nan), whole.get("high", math.nan)
-    against = {"supported": low > 0, "reversed": high < 0, "not supported": high < smallest}
-    against["no difference that matters"] = -smallest < low and high < smallest
-    return against.get(how, True)
+    holds = {"supported": low > 0, "reversed": high < 0, "not supported": high < smallest}
+    holds["no difference that matters"] = -smallest < low and high < smallest
+    return holds.get(how, True)
 
 
 def compare(
