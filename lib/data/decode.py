@@ -314,7 +314,7 @@ def _header(dataset: Any) -> dict[str, str]:
     """What a header may say of its image, without names, dates and numbers.
 
     patient_id begins the number's SHA-256, without salt, so that two runs agree; who can guess the
-    numbers can undo it.
+    numbers can undo it: the table stays as private as the files.
     """
     number = str(dataset.get("PatientID") or "").strip().encode("utf-8", "surrogatepass")
     found = {"patient_id": f"sha256-{hashlib.sha256(number).hexdigest()[:16]}" if number else ""}

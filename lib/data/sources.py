@@ -44,7 +44,7 @@ _DONE = ".done.json"  # in a folder that was filled to the end
 
 
 def parse(source: str | os.PathLike) -> tuple[str, Path | None]:
-    """Split a source into a word of `WORDS`, ``nih``, ``chestmnist`` or ``folder``, and a path."""
+    """Split a source into a word (of `WORDS`, ``nih``, ``chestmnist``, ``folder``) and a path."""
     text = os.fspath(source)
     if text in WORDS:
         return text, None

@@ -143,14 +143,8 @@ class TorchLayer:
         step, ends = self.stride, [self.stride * (size - 1) + 1 for size in self.size]
         for orbit in self.offsets.tolist():
             yield [
-                maps[
-                    :,
-                    :,
-                    u % maps.shape[2],
-                    row : row + ends[0] : step,
-                    left : left + ends[1] : step,
-                ]
-                for u, (row, left) in enumerate(orbit)
+                maps[:, :, u % maps.shape[2], i : i + ends[0] : step, j : j + ends[1] : step]
+                for u, (i, j) in enumerate(orbit)
             ]
 
     def patches(self, x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def context() -> AbstractContextManager:
 
 
 def save(figure: Figure, path: Path | str, dpi: int = 300) -> list[Path]:
-    """Write ``<path>.png`` and ``<path>.svg``, with pictures of `dpi`; return the two paths."""
+    """Write ``<path>.png`` and ``<path>.svg``, pictures in it at `dpi`, too; return both paths."""
     path, written = Path(path), []
     # no version, no date: they would change the bytes and say nothing of the figure
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

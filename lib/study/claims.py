@@ -1,6 +1,6 @@
 """The paper's five key findings as claims: what is measured for each, how arms are compared, and
-the rule that gives a verdict. ``docs/plan.md`` fixed all of it before the study was run. Numbers
-in, numbers out; `lib.study.report` writes the text.
+the rule that gives a verdict. ``docs/plan.md`` fixed all of it before the study was run, the
+smallest differences that would matter included. `lib.study.report` writes the text.
 """
 
 import math

@@ -77,6 +77,6 @@ def detectable(n: int, power: float = 0.8) -> float:
 
 
 def seeds_to_tell(sd: float, smallest: float) -> float:
-    """Seeds that find a difference of `smallest` with a power of 80 %; infinity above 200."""
+    """Seeds that find `smallest` at standard deviation `sd` and 80 % power; infinity above 200."""
     enough = (n for n in range(LEAST_SEEDS, 201) if detectable(n) * sd <= smallest)
     return float(next(enough, math.inf))

@@ -249,14 +249,13 @@ def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndar
 
 
 def curves(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """``seed, epoch, nmi_prev, ami_prev, loss``, ... of the runs of each trained arm."""
+    """Table of each trained arm, seeds below each other: ``seed, epoch, nmi_prev, loss``, ..."""
     found = {}
     for arm, entry in results["arms"].items():
         tables = {seed: run["details"].get("curves") for seed, run in entry["seeds"].items()}
-        frames = [
-            pd.DataFrame(t).assign(seed=int(s)) for s, t in tables.items() if t and t["epoch"]
-        ]
-        if frames:
+        there = {seed: pd.DataFrame(t) for seed, t in tables.items() if t and t["epoch"]}
+        if there:
+            frames = [table.assign(seed=int(seed)) for seed, table in there.items()]
             found[arm] = pd.concat(frames, ignore_index=True)
     return found
 

@@ -106,7 +106,7 @@ def label_probe(subject: Subject, material: Material) -> Found:
 
 
 def structure(subject: Subject, material: Material) -> Found:
-    """Are the images spread over the clusters, and are these apart, in t-SNE maps of them too?"""
+    """Are images spread over the clusters, and are these apart: where they were made, in t-SNE?"""
     effort, index = material.effort, material.sample(material.effort.n_map)
     points, labels = subject.embedding[index], subject.assignments[index]
     several, maps = len(np.unique(labels)) > 1, []

@@ -301,10 +301,9 @@ def save_summary(path: Path | str, text: str, **added: str) -> None:
     path = Path(path)
     earlier = path.read_text(encoding="utf-8") if path.exists() else ""
     sections = {found[1]: found[0] for found in SECTION.finditer(earlier)} | added
+    ordered = [sections[name] for name in sorted(sections)]
     with atomic_write(path, "w") as handle:
-        handle.write(
-            "\n".join([text.rstrip("\n") + "\n", *dict(sorted(sections.items())).values()])
-        )
+        handle.write("\n".join([text.rstrip("\n") + "\n", *ordered]))
 
 
 def save_captions(
