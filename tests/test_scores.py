@@ -70,13 +70,6 @@ def test_findings_auroc_without_any_usable_finding_is_nan():
         scores.findings_auroc(np.eye(10), np.zeros((10, 3)), *halves(10))
 
 
-def test_trustworthiness_of_a_true_and_a_shuffled_map():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(400, 2))
-    assert scores.trustworthiness(x, 3 * x) == 1.0
-    assert scores.trustworthiness(x, rng.permutation(x)) == pytest.approx(0.5, abs=0.05)
-
-
 def test_scores_are_those_of_the_areas():
     rng = np.random.default_rng(0)
     x, targets = rng.normal(size=(200, 6)), rng.random((200, 3)) < 0.3
@@ -95,7 +88,7 @@ def test_micro_average_flatters_a_guess_that_sees_no_image_and_macro_does_not():
     prevalence = np.array([0.5, 0.2, 0.02, 0.01])
     targets = rng.random((2000, 4)) < prevalence
     train, test = np.arange(1000), np.arange(1000, 2000)
-    guess = scores.prevalence_guess(targets, train, test)
+    guess = np.tile(targets[train].mean(axis=0), (len(test), 1))
     found = scores.multilabel_scores(guess, targets[test])
     pairs = targets[test].ravel(), guess.ravel()
     assert found["auroc_macro"][0] == 0.5

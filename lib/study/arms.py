@@ -250,16 +250,13 @@ def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
     roots, left_out = (paths.runs_dir(dataset), kept_dir(dataset)), []
     stored: dict[tuple[str, int], tuple[Path, dict[str, Any]]] = {}
     for arm in ARMS:
-        folders = [file.parent for root in roots for file in (root / arm).glob("seed*/config.json")]
-        for folder in (f for f in folders if f.name[4:].isdecimal()):
-            run = arm, int(folder.name[4:])
-            if run not in stored and (config := _complete(folder)):
-                stored[run] = folder, config
-        there = {int(f.name[4:]) for f in folders if f.name[4:].isdecimal()}
-        left_out += [
-            f"{arm} seed {s}: not finished" for s in sorted(there) if (arm, s) not in stored
-        ]
-    stored = dict(sorted(stored.items(), key=lambda item: ([*ARMS].index(item[0][0]), item[0][1])))
+        files = (file for root in roots for file in (root / arm).glob("seed*/config.json"))
+        found = [(int(f.parent.name[4:]), f.parent) for f in files if f.parent.name[4:].isdecimal()]
+        for seed, folder in sorted(found, key=lambda pair: pair[0]):
+            if (arm, seed) not in stored and (config := _complete(folder)):
+                stored[arm, seed] = folder, config
+        absent = sorted({seed for seed, _ in found if (arm, seed) not in stored})
+        left_out += [f"{arm} seed {seed}: not finished" for seed in absent]
     if not stored:
         where = paths.show(roots[0])
         raise FileNotFoundError(f"{where} holds no finished run: run 02_train_alexnet first")

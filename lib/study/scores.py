@@ -6,7 +6,6 @@ test images have is NaN. Arrays that do not fit raise a ValueError."""
 from typing import Any
 
 import numpy as np
-import sklearn.manifold
 from numpy.typing import ArrayLike
 from scipy.spatial.distance import pdist
 from sklearn.linear_model import LogisticRegression
@@ -105,7 +104,7 @@ def multilabel_scores(
     Macro: the mean over labels of the number within each label, so a rare finding counts as much as
     a frequent one, and to know the frequencies helps nothing. Micro: one number over all pairs of
     image and label, so a guess that only knows how frequent each label is scores high without a
-    look at any image: read it beside `prevalence_guess`.
+    look at any image: read it beside that of such a guess.
 
     `probabilities` (n, F) are comparable between labels; a column with NaN is left out. `targets`
     (n, F) are bool. `weights` (B, n) of the images are for a bootstrap; without them each counts
@@ -133,11 +132,6 @@ def multilabel_scores(
 def mean_known(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     """Mean without NaN; NaN, without a warning, if there is nothing else."""
     return np.ma.filled(np.ma.masked_invalid(values).mean(axis=axis), np.nan)
-
-
-def prevalence_guess(targets: np.ndarray, train: ArrayLike, test: ArrayLike) -> np.ndarray:
-    """What a guess without a look at images gives, (n_test, F): the shares in training."""
-    return np.tile(targets[train].mean(axis=0), (len(targets[test]), 1))
 
 
 def roc_curves(
@@ -178,15 +172,6 @@ def finding_neighbourhood(
     frequent = targets.T[targets.sum(axis=0) >= least]
     lifts = [has[nearest[has]].mean() - (has.sum() - 1) / (len(has) - 1) for has in frequent]
     return float(mean_known(np.array(lifts)))
-
-
-def trustworthiness(embedding: np.ndarray, points: np.ndarray, n_neighbors: int = 10) -> float:
-    """Share of neighbours in a map (N, d) that are neighbours in the space (N, D) it was made from.
-
-    Venna and Kaski 2001; 1: no false neighbours, about 0.5: a random map. It does not punish torn
-    neighbourhoods. Values of different N do not compare. `n_neighbors` must be less than N / 2.
-    """
-    return float(sklearn.manifold.trustworthiness(embedding, points, n_neighbors=n_neighbors))
 
 
 def relative_distance(reference: np.ndarray, moved: np.ndarray) -> np.ndarray:
