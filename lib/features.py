@@ -10,6 +10,7 @@ import numpy as np
 import scipy.linalg
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import validate_data
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -132,13 +133,10 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
         """Find mean, axes and variances of `features`, (N, D) floating; ValueError if there are
         fewer than 2 rows, all are equal, or one is not finite.
         """
-        x = _rows(features)
+        x = self._rows(features, reset=True)
         n, d = x.shape
         if self.n_components < 1 or n < 2:
             raise ValueError(f"PCA needs 2 rows and 1 component; got {n} rows, {self.n_components}")
-        bad = _first_bad_row(x)
-        if bad is not None:
-            raise ValueError(f"features hold NaN or infinite values, first in row {bad}")
         mean = sum(chunk.double().sum(0) for chunk in x.split(4096)) / n
         if n < d:  # the Gram matrix has the same non-zero eigenvalues and is the smaller one
             centred = x.double() - mean
@@ -175,7 +173,7 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
 
     def transform(self, features: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """Whitened components (N, n_components_) of features (N, D): float64 if they are."""
-        x = _rows(features)
+        x = self._rows(features)
         fitted = (self.mean_, self.components_, self.explained_variance_)
         mean, components, variance = (torch.as_tensor(a, device=x.device) for a in fitted)
         axes = components.T / variance.sqrt()  # (D, n_components_)
@@ -184,15 +182,21 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
             z = nn.functional.normalize(z, dim=1)
         return _like(z if x.dtype == torch.float64 else z.float(), features)
 
-
-def _rows(values: np.ndarray | Tensor) -> Tensor:
-    """`values` (N, D) as a tensor that shares their memory."""
-    if not isinstance(values, Tensor):
-        with warnings.catch_warnings(action="ignore"):  # a read-only memory map is not written to
-            values = torch.from_numpy(np.ascontiguousarray(values))
-    if values.ndim != 2:
-        raise ValueError(f"features must have shape (N, D), got {tuple(values.shape)}")
-    return values.detach() if values.is_floating_point() else values.double()
+    def _rows(self, values: np.ndarray | Tensor, reset: bool = False) -> Tensor:
+        """`values` (N, D), finite, as a tensor that shares their memory; arrays pass scikit-learn's
+        checks.
+        """
+        if isinstance(values, Tensor) and values.ndim != 2:
+            raise ValueError(f"features must have shape (N, D), got {tuple(values.shape)}")
+        if not isinstance(values, Tensor):
+            how = {"dtype": [np.float64, np.float32], "order": "C", "ensure_all_finite": False}
+            values = validate_data(self, values, reset=reset, ensure_min_samples=1 + reset, **how)
+            with warnings.catch_warnings(action="ignore"):  # a read-only memory map is only read
+                values = torch.from_numpy(values)
+        bad = _first_bad_row(values)
+        if bad is not None:
+            raise ValueError(f"features hold NaN or infinite values, first in row {bad}")
+        return values.detach() if values.is_floating_point() else values.double()
 
 
 def _like(result: Tensor, values: np.ndarray | Tensor) -> np.ndarray | Tensor:

@@ -11,6 +11,7 @@ import scipy.sparse
 from sklearn.base import ClusterMixin
 from sklearn.cluster import AgglomerativeClustering, BisectingKMeans, KMeans, MiniBatchKMeans
 from sklearn.neighbors import kneighbors_graph
+from sklearn.utils import check_array
 
 N_NEIGHBORS = 15
 CLUSTERERS = ("kmeans", "minibatch", "hierarchical", "graph")
@@ -46,7 +47,7 @@ class GraphClusters(AgglomerativeClustering):
         """Cluster `points` (N, D); ``cluster_centers_`` (K, D) are the means of the clusters."""
         super().fit(points)
         counts = np.bincount(self.labels_)
-        columns = [np.bincount(self.labels_, column) / counts for column in points.T]
+        columns = [np.bincount(self.labels_, c) / counts for c in check_array(points).T]
         self.cluster_centers_ = np.stack(columns, axis=1)
         return self
 

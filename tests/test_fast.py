@@ -1,6 +1,7 @@
 """The fast ways against the dense one: values, gradients, statistics, and when they are taken."""
 
 import copy
+import io
 import itertools
 import logging
 
@@ -300,6 +301,25 @@ def test_compile_and_export(algorithm, training):
     torch.testing.assert_close(exported.module()(x), net(x), **close)
     ours = "cxr" in str(exported.graph)
     assert ours == (algorithm == "fourier")  # else the program needs PyTorch alone
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, about its older exporter
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "TorchScript"])
+def test_onnx(dynamo):
+    pytest.importorskip("onnxscript", reason="onnx and onnxscript are not required")
+    from onnx import load_from_string
+    from onnx.reference import ReferenceEvaluator
+
+    torch.manual_seed(0)
+    net = nn.Sequential(P4MConvZ2(1, 16, 3, padding=1), block(False, P4M, 16, 16, 3)).eval()
+    x, kind = torch.randn(2, 1, 6, 6), {"dynamo": dynamo, "verbose": False}
+    torch.onnx.export(net, (x,), file := io.BytesIO(), **kind)
+    program = ReferenceEvaluator(load_from_string(file.getvalue()))
+    (y,) = program.run(None, {program.input_names[0]: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), net(x), rtol=1e-4, atol=1e-4)
+    net[0].algorithm = "fourier"
+    with pytest.raises((NotImplementedError, torch.onnx.errors.OnnxExporterError), match="dense"):
+        torch.onnx.export(net, (x,), io.BytesIO(), **kind)
 
 
 def derivatives(conv, x):

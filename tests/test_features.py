@@ -207,8 +207,8 @@ def test_small_but_real_components_are_kept():
     [
         (np.full((50, 6), 0.1, dtype=np.float32), "all 50 rows"),
         (np.zeros((5, 60), dtype=np.float32), "all 5 rows"),
-        (np.ones((1, 6), dtype=np.float32), "1 rows"),
-        (np.ones(6, dtype=np.float32), r"\(6,\)"),
+        (np.ones((1, 6), dtype=np.float32), "1 sample"),
+        (np.ones(6, dtype=np.float32), "1D array"),
         (np.where(np.arange(40).reshape(10, 4) == 30, np.nan, 1.0), "row 7"),
         (np.where(np.arange(40).reshape(10, 4) == 12, -np.inf, 1.0), "row 3"),
     ],

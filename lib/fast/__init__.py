@@ -45,19 +45,24 @@ def needs_dense(layer: nn.Module, x: Tensor) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result  # else a tracer takes the answer to be False
+def _to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
 def fast_conv(layer: nn.Module, x: Tensor) -> Tensor | None:
     """The group convolution by the Fourier transform, or None if the dense one is to be taken.
 
     The ``algorithm`` of the `lib.gconv.GroupConv` is "auto" (Fourier if `faster`) or "fourier"
     (always). The result has the wider of the dtypes of `x` and the weight; autocast does not narrow
-    it. NotImplementedError for "fourier" under `torch.func`'s transforms, forward differentiation
-    and TorchScript, and in a backward pass whose gradient is asked for.
+    it. NotImplementedError for "fourier" under `torch.func`'s transforms, forward differentiation,
+    TorchScript and export to ONNX, and in a backward pass whose gradient is asked for.
     """
     if layer.algorithm == "auto":
         if not faster(layer, x):
             return None
-    elif needs_dense(layer, x):
-        raise NotImplementedError(f"torch.func, jvp and jit.trace need {operators.DENSE}")
+    elif _to_onnx() or needs_dense(layer, x):
+        raise NotImplementedError(f"torch.func, jvp, jit.trace and ONNX need {operators.DENSE}")
     dtype = torch.promote_types(x.dtype, layer.weight.dtype)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     geometry = (layer.group.order, layer.stride, layer.padding)
