@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import zipfile
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ sources of X-rays, for --data:
   kaggle-sample    5,606 of them, 2 GB
   nih:PATH         a folder of NIH's own files: images_001.tar.gz and so on, Data_Entry_2017*.csv
   PATH             a folder of your own X-rays
+  FILE             .npz or .parquet of embeddings of X-rays, which are only clustered and measured
 
 other commands, each with --help:
   ./run_all.sh --study [options]      train every arm and control, then compare them
@@ -75,10 +77,12 @@ def source_of(given: str) -> str:
     if given in SOURCES:
         return given
     kind, colon, place = given.partition(":")
-    if not colon or kind not in ("nih", "chestmnist"):
-        kind, place = ("chestmnist" if given.lower().endswith(".npz") else ""), given
+    if not colon or kind not in ("nih", "chestmnist", "embeddings"):
+        kind, place = "", given
     path = os.path.abspath(caller() / Path(place).expanduser())
-    wanted = "file" if kind == "chestmnist" else "folder"
+    if not kind and path.lower().endswith((".npz", ".parquet")):
+        kind = "embeddings" if is_of_embeddings(path) else "chestmnist"
+    wanted = "folder" if kind in ("nih", "") else "file"
     if not place or not (os.path.isfile if wanted == "file" else os.path.isdir)(path):
         reason = f"no {wanted}" if place and os.path.exists(path) else "not there"
         valid = f"{', '.join(SOURCES)}, chestmnist:FILE.npz, nih:PATH, or a folder of X-rays"
@@ -86,9 +90,16 @@ def source_of(given: str) -> str:
     return f"{kind}:{path}" if kind else path
 
 
+def is_of_embeddings(path: str) -> bool:
+    """Whether a file is of embeddings: a Parquet, or an ``.npz`` with an array of this name."""
+    if path.lower().endswith(".parquet"):
+        return True
+    return zipfile.is_zipfile(path) and "embeddings.npy" in zipfile.ZipFile(path).namelist()
+
+
 def path_in(source: str) -> str:
     """The path in a source, empty if it has none."""
-    return "" if source in SOURCES else re.sub("^(nih|chestmnist):", "", source)
+    return "" if source in SOURCES else re.sub("^(nih|chestmnist|embeddings):", "", source)
 
 
 def dataset_name(source: str, preset: str = "quick") -> str:
@@ -98,7 +109,7 @@ def dataset_name(source: str, preset: str = "quick") -> str:
     name = source
     if source not in SOURCES:
         path = Path(path_in(source))
-        name = path.stem if source.startswith("chestmnist:") else path.name
+        name = path.stem if source.startswith(("chestmnist:", "embeddings:")) else path.name
         name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:48] or "images"
         # folders of data/ that mean something else; drawn images are not the user's
         taken = name in {"raw", "runs", "published", "manifests", *SOURCES}
@@ -177,6 +188,8 @@ def parse(argv: Sequence[str]) -> Namespace:
     if getattr(options, "data", None) is None:
         return options
     own = os.path.isabs(options.data)
+    if options.command == "study" and options.data.startswith("embeddings:"):
+        parser.error("nothing is trained on embeddings: leave --study out")
     if options.command == "reuse" and not own:
         parser.error(f"reuse reads a folder of X-rays, not --data {options.data}")
     for name in READING[:3]:
@@ -239,6 +252,8 @@ def get_ready(options: Namespace, parameters: Mapping[str, Any]) -> None:
 def run(options: Namespace) -> None:
     """Run the notebooks, unless all is done, and say where the figures are."""
     notebooks, start = notebooks_of(options), options.start or "00"
+    if options.data.startswith("embeddings:"):
+        return embeddings(options, notebooks.parameters)
     print(f"{options.dataset}, preset {options.preset}; logs: {notebooks.copies}", flush=True)
     if not (options.restart or options.start) and notebooks.are_done():
         print("already done")
@@ -252,6 +267,18 @@ def run(options: Namespace) -> None:
     for table in figures.glob("table1_linear_probe.md"):
         print(f"\n{table.read_text(encoding='utf-8').strip()}")
     print(f"\nFigures and tables: {figures}")
+
+
+def embeddings(options: Namespace, parameters: Mapping[str, Any]) -> None:
+    """Cluster and measure a file of embeddings; no notebook is run."""
+    from lib.study import given
+
+    try:
+        files = given.measure_file(Path(path_in(options.data)), options.dataset, parameters)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    print(files[0].read_text(encoding="utf-8"))
+    print(f"Written: {', '.join(map(str, files))}")
 
 
 def study(options: Namespace) -> None:

@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "python -m lib reuse RUN --export DIR": (
         "PYTHON -m lib reuse phantom-smoke/p4m/seed0 --export exported"
     ),
+    "./run_all.sh --data embeddings.npz": NOT + "tests/test_embeddings.py makes a file and does",
     "./run_all.sh --study --arms published": STUDY + " --status",
     "./run_all.sh --study": STUDY,
     "./run_all.sh --help": "./run_all.sh --help",

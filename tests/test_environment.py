@@ -12,6 +12,7 @@ from importlib.metadata import distributions, packages_distributions
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -86,10 +87,13 @@ def test_lock_meets_every_bound_of_pyproject():
     assert not unmet
 
 
-def test_conda_has_the_packages_and_bounds_of_pyproject_and_its_oldest_python():
-    bounds = {name: str(r.specifier) for name, r in read_conda().items() if name != "pip"}
-    oldest = PROJECT["requires-python"].replace(">=", "==")
-    assert bounds == {"python": oldest} | {name: str(r.specifier) for name, r in DIRECT.items()}
+def test_conda_takes_what_is_promised_up_to_what_is_locked():
+    bounds = {name: r.specifier for name, r in read_conda().items() if name != "pip"}
+    assert str(bounds.pop("python")) == PROJECT["requires-python"].replace(">=", "==")
+    assert set(bounds) == set(DIRECT)
+    for name, version in locked_versions().items():
+        if name in bounds and str(bounds[name]) != f"=={version}":  # by pip
+            assert bounds[name] == DIRECT[name].specifier & SpecifierSet(f"<={version}")
     assert "defaults" not in yaml.safe_load((ROOT / "environment.yml").read_text())["channels"]
 
 

@@ -282,6 +282,7 @@ def test_operator_is_sound_for_pytorch(layer, dtype):
     torch.library.opcheck(operators.conv, (x, conv.weight, None, [conv.group.order, 1, 1]))
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 @pytest.mark.parametrize("algorithm", ["auto", "dense", "fourier"])
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_and_export(algorithm, training):

@@ -46,22 +46,27 @@ def load(dataset_dir: str | os.PathLike, verify: bool = False) -> tuple[np.ndarr
     years, NaN if unknown; further columns (of phantoms) are bool, float64 or text.
     """
     images = load_images(dataset_dir, verify)
+    return images, load_metadata(dataset_dir, len(images), verify)
+
+
+def load_metadata(dataset_dir: str | os.PathLike, n: int, verify: bool = False) -> pd.DataFrame:
+    """What is known of each of `n` images, see `load`."""
     path = _written(dataset_dir, "metadata.csv", verify)
     try:
         metadata = pd.read_csv(path, dtype=str, na_filter=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{paths.show(path)} is no CSV ({error}): run 01_preprocess") from error
     missing = [name for name in nih.COLUMNS if name not in metadata]
-    if missing or len(metadata) != len(images):
+    if missing or len(metadata) != n:
         lacks = f"has no column {', '.join(missing)}" if missing else f"has {len(metadata)} rows"
-        raise ValueError(f"{paths.show(path)} {lacks} ({len(images)} images): run 01_preprocess")
+        raise ValueError(f"{paths.show(path)} {lacks} ({n} images): run 01_preprocess")
     for name in metadata.columns.difference(nih.COLUMNS).union(["age"]):
         numbers = pd.to_numeric(metadata[name], errors="coerce").astype("float64")
         if metadata[name].isin(["True", "False"]).all():
             metadata[name] = metadata[name] == "True"
         elif name == "age" or numbers.notna().all():
             metadata[name] = numbers
-    return images, metadata
+    return metadata
 
 
 def _written(dataset_dir: str | os.PathLike, name: str, verify: bool) -> Path:
@@ -91,31 +96,39 @@ def finished(dataset_dir: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def save(
-    work_dir: Path, manifest: dict[str, Any], metadata: pd.DataFrame, images: Iterable[np.ndarray]
+    work_dir: Path,
+    manifest: dict[str, Any],
+    metadata: pd.DataFrame,
+    images: Iterable[np.ndarray],
+    name: str = "images.npy",
 ) -> dict[str, Any]:
     """Write the three files into the parent of `work_dir`, which is removed; return the manifest,
-    to which `manifest` is added. `images`, uint8 (64, 64), are in the order of `metadata`.
+    to which `manifest` is added. `images`, uint8 (64, 64), are in the order of `metadata`; an array
+    of another `name` is written as it is.
 
     OSError if the disk is full; no file is left half-written.
     """
     with paths.atomic_write(work_dir / "metadata.csv", "w") as handle:
         metadata.to_csv(handle, index=False, lineterminator="\n")
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(metadata), 64, 64)}
-    with paths.atomic_write(work_dir / "images.npy") as handle:
-        np.lib.format.write_array_header_1_0(handle, header)
-        handle.writelines(image.tobytes() for image in images)
-    labels = Counter(name for text in metadata["findings"] for name in text.split("|") if name)
+    if isinstance(images, np.ndarray):
+        paths.save_npy(work_dir / name, images)
+    else:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(metadata), 64, 64)}
+        with paths.atomic_write(work_dir / name) as handle:
+            np.lib.format.write_array_header_1_0(handle, header)
+            handle.writelines(image.tobytes() for image in images)
+    labels = Counter(label for text in metadata["findings"] for label in text.split("|") if label)
     common = {"images": len(metadata), "size": 64, "patients": count_patients(metadata)}
     common["findings"] = dict(labels.most_common())
     common["versions"] = {"lib": __version__, "numpy": np.__version__, "pillow": PIL.__version__}
-    files = (work_dir / name for name in ("images.npy", "metadata.csv"))
+    files = (work_dir / file for file in (name, "metadata.csv"))
     common["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
     paths.save_json(work_dir / "manifest.json", common | manifest)
     # The manifest vouches for the other two: an older one goes first, the new one comes last.
     out_dir = work_dir.parent
     (out_dir / "manifest.json").unlink(missing_ok=True)
-    for name in (*common["files"], "manifest.json"):
-        os.replace(work_dir / name, out_dir / name)
+    for file in (*common["files"], "manifest.json"):
+        os.replace(work_dir / file, out_dir / file)
     for old in out_dir.glob(".partial-*"):
         shutil.rmtree(old, ignore_errors=True)
     return paths.load_json(out_dir / "manifest.json")

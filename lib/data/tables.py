@@ -129,20 +129,31 @@ def read_table(
     ValueError if a column is not there, or the file is no table.
     """
     cells = _read(table, image_column, label_column)
+    return clean(cells, table.name, image_column, label_column, extra_columns)
+
+
+def clean(
+    cells: pd.DataFrame,
+    name: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    extra_columns: bool = False,
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """`read_table` of the cells of a table of this `name`."""
     roles = _roles(cells.columns, image_column, label_column)
-    for role, name, option in (
+    for role, column, option in (
         ("image_id", image_column or "Image Index", "--image-column"),
         ("findings", label_column or "Finding Labels", "--label-column"),
     ):
         if role not in roles:
-            has = ", ".join(repr(printable(column)) for column in cells if column) or "none"
-            raise ValueError(f"{table.name} has no column {name!r}: name one with {option} ({has})")
+            has = ", ".join(repr(printable(title)) for title in cells if title) or "none"
+            raise ValueError(f"{name} has no column {column!r}: name one with {option} ({has})")
     if extra_columns:
         places = enumerate(cells.columns)
         roles |= {c: p for p, c in places if re.fullmatch("[a-z_]+", c) and p not in roles.values()}
     frame = pd.DataFrame("", cells.index, list(nih.COLUMNS[:-1]), dtype=str)
-    for name, place in roles.items():
-        frame[name] = cells.iloc[:, place].str.strip()
+    for role, place in roles.items():
+        frame[role] = cells.iloc[:, place].str.strip()
     frame = frame.rename(columns={"image_id": "path"})
     frame["path"] = frame["path"].str.replace(r"[/\\]+", "/", regex=True).str.removeprefix("./")
     frame = frame[frame["path"] != ""].reset_index(drop=True)

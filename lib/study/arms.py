@@ -103,6 +103,7 @@ ARMS: dict[str, Arm] = _MAIN | {
     "metadata": Arm("view, sex and age, no image", "#5E4FA2", "p", kind="baseline"),
     "gaussian": Arm("Gaussian points, no image", "#BBBBBB", "1", kind="baseline"),
     "random": Arm("random assignments", "#999999", ".", kind="baseline"),
+    "given": Arm("given embeddings", "#332288", "h", kind="baseline"),
     "guess": Arm("guess: how frequent each finding is", "#767676", "d", kind="baseline"),
 }
 # fmt: on

@@ -31,13 +31,16 @@ def _nuisances(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, pd.Serie
     """View, sex, age band and quarter of brightness of each image; NaN if not known."""
     view, sex = (_known(metadata, column) for column in ("view_position", "sex"))
     age = metadata.get("age", pd.Series(np.nan, metadata.index)).astype(float)
-    gray = brightness(images)
-    quarter = np.searchsorted(np.quantile(gray, (0.25, 0.5, 0.75)), gray)
+    found = {}
+    if np.ndim(images) == 3:  # embeddings (N, D) have none
+        gray = brightness(images)
+        quarter = np.searchsorted(np.quantile(gray, (0.25, 0.5, 0.75)), gray)
+        found["brightness"] = pd.Series(np.array(QUARTERS)[quarter], metadata.index)
     return {
         "view_position": view + " view",
         "sex": sex.map(lambda value: SEXES.get(value, f"sex {value}"), na_action="ignore"),
         "age": pd.cut(age, [*AGE_BANDS.values(), np.inf], right=False, labels=list(AGE_BANDS)),
-        "brightness": pd.Series(np.array(QUARTERS)[quarter], metadata.index),
+        **found,
     }
 
 
@@ -48,7 +51,8 @@ def _known(metadata: pd.DataFrame, column: str) -> pd.Series:
 
 
 def attributes(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, Property]:
-    """What is known of each image, (N, H, W) uint8, as properties that it has or has not.
+    """What is known of each image, (N, H, W) uint8 or embedding (N, D), as properties that it has
+    or has not.
 
     `metadata` has ``findings``, and ``view_position, sex, age`` if known; empty texts and NaN are
     not known. Returns (kind, has, known) by name: kind is CLINICAL (the findings of

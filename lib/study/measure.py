@@ -31,11 +31,22 @@ from lib.study.arms import ARMS, GROUPS, PRESET, config_of, cost, finished, is_k
 from lib.study.claims import mean_curves
 from lib.study.parts import Found, Subject
 from lib.study.report import dataset_label
-from lib.study.subjects import EFFORT, Effort, Gaussian, Material, Metadata, Network, Pixels, Random
+from lib.study.subjects import (
+    EFFORT,
+    Effort,
+    Gaussian,
+    Given,
+    Material,
+    Metadata,
+    Network,
+    Pixels,
+    Random,
+)
 
 FORMAT = 5  # raise it if a number would come out differently: all is then measured again
 NAME, ANSWERS = "measures.json", "scores.npz"
 BASELINES = {"pixels": Pixels, "random": Random, "metadata": Metadata, "gaussian": Gaussian}
+MADE = BASELINES | {"given": Given}  # without a run
 BASELINE_SEEDS = 3  # they differ little
 PROCESS_BYTES = 900e6  # per process that measures: 0.6 GB measured, and room
 
@@ -52,7 +63,7 @@ def of_run(arm: str, folder: Path, config: TrainConfig, material: Material) -> d
     if (found := _stored(folder, of)) is not None:
         return found
     about = material.metadata if arm == "metadata" else material.images
-    made = BASELINES[arm](about, config) if arm in BASELINES else Network(load_run(folder))
+    made = MADE[arm](about, config) if arm in MADE else Network(load_run(folder))
     wanted = parts.OF_BASELINE.get(arm, (*parts.PARTS, parts.training, parts.known))
     found = _measure(made, material, wanted)
     if arm == "random":
@@ -75,6 +86,7 @@ def _identity(arm: str, folder: Path, config: TrainConfig, material: Material) -
     """What is measured, and how: if it is the same, so are the numbers."""
     if ARMS[arm].kind == "baseline":
         settings = [arm, config.n_clusters, config.pca_dim, config.seed, config.epochs]
+        settings += [config.clusterer] * (config.clusterer != "kmeans")
         about = repr(settings).encode(), np.ascontiguousarray(material.images)
     else:
         features = np.load(folder / "features.npy", mmap_mode="r")
@@ -176,24 +188,25 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
             arms[arm] = _about(arm, config) | {"seeds": {}}
         numbers.pop("of")
         if arm in runs:
-            numbers["values"]["ami_seeds"] = _with_other_seeds(runs[arm], folder)
+            numbers["values"]["ami_seeds"] = with_other_seeds(runs[arm], folder)
         arms[arm]["seeds"][folder.name.removeprefix("seed")] = numbers
     reference = configs[first, next(iter(runs[first]))]
     codes = {paths.load_json(tasks[k][1] / "config.json").get("code") for k in range(len(configs))}
     absent = [f"{a}: no finished run ({ARMS[a].title})" for a in GROUPS["all"] if a not in runs]
     settings = {n: getattr(reference, n) for n in PRESET} | {"effort": asdict(effort)}
-    about = {"format": FORMAT, "dataset": _dataset(dataset, material), "settings": settings}
+    about = {"format": FORMAT, "dataset": dataset_facts(dataset, material), "settings": settings}
     return about | {"code": sorted(map(str, codes)), "arms": arms, "missing": missing + absent}
 
 
-def _with_other_seeds(seeds: Mapping[int, Path], folder: Path) -> float | str:
+def with_other_seeds(seeds: Mapping[int, Path], folder: Path) -> float | str:
     """Mean AMI of the final clusters of a run with those of the arm's other seeds."""
     final = {f: np.load(f / ANSWERS)["final"] for f in seeds.values()}
     others = [ami(final[folder], theirs) for other, theirs in final.items() if other != folder]
     return float(np.mean(others)) if others else "one seed"
 
 
-def _dataset(dataset: str, material: Material) -> dict[str, Any]:
+def dataset_facts(dataset: str, material: Material) -> dict[str, Any]:
+    """What a data set is, for tables and figures."""
     manifest = paths.load_json(paths.dataset_dir(dataset) / "manifest.json")
     source, n = manifest["source"], len(material.images)
     turned = ", in any orientation" * (source.get("orientation") == "any")

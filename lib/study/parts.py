@@ -300,6 +300,8 @@ def agreement_by_chance(subject: Random, material: Material) -> Found:
 
 BLIND = (cluster_probe, structure, invariance, meaning)  # of clusters alone
 PARTS = (*BLIND, halves, combination_probe, label_probe, laterality, effusion_side, found_again)
+OF_IMAGES = (invariance, laterality, effusion_side)  # they move the image
 OF_BASELINE = {"pixels": PARTS, "random": (*BLIND, agreement_by_chance)}
 OF_BASELINE |= {"metadata": (combination_probe, label_probe), "gaussian": (structure, halves)}
+OF_BASELINE["given"] = tuple(part for part in PARTS if part not in OF_IMAGES)
 OF_PIXELS = ("map_trust", "map_findings", "distance_")  # what random clusters have no part in

@@ -28,7 +28,7 @@ COLLAPSED = (
     "mixture of collapsed and whole runs."
 )
 KINDS = {"phantom": "synthetic phantom", "nih": "NIH ChestX-ray14", "chestmnist": "ChestMNIST-64"}
-KINDS |= {"digits": "handwritten digits"}
+KINDS |= {"digits": "handwritten digits", "embeddings": "given embeddings"}
 SIDES = ("treatment", "reference")
 MAIN = ("alexnet", "p4m", "alexnet-untrained", "p4m-untrained")
 # heading, and the measures that are the columns; what a number must be read beside is next to it

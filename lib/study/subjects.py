@@ -39,7 +39,9 @@ EFFORT = Effort()
 
 @dataclass(frozen=True)
 class Material:
-    """Images (N, 64, 64) uint8 and what is known of them; `turned`: see `turned_phantoms`."""
+    """Images (N, 64, 64) uint8 and what is known of them; `turned`: see `turned_phantoms`. For
+    `Given` they are embeddings (N, D).
+    """
 
     images: np.ndarray
     metadata: pd.DataFrame
@@ -124,6 +126,13 @@ class Pixels:
 
     def describe(self, pictures: np.ndarray) -> np.ndarray:
         return retrieval.centred(self.extract(pictures))
+
+
+class Given(Pixels):
+    """Embeddings (N, D) that a network elsewhere has made: they take the place of the pictures."""
+
+    def extract(self, pictures: np.ndarray) -> np.ndarray:
+        return np.asarray(pictures, np.float32)
 
 
 class Random(Pixels):

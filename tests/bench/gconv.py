@@ -49,6 +49,7 @@ BARS = {  # fields -> forward, step: largest shares of plain, with and without a
     (4, 8, 32): ((0.50, 0.50), None),
 }
 MEMORY_BAR = 0.8
+INITIALISE = False  # escnn's own initialisation of the weights
 FIELDS = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (16, 16), (4, 64), (64, 4), (64, 64))
 LIFTED = ((1, 1), (1, 2), (1, 4), (1, 16), (1, 64), (3, 16), (16, 16))
 
@@ -69,9 +70,11 @@ class EscnnConv(nn.Module):
         self.type_in = enn.FieldType(space, kinds)
         type_out = enn.FieldType(space, fields_out * [space.regular_repr])
         options = {"padding": kernel_size // 2, "bias": False}
-        # its own initialisation takes minutes, and speed does not depend on the weights
-        self.conv = enn.R2Conv(self.type_in, type_out, kernel_size, **options, initialize=False)
-        nn.init.normal_(self.conv.weights, std=0.01)
+        # its own initialisation can take minutes, and speed does not depend on the weights
+        options["initialize"] = INITIALISE
+        self.conv = enn.R2Conv(self.type_in, type_out, kernel_size, **options)
+        if not INITIALISE:
+            nn.init.normal_(self.conv.weights, std=0.01)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(1, 2) if x.ndim == 5 else x

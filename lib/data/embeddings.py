@@ -1,0 +1,101 @@
+"""Embeddings that a network elsewhere has made, one per image, in place of the images.
+
+A file of them, ``.npz`` or ``.parquet``, holds ``embeddings`` (N, D) and, if known, columns of N:
+``ids``, ``labels`` (joined by ``|``), ``patients``, ``split``, and any of the names that a table of
+X-rays may have, such as ``view_position``, ``age`` and ``sex``.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib import paths
+from lib.data import finished, load_metadata, save, sha256, tables
+
+NAME = "embeddings.npy"
+RENAMED = {"ids": "image_id", "labels": "findings", "patients": "patient_id"}
+ATTRIBUTION = "Embeddings of the user's own file, under their own terms. Not for clinical use."
+
+
+def read(path: Path) -> tuple[np.ndarray, pd.DataFrame]:
+    """Embeddings of a file, float32 (N, D), and all else that it says, N rows of text.
+
+    ValueError if it is no such file; nothing in it is unpickled.
+    """
+    try:
+        if path.suffix.lower() == ".parquet":
+            columns = {name: column.to_numpy() for name, column in pd.read_parquet(path).items()}
+            columns["embeddings"] = np.stack(columns["embeddings"])
+        else:
+            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as arrays:
+                columns = dict(arrays)
+        points = columns.pop("embeddings").astype(np.float32)
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"{path.name} holds no `embeddings`: {error!r:.200}") from None
+    if points.ndim != 2 or not points.size:
+        raise ValueError(f"`embeddings` in {path.name} must be (N, D), not {points.shape}")
+    bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
+    if len(bad):
+        raise ValueError(f"row {bad[0]} of `embeddings` in {path.name} is not finite")
+    wrong = {name: some.shape for name, some in columns.items() if some.shape != points.shape[:1]}
+    if wrong:
+        raise ValueError(
+            f"{path.name} has {len(points)} rows, but columns of other shapes: {wrong}"
+        )
+    cells = pd.DataFrame({name: map(_text, some) for name, some in columns.items()}, dtype=str)
+    return points, cells.rename(columns=RENAMED)
+
+
+def _text(value: Any) -> str:
+    """A cell as text: labels in a list are joined, None and NaN are empty."""
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return "|".join(map(str, value))
+    return "" if pd.isna(value) else str(value).strip()
+
+
+def preprocess(path: str | os.PathLike, out_dir: str | os.PathLike, split_seed: int = 0) -> dict:
+    """Write ``embeddings.npy``, ``metadata.csv`` and ``manifest.json`` from a file of embeddings.
+
+    Rows stay in their order. The file's own ``split`` is kept if it names train and test; else
+    patients are drawn, as of X-rays (`lib.data.tables.split_patients`). Returns the manifest.
+    ValueError if the file is none of embeddings, or ids are not unique.
+    """
+    path, out_dir = Path(path), Path(out_dir)
+    fingerprint = f"embeddings {sha256(path)} {split_seed}"
+    if manifest := finished(out_dir, fingerprint):
+        return manifest
+    points, cells = read(path)
+    n = len(points)
+    ids = cells.get("image_id", pd.Series([f"row-{row:06d}" for row in range(n)]))
+    ids = ids.map(tables.printable)
+    if not ids.is_unique or (ids == "").any():
+        one = ids[ids.duplicated() | (ids == "")].iloc[0]
+        raise ValueError(f"`ids` in {path.name} must be unique and not empty: see {one!r}")
+    lists = dict(zip(ids, cells.pop("split").str.lower(), strict=True)) if "split" in cells else {}
+    lists = {name: "test" if part == "test" else "train" for name, part in lists.items() if part}
+    cells = cells.assign(image_id=ids, findings=cells.get("findings", pd.Series([""] * n)))
+    table, counts = tables.clean(cells, path.name)
+    rows = {name: [row] for row, name in enumerate(ids)}
+    frame, split = tables.split_patients(
+        tables.join({i: {} for i in ids}, table, rows), lists, split_seed
+    )
+    split["method"] = split["method"].replace("NIH's lists", "the file's own")
+    manifest = {
+        "source": {"kind": "embeddings", "csv": None, "file": path.name},
+        "size": points.shape[1],
+        "split": split,
+        "attribution": ATTRIBUTION,
+        "fingerprint": fingerprint,
+    }
+    with paths.alone(out_dir):
+        return save(out_dir / ".partial-embeddings", manifest | counts, frame, points, NAME)
+
+
+def load(dataset_dir: Path) -> tuple[np.ndarray, pd.DataFrame]:
+    """What `preprocess` wrote: embeddings, float32 (N, D), and what is known of each row."""
+    points = np.load(dataset_dir / NAME, mmap_mode="r", allow_pickle=False)
+    return points, load_metadata(dataset_dir, len(points))

@@ -1,0 +1,149 @@
+"""Embeddings as input: files of them are read, clustered and measured as runs are."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import lib.__main__ as command
+from lib import data, metrics, paths
+from lib.data import embeddings
+from lib.notebooks import read_preset
+from lib.study import arms, given
+from tests.test_kmeans import planted
+from tests.test_parts import EFFORT
+
+N, K = 96, 4
+LABELS = ("No Finding", "Mass", "Edema|Mass", "Hernia")
+
+
+def columns():
+    """Four kinds of X-ray as embeddings, two images per patient."""
+    points, kinds = planted(N, K, 6)
+    known = {"ids": [f"{i}.png" for i in range(N)], "labels": [LABELS[k] for k in kinds]}
+    known |= {"patients": np.arange(N) // 2, "age": np.linspace(20, 80, N), "view": ["PA"] * N}
+    return {"embeddings": points} | known
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Write columns to a file in a new folder."""
+    monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("CXR_FIGURES_DIR", str(tmp_path / "figures"))
+
+    def write(name="given.npz", **changes):
+        some = {k: v for k, v in (columns() | changes).items() if v is not None}
+        if name.endswith(".npz"):
+            np.savez(tmp_path / name, **some)
+        else:
+            some["embeddings"] = list(some["embeddings"])
+            pd.DataFrame(some).to_parquet(tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def read(path):
+    manifest = embeddings.preprocess(path, path.parent / "out")
+    return manifest, *embeddings.load(path.parent / "out")
+
+
+@pytest.mark.parametrize("name", ["given.npz", "given.parquet"])
+def test_a_file_is_read_as_a_table_of_xrays_is(file, name):
+    listed = [text.split("|") for text in columns()["labels"]] if "parquet" in name else None
+    manifest, points, metadata = read(file(name, **({"labels": listed} if listed else {})))
+    np.testing.assert_array_equal(points, columns()["embeddings"])
+    assert metadata["findings"].tolist() == columns()["labels"]
+    assert metadata["image_id"].tolist() == columns()["ids"]
+    assert metadata["age"].iloc[[0, -1]].tolist() == [20, 80]
+    assert set(metadata["view_position"]) == {"PA"}
+    assert (manifest["images"], manifest["patients"], manifest["size"]) == (N, N // 2, 6)
+    sides = metadata.groupby("split")["patient_id"].agg(set)
+    assert not sides["train"] & sides["test"]
+
+
+def test_only_embeddings_are_needed_and_a_split_is_kept(file):
+    alone = dict.fromkeys([*columns()][1:])
+    _, _, metadata = read(file(**alone))
+    assert metadata["image_id"].is_unique
+    assert data.count_patients(metadata) == 0
+    assert set(metadata["findings"]) == {""}
+    split = np.where(np.arange(N) < 10, "test", "val")
+    _, _, metadata = read(file(**alone, split=split))
+    assert metadata["split"].tolist() == ["test"] * 10 + ["train"] * (N - 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embeddings": None}, "embeddings"),
+        ({"embeddings": np.zeros(N)}, r"\(96,\)"),
+        ({"embeddings": np.full((N, 2), np.nan)}, "row 0"),
+        ({"embeddings": np.array([["a"] * 2] * N)}, "embeddings"),
+        ({"ids": ["same"] * N}, "'same'"),
+        ({"ids": [""] + ["x"] * (N - 1)}, "unique"),
+        ({"labels": ["Mass"]}, r"labels.*\(1,\)"),
+    ],
+)
+def test_what_cannot_be_read_is_named(file, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(file(**changes))
+
+
+def test_text_that_is_pickled_is_not_read(file):
+    with pytest.raises(ValueError, match="pickle"):
+        read(file(labels=np.array(columns()["labels"], dtype=object)))
+
+
+@pytest.mark.slow
+def test_planted_clusters_are_found_and_measured(file, monkeypatch):
+    preset = read_preset("smoke") | {"n_clusters": K, "seeds": [0, 1], "n_map": 40}
+    preset |= {"pca_dim": 4, "command": "COMMAND"}
+    monkeypatch.setattr(given, "Effort", lambda **_: EFFORT)
+    page, results, assigned, enriched = given.measure_file(file(), "given", preset)
+    kinds = np.arange(N) % K
+    assert metrics.nmi(pd.read_csv(assigned)["seed1"].to_numpy(), kinds) > 0.95
+    found = paths.load_json(results)
+    assert set(found["arms"]) == set(given.MEASURED)
+    values = found["arms"]["given"]["seeds"]["0"]["values"]
+    assert values["auroc_macro"] > 0.95
+    assert values["follows_findings"] > 0.9 > 0.2 > values["follows_age"]
+    assert values["ami_seeds"] > 0.9
+    assert values["ami_halves"] > 0.9
+    assert found["arms"]["metadata"]["seeds"]["0"]["values"]["auroc_macro"] < 0.8
+    table = pd.read_csv(enriched)
+    assert not table["property"].str.contains("quarter").any()
+    assert arms.ARMS["given"].title in page.read_text()
+    monkeypatch.setattr(given.measure, "MADE", None)
+    assert given.measure_file(file(), "given", preset)[0] == page  # read, not measured again
+    with pytest.raises(ValueError, match="n_clusters=97"):
+        given.measure_file(file(), "given", preset | {"n_clusters": N + 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.npz", "embeddings"), ("A.PARQUET", "embeddings"), ("b.npz", "chestmnist")],
+)
+def test_files_are_told_apart_by_what_they_hold(tmp_path, name, kind):
+    np.savez(tmp_path / "a.npz", embeddings=np.zeros((2, 2)))
+    np.savez(tmp_path / "b.npz", train_images=np.zeros(2))
+    (tmp_path / "A.PARQUET").touch()
+    assert command.parse(["--data", str(tmp_path / name)]).data == f"{kind}:{tmp_path / name}"
+
+
+def test_the_command(file, monkeypatch, capsys):
+    path = file()
+    words = ["run", "--preset", "smoke", "--data", str(path)]
+    with pytest.raises(SystemExit):
+        command.parse(["study", *words[1:]])
+    asked = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(given, "gather", lambda dataset, preset: asked.update(preset))
+        patch.setattr(given, "clusters_of", lambda *_: [pd.DataFrame()] * 2)
+        patch.setattr(given, "page", lambda *_: "THE PAGE\n")
+        patch.setattr(given.measure, "save", lambda *_: None)
+        assert command.main([*words, "--seeds", "3,4", "--clusterer", "graph"]) == 0
+    assert "THE PAGE" in capsys.readouterr().out
+    assert (asked["seeds"], asked["clusterer"]) == ([3, 4], "graph")
+    path.write_bytes(path.read_bytes()[:-200])
+    assert command.main([*words[:-1], f"embeddings:{path}"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
