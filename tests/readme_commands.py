@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-STARTS = r"(?:\./run_all\.sh|\.venv/bin/|python |pip |conda |torchrun |srun |git |PYTHON=|%)"
+STARTS = r"(?:uv |\./run_all\.sh|\.venv/bin/|python |pip |conda |torchrun |srun |git |PYTHON=|%)"
 SMOKE = "./run_all.sh --preset smoke"
 OWN = "--data data/raw/phantom-smoke"
 RUNS = "data/runs/phantom-smoke"
@@ -62,6 +62,8 @@ COMMANDS: dict[str, str] = {
         NOT + "changes every page"
     ),
     "pip install pre-commit && pre-commit install": NOT + "changes the repository's hooks",
+    "uv pip compile requirements.lock --universal --python-version 3.11.7 --generate-hashes "
+    "--no-annotate --no-header --no-emit-index-url": NOT + "wants uv and a network",
     "srun --nodes 2": NOT + "wants a cluster with Slurm",
     "PYTHON=/path/to/python3.12 ./run_all.sh": NOT + "with --python all commands are run so",
     "python tests/bench/gpu.py": BENCH,

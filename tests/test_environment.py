@@ -79,6 +79,17 @@ def test_lock_has_exact_versions_once():
     assert not local, "a build such as +cpu is the user's choice"
 
 
+def test_the_lock_of_hashes_has_the_versions_of_the_lock_and_a_hash_for_each():
+    text = (ROOT / "requirements.hashes.lock").read_text(encoding="utf-8")
+    entries = re.findall(r"^([\w.-]+)==([^ \n]+)(.*(?:\n +--hash=.*)+)", text, re.MULTILINE)
+    found = {canonicalize_name(name): Version(version) for name, version, _ in entries}
+    assert len(found) == len(re.findall(r"^[\w.-]+==", text, re.MULTILINE)), "one without a hash"
+    assert found.items() >= locked_versions().items()
+    files = re.findall("--hash=(.*?)(?: |$)", text, re.MULTILINE)
+    assert all(re.fullmatch("sha256:[0-9a-f]{64}", file) for file in files)
+    assert "://" not in text
+
+
 def test_lock_meets_every_bound_of_pyproject():
     versions = locked_versions()
     assert set(DIRECT) <= set(versions)
