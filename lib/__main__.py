@@ -38,8 +38,7 @@ sources of X-rays, for --data:
   kaggle           the same at full size, with patients and views, 45 GB; needs a free account
   kaggle-sample    5,606 of them, 2 GB
   nih:PATH         a folder of NIH's own files: images_001.tar.gz and so on, Data_Entry_2017*.csv
-  PATH             a folder of your own X-rays
-  FILE             .npz or .parquet of embeddings of X-rays, which are only clustered and measured
+  PATH             a folder of your own X-rays; or a file of embeddings, .npz or .parquet
 
 other commands, each with --help:
   ./run_all.sh --study [options]      train every arm and control, then compare them
@@ -80,21 +79,15 @@ def source_of(given: str) -> str:
     if not colon or kind not in ("nih", "chestmnist", "embeddings"):
         kind, place = "", given
     path = os.path.abspath(caller() / Path(place).expanduser())
-    if not kind and path.lower().endswith((".npz", ".parquet")):
-        kind = "embeddings" if is_of_embeddings(path) else "chestmnist"
+    if not kind and (end := Path(path).suffix.lower()) in (".npz", ".parquet"):
+        arrays = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else ()
+        kind = "embeddings" if end != ".npz" or "embeddings.npy" in arrays else "chestmnist"
     wanted = "folder" if kind in ("nih", "") else "file"
     if not place or not (os.path.isfile if wanted == "file" else os.path.isdir)(path):
         reason = f"no {wanted}" if place and os.path.exists(path) else "not there"
         valid = f"{', '.join(SOURCES)}, chestmnist:FILE.npz, nih:PATH, or a folder of X-rays"
         raise ArgumentTypeError(f"{given!r} is {reason}; valid: {valid}")
     return f"{kind}:{path}" if kind else path
-
-
-def is_of_embeddings(path: str) -> bool:
-    """Whether a file is of embeddings: a Parquet, or an ``.npz`` with an array of this name."""
-    if path.lower().endswith(".parquet"):
-        return True
-    return zipfile.is_zipfile(path) and "embeddings.npy" in zipfile.ZipFile(path).namelist()
 
 
 def path_in(source: str) -> str:
@@ -108,8 +101,7 @@ def dataset_name(source: str, preset: str = "quick") -> str:
     The quick preset adds nothing. Any other is a suffix, which keeps its results apart."""
     name = source
     if source not in SOURCES:
-        path = Path(path_in(source))
-        name = path.stem if source.startswith(("chestmnist:", "embeddings:")) else path.name
+        name = re.sub(r"(?i)\.(npz|parquet)$", "", Path(path_in(source)).name)
         name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:48] or "images"
         # folders of data/ that mean something else; drawn images are not the user's
         taken = name in {"raw", "runs", "published", "manifests", *SOURCES}
@@ -188,10 +180,8 @@ def parse(argv: Sequence[str]) -> Namespace:
     if getattr(options, "data", None) is None:
         return options
     own = os.path.isabs(options.data)
-    if options.command == "study" and options.data.startswith("embeddings:"):
-        parser.error("nothing is trained on embeddings: leave --study out")
-    if options.command == "reuse" and not own:
-        parser.error(f"reuse reads a folder of X-rays, not --data {options.data}")
+    if not own and options.command in ("reuse", "study" * options.data.startswith("embeddings:")):
+        parser.error(f"{options.command} reads a folder of X-rays, not --data {options.data}")
     for name in READING[:3]:
         if getattr(options, name) is not None and not own:
             parser.error(f"--{name.replace('_', '-')} is for a folder of X-rays: give --data PATH")
@@ -240,7 +230,11 @@ def get_ready(options: Namespace, parameters: Mapping[str, Any]) -> None:
             from lib.parallel import resolve_device
 
             resolve_device(options.device)
-        if options.data not in DRAWN and not os.path.isabs(options.data):
+        if options.data.startswith("embeddings:"):
+            from lib.study import given
+
+            print(given.measure_file(path_in(options.data), options.dataset, parameters))
+        elif options.data not in DRAWN and not os.path.isabs(options.data):
             from lib.data.sources import fetch
 
             raw, what = paths.raw_dir(options.dataset), ("n_phantoms", "data_seed")
@@ -252,8 +246,8 @@ def get_ready(options: Namespace, parameters: Mapping[str, Any]) -> None:
 def run(options: Namespace) -> None:
     """Run the notebooks, unless all is done, and say where the figures are."""
     notebooks, start = notebooks_of(options), options.start or "00"
-    if options.data.startswith("embeddings:"):
-        return embeddings(options, notebooks.parameters)
+    if options.data.startswith("embeddings:"):  # nothing to train
+        return get_ready(options, notebooks.parameters)
     print(f"{options.dataset}, preset {options.preset}; logs: {notebooks.copies}", flush=True)
     if not (options.restart or options.start) and notebooks.are_done():
         print("already done")
@@ -267,18 +261,6 @@ def run(options: Namespace) -> None:
     for table in figures.glob("table1_linear_probe.md"):
         print(f"\n{table.read_text(encoding='utf-8').strip()}")
     print(f"\nFigures and tables: {figures}")
-
-
-def embeddings(options: Namespace, parameters: Mapping[str, Any]) -> None:
-    """Cluster and measure a file of embeddings; no notebook is run."""
-    from lib.study import given
-
-    try:
-        files = given.measure_file(Path(path_in(options.data)), options.dataset, parameters)
-    except ValueError as error:
-        raise RunError(str(error)) from error
-    print(files[0].read_text(encoding="utf-8"))
-    print(f"Written: {', '.join(map(str, files))}")
 
 
 def study(options: Namespace) -> None:

@@ -158,15 +158,10 @@ def missing_packages(test: bool = False) -> list[str]:
         from packaging.requirements import Requirement
     except ImportError:
         return requirements(test)
-
-    def is_met(requirement: Requirement) -> bool:
-        try:
-            there = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            return False
-        return requirement.specifier.contains(there, prereleases=True)
-
-    return [line for line in requirements(test) if not is_met(Requirement(line))]
+    has = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
+    wanted = {line: Requirement(line) for line in requirements(test)}
+    met = {n: r.specifier.contains(has[r.name], True) for n, r in wanted.items() if r.name in has}
+    return [line for line in wanted if not met.get(line)]
 
 
 def install_missing() -> None:
@@ -195,6 +190,7 @@ def prepare_environment(folder: Path) -> None:
     os.environ.setdefault("PYTHONHASHSEED", "0")
     os.environ.setdefault("PYTHONUTF8", "1")  # for logs, on Windows
     os.environ.pop("MPLBACKEND", None)  # a kernel draws inline
+    os.environ.pop("PYTHONWARNINGS", None)  # "error": a package's warning would end a kernel
     if joblib.cpu_count() < (os.cpu_count() or 1):  # OpenMP does not see a container's limit
         os.environ.setdefault("OMP_NUM_THREADS", str(joblib.cpu_count()))
 
@@ -214,7 +210,6 @@ def start_kernel() -> Any:
 
 def execute(notebook: Path, copy: Path, parameters: Mapping[str, Any], kernel: Any) -> None:
     """Run a notebook in a kernel; RunError with the cell and its error."""
-    from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
 
@@ -234,7 +229,7 @@ def execute(notebook: Path, copy: Path, parameters: Mapping[str, Any], kernel: A
         except PapermillExecutionError as error:
             lines = f"{error.ename}: {error.evalue}".strip().splitlines()[:3]
             said = f"In [{error.exec_count}]: " + "\n  ".join(lines)
-        except DeadKernelError:
+        except RuntimeError:  # while it ran, or at its start
             said = "the kernel died; most often it was out of memory: try a smaller preset"
         finally:
             if not job.done():  # interrupted: give the cell time to leave its files in order

@@ -70,6 +70,7 @@ COMMANDS: dict[str, str] = {
     "python tests/bench/clusterers.py": BENCH,
     "python tests/bench/switches.py": BENCH,
     "python tests/bench/gconv.py": BENCH,
+    "python tests/bench/library.py": BENCH,
     "python tests/bench/learning.py --jobs 2": BENCH,
     "%cd companion/notebooks": CLOUD,
     "%run 00_download.ipynb": CLOUD,

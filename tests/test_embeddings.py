@@ -99,10 +99,10 @@ def test_planted_clusters_are_found_and_measured(file, monkeypatch):
     preset = read_preset("smoke") | {"n_clusters": K, "seeds": [0, 1], "n_map": 40}
     preset |= {"pca_dim": 4, "command": "COMMAND"}
     monkeypatch.setattr(given, "Effort", lambda **_: EFFORT)
-    page, results, assigned, enriched = given.measure_file(file(), "given", preset)
+    text, folder = given.measure_file(file(), "given", preset), paths.figures_dir("given")
     kinds = np.arange(N) % K
-    assert metrics.nmi(pd.read_csv(assigned)["seed1"].to_numpy(), kinds) > 0.95
-    found = paths.load_json(results)
+    assert metrics.nmi(pd.read_csv(folder / "clusters.csv")["seed1"].to_numpy(), kinds) > 0.95
+    found = paths.load_json(folder / "results.json")
     assert set(found["arms"]) == set(given.MEASURED)
     values = found["arms"]["given"]["seeds"]["0"]["values"]
     assert values["auroc_macro"] > 0.95
@@ -110,11 +110,14 @@ def test_planted_clusters_are_found_and_measured(file, monkeypatch):
     assert values["ami_seeds"] > 0.9
     assert values["ami_halves"] > 0.9
     assert found["arms"]["metadata"]["seeds"]["0"]["values"]["auroc_macro"] < 0.8
-    table = pd.read_csv(enriched)
+    table = pd.read_csv(folder / "enrichment.csv")
     assert not table["property"].str.contains("quarter").any()
-    assert arms.ARMS["given"].title in page.read_text()
+    page = (folder / "given.md").read_text(encoding="utf-8")
+    assert arms.ARMS["given"].title in page
     monkeypatch.setattr(given.measure, "MADE", None)
-    assert given.measure_file(file(), "given", preset)[0] == page  # read, not measured again
+    again = given.measure_file(file(), "given", preset)  # read, not measured again
+    assert again == text
+    assert text.startswith(page)
     with pytest.raises(ValueError, match="n_clusters=97"):
         given.measure_file(file(), "given", preset | {"n_clusters": N + 1})
 

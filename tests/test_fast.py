@@ -4,6 +4,8 @@ import copy
 import io
 import itertools
 import logging
+import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from lib import fast
 from lib.fast import gfourier, gkernel, operators
@@ -321,6 +324,48 @@ def test_onnx(dynamo):
     net[0].algorithm = "fourier"
     with pytest.raises((NotImplementedError, torch.onnx.errors.OnnxExporterError), match="dense"):
         torch.onnx.export(net, (x,), io.BytesIO(), **kind)
+
+
+def surroundings(conv, x):
+    """What programs do with any layer; each gives what the layer gives."""
+
+    def meta():
+        with torch.device("meta"):
+            other = P4MConvP4M(16, 16, 3, padding=1, algorithm=conv.algorithm)
+        assert other(x.to("meta")).shape == x.shape
+        other.to_empty(device="cpu").load_state_dict(conv.state_dict())
+        return other(x)
+
+    def ensemble():
+        weights, buffers = torch.func.stack_module_state([conv, conv])
+        call = partial(torch.func.functional_call, copy.deepcopy(conv).to("meta"))
+        return torch.vmap(lambda w, b: call((w, b), (x,)))(weights, buffers)[1]
+
+    def any_batch():
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(conv, (x,), dynamic_shapes=({0: batch},))
+        return torch.cat([program.module()(image[None]) for image in x])
+
+    return {
+        "meta": meta,
+        "pickle": lambda: pickle.loads(pickle.dumps(conv))(x),
+        "weight_norm": lambda: nn.utils.parametrizations.weight_norm(copy.deepcopy(conv))(x),
+        "checkpoint": lambda: checkpoint(conv, x, use_reentrant=False),
+        "ensemble": ensemble,
+        "any batch": any_batch,
+    }
+
+
+@pytest.mark.parametrize("kind", list(surroundings(None, torch.zeros(1))))
+@pytest.mark.parametrize("algorithm", ["auto", "dense", "fourier"])
+def test_surroundings(kind, algorithm):
+    conv = make(P4MConvP4M, 16, 16, 3, padding=1, dtype=torch.float32, algorithm=algorithm)
+    x = torch.randn(2, 16, 8, 5, 5)
+    if algorithm == "fourier" and kind == "ensemble":
+        with pytest.raises(NotImplementedError, match='algorithm="dense"'):
+            surroundings(conv, x)[kind]()
+        return
+    torch.testing.assert_close(surroundings(conv, x)[kind](), conv(x), rtol=1e-4, atol=1e-4)
 
 
 def derivatives(conv, x):

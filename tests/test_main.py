@@ -436,6 +436,24 @@ def test_a_failing_notebook_ends_in_a_few_lines(checkout, first, cells, what):
     assert done.stderr.count("\n") <= 4
 
 
+def test_a_kernel_that_dies_at_its_start_ends_in_one_line(project, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONWARNINGS", "error")  # which IPython's own warnings do not survive
+    start = notebooks.start_kernel
+    kernels = []
+
+    def start_and_kill():
+        kernels.append(start())
+        assert "PYTHONWARNINGS" not in os.environ
+        os.kill(kernels[-1].provisioner.pid, signal.SIGTERM)
+        return kernels[-1]
+
+    monkeypatch.setattr(notebooks, "start_kernel", start_and_kill)
+    monkeypatch.setattr(notebooks, "missing_packages", lambda *_: [])
+    assert command.main(["run", "--preset", "smoke"]) == 1
+    assert "the kernel died" in capsys.readouterr().err.splitlines()[0]
+    assert not any(kernel.has_kernel for kernel in kernels)
+
+
 def wait_until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():

@@ -90,10 +90,11 @@ def page(results: Mapping[str, Any], enriched: pd.DataFrame, command: str) -> st
     )
 
 
-def measure_file(path: Path, dataset: str, preset: Mapping[str, Any]) -> list[Path]:
-    """Measure a file of embeddings (see `lib.data.embeddings`) and write all there is to see.
+def measure_file(path: Path | str, dataset: str, preset: Mapping[str, Any]) -> str:
+    """Measure a file of embeddings (see `lib.data.embeddings`) and write ``given.md``,
+    ``results.json``, ``clusters.csv`` and ``enrichment.csv`` into ``figures/<dataset>``.
 
-    Returns the files: ``given.md``, ``results.json``, ``clusters.csv`` and ``enrichment.csv``.
+    Returns the page ``given.md``, and below it where the files are.
     ValueError if the file is none of embeddings, or holds fewer rows than clusters.
     """
     manifest = embeddings.preprocess(path, paths.dataset_dir(dataset), preset["data_seed"])
@@ -102,14 +103,14 @@ def measure_file(path: Path, dataset: str, preset: Mapping[str, Any]) -> list[Pa
     results = gather(dataset, preset)
     assigned, enriched = clusters_of(dataset, results)
     folder = paths.figures_dir(dataset)
-    files = [
-        folder / name for name in ("given.md", "results.json", "clusters.csv", "enrichment.csv")
-    ]
+    names = ("given.md", "results.json", "clusters.csv", "enrichment.csv")
+    files = [folder / name for name in names]
+    text = page(results, enriched, preset["command"])
     with paths.atomic_write(files[0], "w") as handle:
-        handle.write(page(results, enriched, preset["command"]))
+        handle.write(text)
     for place in (paths.runs_dir(dataset) / files[1].name, files[1]):
         measure.save(place, results)
     for file, table in zip(files[2:], (assigned, enriched), strict=True):
         with paths.atomic_write(file, "w") as handle:
             table.to_csv(handle, index=False, float_format="%.6g", lineterminator="\n")
-    return files
+    return f"{text}\nWritten: {', '.join(map(str, files))}"

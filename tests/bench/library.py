@@ -22,6 +22,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # before torch is imported
+
 import torch
 from torch import nn
 
