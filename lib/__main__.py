@@ -103,8 +103,7 @@ def dataset_name(source: str, preset: str = "quick") -> str:
     if source not in SOURCES:
         name = re.sub(r"(?i)\.(npz|parquet)$", "", Path(path_in(source)).name)
         name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:48] or "images"
-        # folders of data/ that mean something else; drawn images are not the user's
-        taken = name in {"raw", "runs", "published", "manifests", *SOURCES}
+        taken = name in {"raw", "runs", "published", "manifests", *SOURCES}  # other folders' names
         name = f"my-{name}" if taken or name.startswith(DRAWN) else name
     return name if preset == "quick" else f"{name}-{preset}"
 
@@ -223,8 +222,6 @@ def notebooks_of(options: Namespace) -> Notebooks:
 
 def get_ready(options: Namespace, parameters: Mapping[str, Any]) -> None:
     """Look for the device, and download here: a terminal shows how far that is."""
-    from lib import paths
-
     try:
         if options.device not in (None, "auto", "cpu"):
             from lib.parallel import resolve_device
@@ -235,6 +232,7 @@ def get_ready(options: Namespace, parameters: Mapping[str, Any]) -> None:
 
             print(given.measure_file(path_in(options.data), options.dataset, parameters))
         elif options.data not in DRAWN and not os.path.isabs(options.data):
+            from lib import paths
             from lib.data.sources import fetch
 
             raw, what = paths.raw_dir(options.dataset), ("n_phantoms", "data_seed")
@@ -342,8 +340,7 @@ def reuse(options: Namespace) -> None:
         raise UsageError(f"{options.run!r} is no run; finished runs: {known}")
     try:
         if options.export is not None:
-            out = caller() / Path(options.export).expanduser()
-            print(*finished.export(folder, out), sep="\n")
+            print(*finished.export(folder, caller() / Path(options.export).expanduser()), sep="\n")
             return
         model = finished.load(folder, options.device)
         out = paths.runs_dir(dataset_name(options.data)) / "reuse" / model.name.replace("/", "-")
