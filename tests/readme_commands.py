@@ -38,6 +38,13 @@ COMMANDS: dict[str, str] = {
         "PYTHON -m lib reuse phantom-smoke/p4m/seed0 --export exported"
     ),
     "./run_all.sh --data embeddings.npz": NOT + "tests/test_embeddings.py makes a file and does",
+    "./run_all.sh --study --redraw --dataset nih-9k": (
+        "./run_all.sh --study --redraw --dataset nih-9k"
+    ),
+    "./run_all.sh --study --preset xrays --data PATH/nih-9k --dataset nih-9k --jobs 2": (
+        NOT + "hours, and the X-rays"
+    ),
+    "./run_all.sh --preset paper --data kaggle": NOT + "a GPU and 45 GB",
     "./run_all.sh --study --arms published": STUDY + " --status",
     "./run_all.sh --study": STUDY,
     "./run_all.sh --help": "./run_all.sh --help",
