@@ -198,6 +198,8 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 def command_line(options: Namespace) -> str:
     """The command as results show it: a folder goes by its name, since its path is private."""
+    if getattr(options, "redraw", False):
+        return f"./run_all.sh --study --redraw --dataset {options.dataset}"
     path = path_in(options.data)
     source = f"{options.data.removesuffix(path)}PATH/{Path(path).name}" if path else options.data
     table = options.csv and Path(options.csv).name

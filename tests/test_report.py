@@ -150,7 +150,9 @@ def test_pages_hold_the_warning_and_what_is_missing(results):
 def test_findings_are_a_line_per_claim_and_what_the_controls_add(results):
     results["arms"]["cnn_params"] = results["arms"]["alexnet"]
     results["comparisons"] = claims.compare_all(results)
-    lines = [x for x in verdicts.findings(results).splitlines() if x.startswith("- **")]
+    text = verdicts.findings(results)
+    assert max(map(len, text.splitlines())) <= 100
+    lines = [f"- **{line}" for line in " ".join(text.split()).split("- **")[1:]]
     assert all(lines[i].startswith(f"- **{c.title}: ") for i, c in enumerate(claims.CLAIMS))
     entry = results["comparisons"][0]["measures"][0]
     assert f"difference {entry['mean']:.3f} (" in lines[0]

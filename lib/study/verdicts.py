@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from lib.study.arms import ARMS
-from lib.study.claims import CLAIMS, MEASURE, Results, collapsed, reason, rule, values_of
+from lib.study.claims import CLAIMS, MEASURE, Results, collapsed, reason, rule
 from lib.study.report import (
+    COLLAPSED,
     SIDES,
     TABLES,
     cell,
@@ -112,6 +114,13 @@ def sensitivity_table(results: Results) -> str:
     return table(header, rows)
 
 
+BESIDE = {
+    "p4m-untrained": "P4M untrained",
+    "pixels": "pixels",
+    "metadata": "view, sex and age alone",
+}
+
+
 def _short(arm: str) -> str:
     return ARMS[arm].title.split(",")[0]
 
@@ -127,50 +136,43 @@ def findings(results: Results) -> str:
         text = f"- **{claim.title}: {verdict_text(results, page, decided)}.**"
         if entry["seeds"]:
             values = [f"{_short(page[side])} {number(entry[side])}" for side in SIDES]
-            interval = span(entry["low"], entry["high"])
-            text += f" {measure.title[0].upper()}{measure.title[1:]}: {', '.join(values)};"
-            text += f" difference {number(entry['mean'])} ({interval}), n = {entry['n']}."
+            values += [f"difference {number(entry['mean'])} ({span(entry['low'], entry['high'])})"]
+            text += f" {', '.join(values)}: {measure.title.split(' (')[0]}."
         lines.append(text)
     for comparison in others:
         if {comparison[side] for side in SIDES} == {"p4m", "cnn_params"}:
             found = [(c.title.lower(), d["verdict"]) for c, d, _ in _decided(comparison) if d["n"]]
             listed = "; ".join(f"{title}: {verdict}" for title, verdict in found)
+            same = {verdict for _, verdict in found}
+            listed = f"{same.pop()} on any claim" if len(same) == 1 else listed
             lines.append(
                 f"- **Is it the symmetry?** P4M against {_short('cnn_params')} of P4M's "
                 f"parameters: {listed} (n = {len(comparison['seeds'])})."
             )
     arms = [a for a in ("alexnet", "p4m", "cnn_params") if a in results["arms"]]
-    follow = {
-        arm: [
-            cell(results, arm, f"follows_{key}", interval=False)
-            for key in ("findings", "view_position", "brightness", "patient")
-        ]
-        for arm in arms
-    }
-    told = "; ".join(f"{_short(a)} {', '.join(found)}" for a, found in follow.items())
-    lines.append(f"- **Clusters follow** (AMI with findings, view, brightness, patient): {told}.")
-    beside = ("alexnet", "p4m", "cnn_params", "p4m-untrained", "pixels", "metadata")
-    areas = [
-        f"{ARMS[a].title} {cell(results, a, 'auroc_macro', interval=False)}"
-        for a in beside
-        if values_of(results, a, "auroc_macro")
+    keys = [f"follows_{name}" for name in ("findings", "view_position", "brightness", "patient")]
+    told = [f"{_short(a)} {', '.join(cell(results, a, k, False) for k in keys)}" for a in arms]
+    lines.append(
+        f"- **Clusters follow** (AMI with findings, view, brightness, patient): {'; '.join(told)}."
+    )
+    areas = {a: cell(results, a, "auroc_macro", False) for a in (*arms, *BESIDE)}
+    told = [
+        f"{name} {area}"
+        for name, area in zip((*map(_short, arms), *BESIDE.values()), areas.values(), strict=True)
     ]
-    lines.append(f"- **Mean AUROC of a linear probe** of the findings: {'; '.join(areas)}.")
-    fallen = [
+    lines.append(f"- **Mean AUROC of a linear probe** of the findings: {'; '.join(told)}.")
+    told = [
         f"{_short(a)} {len(collapsed(results, a))} of {len(results['arms'][a]['seeds'])}"
         for a in arms
     ]
-    lines.append(f"- **Runs that collapsed**: {', '.join(fallen)}.")
-    label = results["dataset"]["label"]
-    return note(
-        "\n".join(
-            [
-                f"{label}, K = {results['settings']['n_clusters']}, "
-                f"{results['settings']['epochs']} epochs:\n",
-                *lines,
-            ]
-        )
-    )
+    lines.append(f"- **Runs that collapsed**: {', '.join(told)}.")
+    k, epochs = (results["settings"][name] for name in ("n_clusters", "epochs"))
+    about = f"{results['dataset']['label']}, K = {k}, {epochs} epochs:"
+    look = {"width": 100, "subsequent_indent": "  ", "break_on_hyphens": False}
+    wrapped = [textwrap.fill(line, **look) for line in lines]
+    if any("†" in line for line in lines):
+        wrapped += ["", textwrap.fill(COLLAPSED, 100)]
+    return "\n".join([about, "", *wrapped])
 
 
 def claims_page(results: Results, command: str) -> str:
