@@ -79,6 +79,7 @@ COMMANDS: dict[str, str] = {
     "python tests/bench/gconv.py": BENCH,
     "python tests/bench/library.py": BENCH,
     "python tests/bench/learning.py --jobs 2": BENCH,
+    "python tests/bench/digits.py": BENCH,
     "python tests/bench/collapse.py --data-set nih-9k --fields 8 16 32": BENCH,
     "%cd companion/notebooks": CLOUD,
     "%run 00_download.ipynb": CLOUD,
