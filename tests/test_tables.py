@@ -156,7 +156,7 @@ SECOND = "train/patient2/study1/view1_frontal.jpg"
         (["01.png", "001.png"], ["1"], [None, None]),
         (["1.png", "0001.png"], ["1"], [[0], None]),
         ([FRONTAL, SECOND], ["CheXpert-v1.0-small/" + SECOND, "x/" + FRONTAL], [[1], [0]]),
-        ([FRONTAL, SECOND], ["/home/me/" + FRONTAL], [[0], None]),
+        ([FRONTAL, SECOND], ["/films/" + FRONTAL], [[0], None]),
         (["data/" + FRONTAL, "data/" + SECOND], [SECOND], [None, [0]]),
         (["images_001/images/a.png"], ["/elsewhere/a.png"], [[0]]),
         (["p1/a.png", "p2/a.png"], ["a.png"], [None, None]),

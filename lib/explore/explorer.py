@@ -40,10 +40,11 @@ TURNS += ("left to right", "diagonal", "top to bottom", "other diagonal")
 TEXTS = {"image_id": "ids", "patient_id": "patients", "view_position": "views", "sex": "sexes"}
 _TOOLTIP = """
 <div style="display:flex;gap:8px;font:12px sans-serif;max-width:320px">
-  <div style="flex:none;width:64px;height:64px;background-image:var(--sprite);background-position:@position"></div>
+  <div style="flex:none;width:64px;height:64px;background-image:var(--sprite);
+    background-position:@position"></div>
   <div><b>@id</b><br>@findings<br>patient @patient, @view<br>cluster @cluster</div>
 </div>
-"""  # noqa: E501
+"""
 
 
 def gather(

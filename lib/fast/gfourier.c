@@ -513,7 +513,7 @@ static void affine(const Maps *q, int field, float *scale, float *shift) {
     *scale = factor, *shift = q->beta[field] - q->statistics[field] * factor;
 }
 
-/* Weights of the blur along one axis: output i has pixels 2 * i - 1 + t, weights w[t * next + i]. */
+/* Weights of the blur along one axis: output i has pixels 2*i - 1 + t, weights w[t * next + i]. */
 static void blur_weights(int size, float *w, int next) {
     static const float windows[2][4] = {{1, 3, 3, 1}, {1, 2, 1, 0}};
     for (int i = 0; i < CEIL(size, 2); i++) {
@@ -570,7 +570,7 @@ int pool(const Maps *q, const float *y, float *out) {
     return 0;
 }
 
-/* From the gradient of the pooled maps, dout, that of the normalised ones, dz. With dy NULL, sums of
+/* From the gradient of the pooled maps, dout, that of the normalised, dz. With dy NULL, sums of
    dz and of dz * (y - mean) give the gradients of gamma and beta, of_norm (2, fields), and the
    table (3, fields) of a, b and c in the gradient of y, dy = a * dz + b * (y - mean) + c. With dy,
    which may be of a part of the images, this is written; without statistics it is dz. */

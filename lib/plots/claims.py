@@ -37,12 +37,13 @@ def _dots(axes: Axes, look: Arm, values: Sequence, mean: tuple, flat: bool) -> N
 
 @style.context()
 def forest(result: Mapping[str, Any]) -> Figure:
-    """Paired differences of the deciding measures of at most 6 comparisons: a panel per claim, in
-    the measure's unit. `result` is of `lib.study.claims.overview`.
+    """Paired differences of the deciding measures of at most 6 comparisons of the first one's arm,
+    a panel per claim, in the measure's unit. `result` is of `lib.study.claims.overview`.
 
-    To the right speaks for the claim. The gray band is the smallest difference that matters.
+    To the right speaks for that arm. The gray band is the smallest difference that matters.
     """
-    comparisons, claims = result["comparisons"][:6], result["claims"]
+    comparisons, claims = result["comparisons"], result["claims"]
+    comparisons = [c for c in comparisons if c["treatment"] == comparisons[0]["treatment"]][:6]
     measures = {measure["key"]: measure for measure in result["measures"]}
     height = 0.3 + len(claims) * (0.72 + 0.11 * len(comparisons))
     figure = style.new_figure(height, "Which claims hold?")
@@ -75,10 +76,10 @@ def forest(result: Mapping[str, Any]) -> Figure:
         limit = 1.25 * max(extent)
         axes.set(xlim=(-limit, limit), ylim=(len(comparisons) - 0.4, -0.6))
         axes.set_xlabel("\n".join(textwrap.wrap(measure["title"], 62)), fontsize=6)
-        for end, side in (("right", "treatment"), ("left", "reference")):
-            at = {"x": float(end == "right"), "y": 1.0, "ha": end, "va": "bottom"}
-            name = style.arm(comparisons[0][side]).title.split(",")[0]
-            axes.text(s=f"{name} better", **at, fontsize=6, color=DARK, transform=axes.transAxes)
+        name = style.arm(comparisons[0]["treatment"]).title.split(",")[0]
+        for x, better in ((1.0, name), (0.0, "the other")):
+            look = {"ha": "right" if x else "left", "va": "bottom", "fontsize": 6, "color": DARK}
+            axes.text(x, 1.0, f"{better} better", **look, transform=axes.transAxes)
     keys = {}
     for comparison in comparisons:
         treatment, reference = (style.arm(comparison[s]) for s in ("treatment", "reference"))
@@ -124,7 +125,7 @@ def verdict_matrix(result: Mapping[str, Any]) -> Figure:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_xlim(-0.5, len(claims) - 0.5)
-    note = "in brackets: seeds; numbers: mean difference in the measure's unit, + speaks for P4M"
+    note = "in brackets: seeds; numbers: mean difference in its unit, + speaks for the first arm"
     return style.finish(figure, result["dataset_label"], note)
 
 

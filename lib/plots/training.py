@@ -184,14 +184,16 @@ def _apart(points: np.ndarray, labels: np.ndarray) -> str:
 
 
 def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray, **dots: Any) -> None:
-    """The dots of a map by cluster: of the 30 largest the number, at the member next to the median,
-    and a line around the half that is nearest to it. Clusters that are close differ in colour.
+    """The dots of a map by cluster: its number, at the member next to the median, and a line around
+    the half that is nearest to it. Clusters that are close differ in colour. Of more than 30, the
+    largest are numbered whose numbers do not crowd.
     """
     names, ids = np.unique(clusters, return_inverse=True)
     number = {"fontsize": 6, "ha": "center", "va": "center"}
     number["path_effects"] = [withStroke(linewidth=1.5, foreground="white")]
     used: dict[str, list[np.ndarray]] = {colour: [] for colour in PALETTE[:-1]}
-    for rank, place in enumerate(np.argsort(-np.bincount(ids), kind="stable")):
+    room, numbered = 0.12 * np.ptp(xy, axis=0).max() * (len(names) > 30), []
+    for place in np.argsort(-np.bincount(ids), kind="stable"):
         own = xy[ids == place]
         distance = np.linalg.norm(own - np.median(own, axis=0), axis=1)
         middle, inner = own[distance.argmin()], own[np.argsort(distance)[: len(own) // 2]]
@@ -199,9 +201,11 @@ def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray, **dots: Any) -> 
         colour = max(gap, key=gap.__getitem__)
         used[colour].append(middle)
         axes.scatter(*own.T, **dots, color=colour, alpha=0.7)
-        if rank < 30:
-            axes.text(*middle, str(names[place]), **number)
-        if rank < 30 and len(inner) > 3:
+        if any(np.linalg.norm(other - middle) < room for other in numbered):
+            continue
+        numbered.append(middle)
+        axes.text(*middle, str(names[place]), **number)
+        if len(inner) > 3:
             hull = inner[ConvexHull(inner, qhull_options="QJ").vertices]
             axes.fill(*hull.T, facecolor="none", edgecolor=colour, linewidth=0.8)
 
@@ -256,7 +260,7 @@ def tsne_maps(
         for name, (colour, marker) in looks.items()
     }
     style.legend_below(figure, keys, handletextpad=0.1)
-    note = f"{n:,} images per map; outlined: the middle half of a cluster, 30 at most"
+    note = f"{n:,} images per map; numbered, outlined: clusters, their middle half"
     return style.finish(figure, dataset_label, note)
 
 

@@ -15,6 +15,7 @@ from sklearn.metrics import silhouette_score
 from lib import images, kmeans, metrics
 from lib.deepcluster import cluster
 from lib.study import clusters, curves, retrieval, scores
+from lib.study.claims import LEAST_PERPLEXITY
 from lib.study.subjects import Material, Metadata, Network, Pixels, Random
 
 ANGLES = tuple(range(0, 360, 15))  # degrees; those that are no quarter turn are the free turns
@@ -233,7 +234,7 @@ def found_again(subject: Subject, material: Material) -> Found:
 CURVES = ("epoch", "nmi_prev", "ami_prev", "loss", "largest_cluster", "clusters_used", "perplexity")
 OF_CURVES = ("settled_ami", "shortfall_ami", "spread_ami", "spread_loss", "converged_nmi", "nmi_sd")
 OF_CURVES += ("nmi_final", "ami_final", "loss_final", "nmi_chance")
-LEAST_LEARNT, LEAST_PERPLEXITY = 0.9, 0.5  # last loss / ln K, perplexity / K: above, below is none
+LEAST_LEARNT = 0.9  # last loss / ln K: above it nothing was learnt
 
 
 def training(subject: Network, material: Material) -> Found:
