@@ -98,6 +98,12 @@ def train(arm, seed=0, **changes):
     return fit(images, config, paths.run_dir("tiny", arm, seed), progress=False).path
 
 
+def test_every_setting_of_a_preset_reaches_the_runs_of_a_study():
+    given = {"clusterer": "graph", "head": "linear", "bn_statistics": "running"}
+    config = dataclasses.asdict(train_config("p4m", TINY | given, 0))
+    assert given.items() <= config.items()
+
+
 def test_states_and_what_is_missing():
     for arm, seed in (("p4m", 0), ("p4m", 1), ("p4m-untrained", 0)):
         train(arm, seed)

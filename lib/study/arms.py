@@ -112,9 +112,9 @@ GROUPS = {"all": tuple(n for n, a in ARMS.items() if a.kind in ("arm", "variant"
     group: tuple(name for name, arm in ARMS.items() if arm.kind == kind)
     for group, kind in _KINDS.items()
 }
-PRESET = ("n_clusters", "pca_dim", "epochs", "batch_size", "lr", "weight_decay")
-# settings in which runs must agree to be compared, except what an arm changes
-MATCHED = (*PRESET[:2], *PRESET[3:], "clusterer", "head", "bn_statistics", "data")
+PRESET = ("epochs", "n_clusters", "pca_dim", "batch_size", "lr", "weight_decay")
+PRESET += ("clusterer", "head", "bn_statistics")
+MATCHED = (*PRESET[1:], "data")  # what runs must agree in to be compared, but for an arm's changes
 
 
 def _unknown(name: str) -> ValueError:

@@ -42,8 +42,7 @@ def gather(dataset: str, preset: Mapping[str, Any]) -> dict[str, Any]:
     for arm in MEASURED:
         runs, seeds = {s: paths.run_dir(dataset, arm, s) for s in preset["seeds"]}, {}
         for seed, folder in runs.items():
-            config = arms.train_config("alexnet", preset, seed, "cpu")
-            config = replace(config, epochs=0, clusterer=preset["clusterer"])
+            config = replace(arms.train_config("alexnet", preset, seed, "cpu"), epochs=0)
             seeds[str(seed)] = measure.of_run(arm, folder, config, material)
         for seed, folder in runs.items() if arm == "given" else ():
             seeds[str(seed)]["values"]["ami_seeds"] = measure.with_other_seeds(runs, folder)
