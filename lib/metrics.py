@@ -72,9 +72,7 @@ def kept_share(reference: ArrayLike, moved: ArrayLike) -> np.ndarray:
     return (np.asarray(moved) == np.asarray(reference)).mean(axis=1)
 
 
-def cluster_structure(
-    embedding: np.ndarray, assignments: ArrayLike, seed: int = 0, max_samples: int = 5000
-) -> dict[str, float]:
+def cluster_structure(embedding: np.ndarray, assignments, seed=0, max_samples=5000) -> dict:
     """How compact and separate clusters (N,) are in the space (N, D) in which they were made.
 
     ``silhouette`` (Rousseeuw 1987), -1 to 1, high is separate, of at most `max_samples` random
@@ -94,41 +92,23 @@ def cluster_structure(
     return {"silhouette": silhouette, "davies_bouldin": davies_bouldin}
 
 
-def probe(
-    features: np.ndarray,
-    labels: ArrayLike,
-    train: ArrayLike,
-    test: ArrayLike,
-    groups: ArrayLike | None = None,
-    seed: int = 0,
-    n_boot: int = 1000,
-) -> dict[str, Any]:
+def probe(features, labels, train, test, groups=None, seed=0, n_boot=1000) -> dict[str, Any]:
     """Accuracy of a linear classifier on frozen features, beside two guesses to compare it with.
 
     Multinomial logistic regression on standardised features: what can be read off them *linearly*.
     If the labels are the clusters of these same features, a high accuracy only says that K-means
     cells are convex: it says nothing of disease.
 
-    Parameters
-    ----------
-    features : (N, D) float
-    labels : (N,) int or str
-        A test image of a class that is not in training counts as an error.
-    train, test : (n,) int or (N,) bool
-        Disjoint sets of images.
-    groups : (N,), optional
-        Patient of each image, none in both sets; each image its own if not given.
-    n_boot : int
-        Bootstrap samples; 0: ``low`` and ``high`` are NaN.
+    `features` are (N, D) float, `labels` (N,) int or str; a test image of a class that is not in
+    training counts as an error. `train` and `test` are disjoint sets of images, (n,) int or (N,)
+    bool; `groups` (N,), the patient of each image, none in both sets. Without `n_boot` bootstrap
+    samples, 0, ``low`` and ``high`` are NaN.
 
-    Returns
-    -------
-    dict
-        ``accuracy``, 0 to 1; ``low, high``, its 95 % interval over *test* patients, whose images
-        are alike (percentile bootstrap, Efron 1979), but not over training sets or networks;
-        ``majority``, accuracy of always answering the most frequent class in training; ``chance``,
-        expected accuracy of guessing with the shares in training; ``classes`` (C,) in training and
-        ``n_classes``; ``probabilities`` (n_test, C); ``correct`` (n_test,) bool.
+    Returns ``accuracy``, 0 to 1; ``low, high``, its 95 % interval over *test* patients, whose
+    images are alike (percentile bootstrap, Efron 1979), but not over training sets or networks;
+    ``majority``, accuracy of always answering the most frequent class in training; ``chance``,
+    expected accuracy of guessing with the shares in training; ``classes`` (C,) in training and
+    ``n_classes``; ``probabilities`` (n_test, C); ``correct`` (n_test,) bool.
     """
     features, labels = np.asarray(features), np.asarray(labels)
     train, test, groups = checked_split(features, labels, train, test, groups)
@@ -150,9 +130,7 @@ def probe(
     return found
 
 
-def checked_split(
-    features: np.ndarray, y: np.ndarray, train: ArrayLike, test: ArrayLike, groups: ArrayLike | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def checked_split(features: np.ndarray, y: np.ndarray, train, test, groups) -> tuple:
     """Rows to train and to test on, and groups (N,); ValueError for a patient in both, or NaN."""
     n = len(check_array(features))
     groups = np.arange(n) if groups is None else np.asarray(groups)
@@ -166,9 +144,7 @@ def checked_split(
     return train, test, groups
 
 
-def standardised(
-    features: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def standardised(features: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int) -> tuple:
     """Both sets, scaled to mean 0 and variance 1 in training; of more than 256 features, a PCA."""
     steps: list[Any] = [StandardScaler()]
     if features.shape[1] > MAX_FEATURES:

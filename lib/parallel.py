@@ -3,8 +3,7 @@
 ``torchrun`` starts the processes of a run; they talk through NCCL (GPUs) or gloo (CPUs). Each holds
 the whole network and takes its share of the images: gradients are summed, batch norm uses the
 statistics of the whole batch, and rank 0 clusters the features of all. A single process is a
-`World` of one in which every exchange does nothing, so the loop reads the same in both cases.
-"""
+`World` of one in which every exchange does nothing, so the loop reads the same in both cases."""
 
 import contextlib
 import ctypes
@@ -16,13 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import joblib
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.paths import ROOT
@@ -135,19 +134,6 @@ def share_batch_norm(model: nn.Module, world: World) -> nn.Module:
     return model
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over all processes. It enters every process's result, so gradients are summed, too."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, world: World) -> Tensor:
-        ctx.world = world
-        return world.sum(values.clone())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.world.sum(gradient.contiguous().clone()), None
-
-
 class SharedBatchNorm(_BatchNorm):
     """Batch norm over all processes on CPUs, with the parameters and buffers of `norm`."""
 
@@ -167,9 +153,10 @@ class SharedBatchNorm(_BatchNorm):
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [1, -1, *[1] * (x.ndim - 2)]
         count = float(self.world.sum(torch.tensor(x.numel() / x.shape[1], dtype=torch.float64)))
-        mean = _Sum.apply(x.sum(axes), self.world) / count
+        # sums enter every process's result, so all_reduce sums their gradients, too
+        mean = all_reduce(x.sum(axes)) / count
         centred = x - mean.view(shape)  # squares about the mean: about zero they lose digits
-        variance = _Sum.apply(centred.square().sum(axes), self.world) / count
+        variance = all_reduce(centred.square().sum(axes)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -177,9 +164,6 @@ class SharedBatchNorm(_BatchNorm):
             self.running_var.lerp_(variance * (count / (count - 1)), rate)
         y = centred * (variance + self.eps).rsqrt().view(shape)
         return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
-
-
-# ---------------------------------------------------------------- child processes
 
 
 class ProcessFailed(RuntimeError):
@@ -195,13 +179,7 @@ def cores() -> int:
     return joblib.cpu_count()
 
 
-def run_process(
-    command: Sequence[str],
-    *,
-    env: Mapping[str, str] | None = None,
-    log: Path | None = None,
-    echo: bool = False,
-) -> None:
+def run_process(command: Sequence[str], *, env=None, log: Path | None = None, echo=False) -> None:
     """Run `command` in the project's folder, with the variables `env` besides this process's; it
     ends if this call is interrupted. ProcessFailed if its status is not 0.
 
@@ -209,9 +187,8 @@ def run_process(
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     variables = {**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1", **(env or {})}
-    tail: deque[str] = deque(maxlen=60)
+    tail, text = deque(maxlen=60), {"encoding": "utf-8", "errors": "replace"}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    text = {"encoding": "utf-8", "errors": "replace"}
     with (
         open(log or os.devnull, "w", encoding="utf-8") as file,
         subprocess.Popen(command, cwd=ROOT, env=variables, **pipes, **text) as process,
@@ -232,31 +209,26 @@ def run_process(
         raise ProcessFailed(process.returncode, "".join(tail))
 
 
-def run_processes(
-    jobs: Mapping[str, Sequence[str]],
-    at_once: int,
-    log_of: Callable[[str], Path],
-    on_end: Callable[[str, ProcessFailed | None], None],
-) -> None:
-    """`run_process` for each job, `at_once` at a time; cores are shared out evenly.
+def run_processes(jobs: Mapping, at_once: int, log_of: Callable, on_end: Callable) -> None:
+    """`run_process` for each of `jobs` (name -> command), `at_once` at a time; cores are shared
+    out evenly. The output of a job goes to the file ``log_of(name)``.
 
-    A job that fails does not stop the others; `on_end` gets its name and its error.
+    A job that fails does not stop the others; ``on_end(name, error)`` is called with None if all
+    went well.
     """
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // at_once))}
 
     def one(name: str) -> None:
+        failed = None
         try:
             run_process(jobs[name], env=threads, log=log_of(name))
         except ProcessFailed as error:
-            on_end(name, error)
-        else:
-            on_end(name, None)
+            failed = error
+        on_end(name, failed)
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(one, jobs))  # raises what `on_end` raises, and begins no other job then
 
-
-# ---------------------------------------------------------------- memory
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -278,7 +250,6 @@ def freed_memory_kept() -> Iterator[None]:
     every step of training. Arrays above 640 MB are still returned, since kept memory fragments.
     Nothing happens below 4 GB of memory or without glibc.
     """
-    mmap_threshold, trim_threshold = -3, -1  # of glibc's malloc.h
     try:
         libc = ctypes.CDLL(None)
         mallopt, trim = libc.mallopt, libc.malloc_trim
@@ -287,8 +258,8 @@ def freed_memory_kept() -> Iterator[None]:
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if min(memory, memory_limit() or memory) >= 4 * 2**30:
-        mallopt(mmap_threshold, 640 << 20)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(-3, 640 << 20)  # M_MMAP_THRESHOLD of glibc's malloc.h
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     try:
         yield
     finally:

@@ -1,9 +1,7 @@
-"""X-rays in: sources, the reader of folders, and the three files that everything else reads.
+"""The three files that everything else reads: ``images.npy``, ``metadata.csv``, ``manifest.json``.
 
-`lib.data.sources` obtains X-rays, `lib.data.preprocess` makes ``images.npy``, ``metadata.csv`` and
-``manifest.json`` of them. This module writes and reads these: `load_images` is for training, which
-must see no label, and `load` for evaluation.
-"""
+`lib.data.preprocess` makes them of X-rays from `lib.data.sources`. This module writes and reads
+them: `load_images` is for training, which must see no label, and `load` for evaluation."""
 
 import hashlib
 import os
@@ -95,18 +93,10 @@ def finished(dataset_dir: Path, fingerprint: str) -> dict[str, Any] | None:
     return manifest if whole and manifest.get("fingerprint") == fingerprint else None
 
 
-def save(
-    work_dir: Path,
-    manifest: dict[str, Any],
-    metadata: pd.DataFrame,
-    images: Iterable[np.ndarray],
-    name: str = "images.npy",
-) -> dict[str, Any]:
+def save(work_dir: Path, manifest: dict, metadata, images: Iterable, name="images.npy") -> dict:
     """Write the three files into the parent of `work_dir`, which is removed; return the manifest,
     to which `manifest` is added. `images`, uint8 (64, 64), are in the order of `metadata`; an array
-    of another `name` is written as it is.
-
-    OSError if the disk is full; no file is left half-written.
+    of another `name` is written as it is. OSError if the disk is full; none is left half-written.
     """
     with paths.atomic_write(work_dir / "metadata.csv", "w") as handle:
         metadata.to_csv(handle, index=False, lineterminator="\n")

@@ -78,13 +78,11 @@ def preprocess(path: Path, out_dir: Path) -> dict[str, Any]:
     method = "ChestMNIST's own, val joins train; not NIH's lists; patients are not known"
     counts = ("not_square", "enlarged", "csv_rows", "csv_rows_without_image")
     source = {"kind": "chestmnist", "csv": None, "file": path.name}
-    manifest = {
-        "source": source | {key: facts[key] for key in ("md5", "published")},
-        "split": {"method": method, "seed": None} | metadata["split"].value_counts().to_dict(),
-        **dict.fromkeys((*counts, "images_without_csv_row"), 0),
-    }
-    manifest |= {"patients": None, "dropped": [], "attribution": ATTRIBUTION}
-    manifest["fingerprint"] = fingerprint
+    source |= {key: facts[key] for key in ("md5", "published")}
+    split = {"method": method, "seed": None} | metadata["split"].value_counts().to_dict()
+    manifest = {"source": source, "split": split, "patients": None, "dropped": []}
+    manifest |= dict.fromkeys((*counts, "images_without_csv_row"), 0)
+    manifest |= {"attribution": ATTRIBUTION, "fingerprint": fingerprint}
     images = (image for part in PARTS for image in _read(path, part)[0])  # a part at a time
     manifest = save(out_dir / ".partial-chestmnist", manifest, metadata, images)
     if not facts["published"]:

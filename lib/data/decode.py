@@ -37,8 +37,7 @@ def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray |
 
     Returns pixels, uint8 (size, size), or None; and a record: reason (empty if the image was read);
     image (False if the file is whole but holds none); mode, width and height of the original;
-    scale, which values became black and white; from DICOM also patient_id (hashed), view_position,
-    age and sex.
+    scale, which values became black and white; from DICOM also what `_header` says.
     """
     record: dict[str, Any] = {"reason": "", "image": True, "mode": "", "width": 0, "height": 0}
     try:
@@ -251,15 +250,12 @@ def _presentation(dataset: Any, values: np.ndarray, inside: np.ndarray) -> tuple
     center, width = _number(dataset, "WindowCenter"), _number(dataset, "WindowWidth")
     if slope == 0:
         raise ValueError(f"DICOM RescaleSlope {Tag('RescaleSlope')} is 0")
-    modality, voi = (
-        next((i for i in dataset.get(name) or () if "LUTData" in i and "LUTDescriptor" in i), None)
-        for name in ("ModalityLUTSequence", "VOILUTSequence")
-    )
-    little = dataset.original_encoding[1]
+    sequences = (dataset.get(name) or () for name in ("ModalityLUTSequence", "VOILUTSequence"))
+    whole = ([i for i in items if "LUTData" in i and "LUTDescriptor" in i] for items in sequences)
+    modality, voi = (next(iter(items), None) for items in whole)
+    shown, little = values * float(slope) + float(intercept), dataset.original_encoding[1]
     if modality is not None:
         shown, black, white = _look_up(modality, values, little)
-    else:
-        shown = values * float(slope) + float(intercept)
     if voi is not None:
         return _to_8_bits(*_look_up(voi, shown, little)), "VOI LUT"
     if center is not None and width is not None:
@@ -318,11 +314,9 @@ def _header(dataset: Any) -> dict[str, str]:
     """
     number = str(dataset.get("PatientID") or "").strip().encode("utf-8", "surrogatepass")
     found = {"patient_id": f"sha256-{hashlib.sha256(number).hexdigest()[:16]}" if number else ""}
-    for name, keyword, pattern in (
-        ("view_position", "ViewPosition", "[A-Z]{1,8}"),
-        ("age", "PatientAge", "[0-9]{3}[YMWD]"),
-        ("sex", "PatientSex", "[MFO]"),
-    ):
+    valid = {"view_position": ("ViewPosition", "[A-Z]{1,8}"), "sex": ("PatientSex", "[MFO]")}
+    valid["age"] = ("PatientAge", "[0-9]{3}[YMWD]")
+    for name, (keyword, pattern) in valid.items():
         text = str(dataset.get(keyword) or "").strip().upper()
         found[name] = text if re.fullmatch(pattern, text) else ""
     return found

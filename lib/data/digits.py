@@ -6,8 +6,7 @@ from scipy.ndimage import map_coordinates
 from sklearn.datasets import load_digits
 
 IMAGES = 1797
-SIZE = 64
-SCALE = 6  # pixels of ours per pixel of the original: 8 x 8 become 48 x 48
+SIZE, SCALE = 64, 6  # pixels; ours per pixel of the original: 8 x 8 become 48 x 48
 ATTRIBUTION = (
     "Handwritten digits: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, "
     "UCI Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0; the "
@@ -15,9 +14,7 @@ ATTRIBUTION = (
 )
 
 
-def make_digits(
-    turned: bool = False, seed: int = 0, n: int | None = None
-) -> tuple[np.ndarray, pd.DataFrame]:
+def make_digits(turned=False, seed=0, n: int | None = None) -> tuple[np.ndarray, pd.DataFrame]:
     """Enlarge scikit-learn's digits from 8 x 8 to 48 x 48, in the middle of 64 x 64.
 
     A digit becomes a quadratic B-spline with its 8 x 8 values as coefficients: smooth, without

@@ -43,9 +43,8 @@ def read(path: Path) -> tuple[np.ndarray, pd.DataFrame]:
         raise ValueError(f"row {bad[0]} of `embeddings` in {path.name} is not finite")
     wrong = {name: some.shape for name, some in columns.items() if some.shape != points.shape[:1]}
     if wrong:
-        raise ValueError(
-            f"{path.name} has {len(points)} rows, but columns of other shapes: {wrong}"
-        )
+        fault = f"{path.name} has {len(points)} rows, but columns of other shapes: {wrong}"
+        raise ValueError(fault)
     cells = pd.DataFrame({name: map(_text, some) for name, some in columns.items()}, dtype=str)
     return points, cells.rename(columns=RENAMED)
 
@@ -79,18 +78,12 @@ def preprocess(path: str | os.PathLike, out_dir: str | os.PathLike, split_seed: 
     lists = {name: "test" if part == "test" else "train" for name, part in lists.items() if part}
     cells = cells.assign(image_id=ids, findings=cells.get("findings", pd.Series([""] * n)))
     table, counts = tables.clean(cells, path.name)
-    rows = {name: [row] for row, name in enumerate(ids)}
-    frame, split = tables.split_patients(
-        tables.join({i: {} for i in ids}, table, rows), lists, split_seed
-    )
+    frame = tables.join({i: {} for i in ids}, table, {name: [row] for row, name in enumerate(ids)})
+    frame, split = tables.split_patients(frame, lists, split_seed)
     split["method"] = split["method"].replace("NIH's lists", "the file's own")
-    manifest = {
-        "source": {"kind": "embeddings", "csv": None, "file": path.name},
-        "size": points.shape[1],
-        "split": split,
-        "attribution": ATTRIBUTION,
-        "fingerprint": fingerprint,
-    }
+    source = {"kind": "embeddings", "csv": None, "file": path.name}
+    manifest = {"source": source, "size": points.shape[1], "split": split}
+    manifest |= {"attribution": ATTRIBUTION, "fingerprint": fingerprint}
     with paths.alone(out_dir):
         return save(out_dir / ".partial-embeddings", manifest | counts, frame, points, NAME)
 

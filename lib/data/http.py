@@ -1,8 +1,7 @@
 """Files over HTTP: retried, resumed after a cut, checked; and archives, unpacked file by file.
 
 `urllib3.Retry` repeats a request that finds no connection or a busy server, and `RemoteFile` one
-that breaks off. Errors are DownloadError, or OSError of the disk; what has arrived is kept.
-"""
+that breaks off. Errors are DownloadError, or OSError of the disk; what has arrived is kept."""
 
 import gzip
 import hashlib
@@ -27,10 +26,8 @@ BUSY = (408, 429, 500, 502, 503, 504)  # answers after which a request is repeat
 TIMEOUT = (20, 90)  # seconds to connect, and between two bytes
 READ_AHEAD = 2**24  # bytes of a zip per request: 45 GB take 2,700 requests, not one per image
 _BLOCK = 2**18
-_HINT = (
-    "free some space, or choose another folder with CXR_DATA_DIR; what has arrived is kept, and "
-    "the same command goes on from there"
-)
+_HINT = "free some space, or choose another folder with CXR_DATA_DIR; what has arrived is kept, "
+_HINT += "and the same command goes on from there"
 _CUT = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
@@ -55,8 +52,7 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # not the system's: requests' errors are OSErrors, too
             raise
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"could not write {path}: {reason}; {_HINT}") from error
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}; {_HINT}") from error
 
 
 class _Adapter(HTTPAdapter):
@@ -69,9 +65,8 @@ class _Adapter(HTTPAdapter):
 def patient(session: requests.Session) -> requests.Session:
     """Make a session repeat its requests while a server is busy or gone for a moment."""
     # Any method, since Kaggle's API is asked by POST; waits of 0, 2, 4, ... s, or of Retry-After.
-    retry = Retry(
-        TRIES, status_forcelist=BUSY, allowed_methods=None, backoff_factor=1, raise_on_status=False
-    )
+    how = {"status_forcelist": BUSY, "allowed_methods": None, "raise_on_status": False}
+    retry = Retry(TRIES, backoff_factor=1, **how)
     for scheme in ("https://", "http://"):
         session.mount(scheme, _Adapter(max_retries=retry))
     return session
@@ -150,9 +145,9 @@ def download(url: str, path: Path, md5: str) -> Path:
         with open(part, "ab") as file, RemoteFile(lambda: url, path.name) as remote:
             begin = file.tell()
             need_space(part.parent, remote.size - begin, path.name)
-            bar = tqdm(total=remote.size, initial=begin, desc=path.name, unit="B", unit_scale=True)
             remote.seek(begin)
-            with bar:
+            about = {"desc": path.name, "unit": "B", "unit_scale": True}
+            with tqdm(total=remote.size, initial=begin, **about) as bar:
                 while block := remote.read(READ_AHEAD):
                     file.write(block)
                     bar.update(len(block))
@@ -178,11 +173,10 @@ def unzip(opened: BinaryIO, target: Path, name: str) -> int:
             files.sort(key=lambda info: -info.filename.count("/"))  # of doubles the last one stays
             wanted = {(Path(f.filename).name, f.file_size, f.CRC): f for f in files}
             todo = [f for f in wanted.values() if not _is_whole(target / f.filename, f)]
-            todo.sort(key=lambda info: info.header_offset)  # so that it is read forwards
             total = sum(info.file_size for info in todo)
             need_space(target, total, name)
             with tqdm(total=total, desc=name, unit="B", unit_scale=True) as bar:
-                for info in todo:
+                for info in sorted(todo, key=lambda info: info.header_offset):  # read forwards
                     # extract never leaves its folder, and raises if the CRC-32 is another one
                     file = Path(archive.extract(info, staging))
                     place = target / file.relative_to(staging)

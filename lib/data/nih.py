@@ -29,15 +29,14 @@ ATTRIBUTION = (
 COLUMNS = ("image_id", "patient_id", "findings", "view_position", "age", "sex", "split")
 # Headers of tables, as their letters in lower case: "Patient Sex" and "patient_sex" are one name.
 ALIASES = {
-    "image_id": (
-        *("imageindex", "imageid", "image", "imagename", "filename", "file"),
-        *("imagepath", "filepath", "path", "dicomid", "img"),
-    ),
-    "findings": ("findinglabels", "findings"),
-    "patient_id": ("patientid", "subjectid", "patient"),
-    "view_position": ("viewposition", "view", "appa"),
+    "image_id": "imageindex imageid image imagename filename file imagepath filepath path dicomid "
+    "img",
+    "findings": "findinglabels findings",
+    "patient_id": "patientid subjectid patient",
+    "view_position": "viewposition view appa",
+    "age": "patientage age",
+    "sex": "patientsex patientgender sex gender",
 }
-ALIASES |= {"age": ("patientage", "age"), "sex": ("patientsex", "patientgender", "sex", "gender")}
 SPELLINGS = {name.lower(): name for name in COUNTS} | {"infiltrate": "Infiltration"}
 NIH_NAME = re.compile(r"(\d{8})_(\d{3})\.(png|jpe?g)", re.IGNORECASE)  # <patient>_<number>.png
 METADATA_NAMES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv", "sample_labels.csv")

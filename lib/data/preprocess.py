@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
 from lib import paths
@@ -46,28 +45,18 @@ def preprocess(
     Every readable PNG, JPEG and DICOM becomes one row, in order of image_id. The work is saved
     every 256 images and goes on from there when called again, or is over at once if it is done.
 
-    Parameters
-    ----------
-    source_dir, out_dir : path
-        What `lib.data.sources.fetch` filled, any folder of images, or an ``.npz`` of ChestMNIST;
-        and where to, usually ``paths.dataset_dir(dataset)``.
-    split_seed : int
-        Of the patient-wise split; not used if NIH's two lists are in the folder.
-    fit : {"pad", "crop", "stretch"}
-        For images that are not square, see `lib.data.decode.decode`.
-    drop_outliers : bool
-        Leave out images that are too dark, too bright or constant; else they are only listed.
-    max_broken : float
-        Largest share of unreadable images that is only listed in the manifest, 0 to 1.
-    csv, image_column, label_column : optional
-        Table to read instead of the one that is found, in the folder or elsewhere; and its columns,
-        see `lib.data.tables.read_table`.
+    `source_dir` is what `lib.data.sources.fetch` filled, any folder of images, or an ``.npz`` of
+    ChestMNIST; `out_dir` is usually ``paths.dataset_dir(dataset)``. `split_seed` is of the
+    patient-wise split; it is not used if NIH's two lists are in the folder. `fit` is for images
+    that are not square, see `lib.data.decode.decode`. `drop_outliers` leaves out images that are
+    too dark, too bright or constant; else they are only listed, as are unreadable images up to a
+    share of `max_broken`, 0 to 1. `csv` is the table to read instead of the one that is found, in
+    the folder or elsewhere; for its columns see `lib.data.tables.read_table`.
 
     Returns the manifest: source, counts, sha256 of both files, what was dropped and why.
-
-    Raises ValueError if there are no images, too many unreadable ones, a table of other images, or
-    a bad option; OSError if `out_dir` is not writable or in use, or the disk is full. No file is
-    left half-written.
+    ValueError if there are no images, too many unreadable ones, a table of other images, or a bad
+    option; OSError if `out_dir` is not writable or in use, or the disk is full. No file is left
+    half-written.
     """
     if fit not in decode.FITS or not 0 <= max_broken <= 1:
         valid = f"need fit in {decode.FITS} and 0 <= max_broken <= 1"
@@ -113,9 +102,7 @@ class Source:
     lists: dict[str, str]  # NIH's split: image_id -> train or test
 
     @classmethod
-    def look(
-        cls, folder: Path, note: dict[str, Any], csv: str | os.PathLike | None, column: str | None
-    ) -> Self:
+    def look(cls, folder: Path, note: dict, csv: Path | str | None, column: str | None) -> Self:
         """Find images, table and lists in a folder and below it; ValueError if there is none.
 
         image_id is the file name. Of NIH's names, which are identities, a repeated one is left out;
@@ -129,8 +116,7 @@ class Source:
             own = several[name] == 1 or nih.NIH_NAME.fullmatch(name)
             images.setdefault(tables.printable(name if own else file), file)
         images = dict(sorted(images.items()))
-        repeated = sorted(set(found) - set(images.values()))
-        if repeated:
+        if repeated := sorted(set(found) - set(images.values())):
             text = f"{len(repeated)} images were left out: another one has their name"
             warnings.warn(text, stacklevel=3)
         table = tables.find_metadata(folder, others, column, csv)
@@ -203,9 +189,7 @@ def _too_many_broken(source: Source, records: Records, max_broken: float) -> str
     return f"{text} ({tables.printable('; '.join(broken[:3]))}): replace or remove them{allow}"
 
 
-def _rows(
-    source: Source, image_column: str | None, label_column: str | None
-) -> tuple[pd.DataFrame | None, dict[str, list[int]], dict[str, Any]]:
+def _rows(source: Source, image_column: str | None, label_column: str | None) -> tuple:
     """The table, its rows of each image, and counts; ValueError if it describes no image."""
     table, rows, counts = None, {}, {}
     if source.table:
@@ -219,11 +203,10 @@ def _rows(
     if source.table and 2 * len(rows) < len(source.images):
         row = next((path for k, path in enumerate(table["path"]) if k not in used), "no other")
         image = next(path for image_id, path in source.images.items() if image_id not in rows)
-        text = (
-            f"{source.table.name} describes {len(rows) or 'none'} of {len(source.images)} images: "
-            f"it names {tables.printable(row)!r}, and the folder holds {tables.printable(image)!r};"
-            " choose the table with --csv and its column with --image-column"
-        )
+        text = f"{source.table.name} describes {len(rows) or 'none'} of {len(source.images)} images"
+        text += f": it names {tables.printable(row)!r}, and the folder holds "
+        text += f"{tables.printable(image)!r}; choose the table with --csv and its column with "
+        text += "--image-column"
         if not rows:
             raise ValueError(text)
         warnings.warn(text, stacklevel=3)
@@ -238,9 +221,7 @@ def _images(partial: Path, records: Records, kept: set[str]) -> Iterator[np.ndar
             yield from (image for image in saved["pixels"] if next(read) in kept)
 
 
-def _manifest(
-    source: Source, records: Records, kept: list[str], unwanted: tuple[str, ...]
-) -> dict[str, Any]:
+def _manifest(source: Source, records: Records, kept: list[str], unwanted: tuple) -> dict[str, Any]:
     """What the manifest says of the files."""
     images = [records[name] for name in kept]
     not_square = sum(record["width"] != record["height"] for record in images)
@@ -250,18 +231,15 @@ def _manifest(
     for name, record in records.items():
         if why := next(filter(None, (record[key] for key in unwanted)), ""):
             (dropped if record["image"] else reports)[source.images[name]] = why
+    found = {"source": source.note}
+    for key, files in (("dropped", dropped), ("not_images", reports)):
+        found[key] = [{"file": tables.printable(f), "reason": why} for f, why in files.items()]
     outliers = {name: record["outlier"] for name, record in records.items() if record["outlier"]}
     kinds = ("too dark", "too bright", "constant")
-    return {
-        "source": source.note,
-        "dropped": [{"file": tables.printable(f), "reason": why} for f, why in dropped.items()],
-        "not_images": [{"file": tables.printable(f), "reason": why} for f, why in reports.items()],
-        "other_files": len(source.others),
-        "outliers": {k: sum(why.startswith(k) for why in outliers.values()) for k in kinds}
-        | {"images": [{"image_id": n, "reason": why} for n, why in outliers.items()]},
-        "image_modes": dict(Counter(record["mode"] for record in images).most_common()),
-        "gray_scales": dict(Counter(record["scale"] for record in images).most_common()),
-        "not_square": not_square,
-        "enlarged": sum(min(r["width"], r["height"]) < decode.SIZE for r in images),
-        "attribution": sources.ATTRIBUTIONS[source.note["kind"]],
-    }
+    found |= {"other_files": len(source.others), "not_square": not_square}
+    found["outliers"] = {k: sum(why.startswith(k) for why in outliers.values()) for k in kinds}
+    found["outliers"]["images"] = [{"image_id": n, "reason": why} for n, why in outliers.items()]
+    for key, of in (("image_modes", "mode"), ("gray_scales", "scale")):
+        found[key] = dict(Counter(record[of] for record in images).most_common())
+    found["enlarged"] = sum(min(r["width"], r["height"]) < decode.SIZE for r in images)
+    return found | {"attribution": sources.ATTRIBUTIONS[source.note["kind"]]}

@@ -31,9 +31,8 @@ NO_CREDENTIALS = (
 )
 ATTRIBUTIONS = {"phantom": phantom.ATTRIBUTION, "digits": digits.ATTRIBUTION}
 ATTRIBUTIONS |= {"chestmnist": chestmnist.ATTRIBUTION, "nih": nih.ATTRIBUTION}
-ATTRIBUTIONS["folder"] = (
-    "Images of the user's own folder, under their own terms. Not for clinical use."
-)
+TERMS = "Images of the user's own folder, under their own terms. Not for clinical use."
+ATTRIBUTIONS |= {"folder": TERMS}
 _HEADERS = {  # Kaggle's, for what is drawn here
     "image_id": "Image Index", "findings": "Finding Labels", "patient_id": "Patient ID",
     "age": "Patient Age", "sex": "Patient Gender", "view_position": "View Position",
@@ -63,19 +62,12 @@ def fetch(
 ) -> dict[str, Any]:
     """Put a source of images into place for `preprocess`. What is here already is not fetched.
 
-    Parameters
-    ----------
-    source : str or path
-        A word of `WORDS`, ``"chestmnist:FILE.npz"``, ``"nih:PATH"`` of a folder with NIH's archives
-        or with what was unpacked from them, or a folder with images, which stays where it is.
-    raw_dir : path
-        Usually ``paths.raw_dir(dataset)``. Downloads go beside it; every preset uses the same.
-    n_phantoms, seed : int
-        Number of phantoms; seed of phantoms and of the digits' angles.
-    csv : path, optional
-        Table of a folder, if it is not the only one.
-
-    Returns a dict for display: kind, images, csv, folder, attribution, origin, verified.
+    `source` is a word of `WORDS`, ``"chestmnist:FILE.npz"``, ``"nih:PATH"`` of a folder with NIH's
+    archives or with what was unpacked from them, or a folder with images, which stays where it is.
+    `raw_dir` is usually ``paths.raw_dir(dataset)``; downloads go beside it, every preset uses the
+    same. `seed` is of phantoms and of the digits' angles. `csv` is the table of a folder, if it is
+    not the only one. Returns a dict for display: kind, images, csv, folder, attribution, origin,
+    verified.
 
     Raises DownloadError without credentials, space, connection or permission, or if an archive is
     damaged; ValueError if `source` is not what it promises, or `raw_dir` holds what was not drawn
@@ -142,9 +134,7 @@ def kind_of(images: Collection[str]) -> str:
     return "nih" if 2 * named > len(images) else "folder"
 
 
-def _note(
-    folder: Path, origin: str, verified: str = _UNREAD, csv: Any = None, needed: bool = False
-) -> dict[str, Any]:
+def _note(folder: Path, origin: str, verified=_UNREAD, csv=None, needed=False) -> dict[str, Any]:
     """A note of a folder with images."""
     images, others = find_images(folder, needed)
     with warnings.catch_warnings(action="ignore"):  # 01_preprocess says which tables it cannot use
@@ -170,10 +160,8 @@ def _drawn(word: str, raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
         if there not in ("phantom", "digits") and files - {"source.json"}:
             holds = f"{paths.show(raw_dir)} holds files that were not drawn here"
             raise ValueError(f"{holds}: move them away, or choose another dataset name")
-        if kind == "phantom":
-            images, table = phantom.make_phantoms(n, seed)
-        else:
-            images, table = digits.make_digits(word == "digits-turned", seed)
+        make = phantom.make_phantoms if kind == "phantom" else digits.make_digits
+        images, table = make(n if kind == "phantom" else word == "digits-turned", seed)
         for leftover in (new, old):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         for place, (image_id, image) in enumerate(zip(table["image_id"], images, strict=True)):
@@ -265,10 +253,8 @@ def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
     """NIH's own files: used where they lie if they are unpacked, else unpacked into `store`."""
     note = _note(folder, "NIH's own files")
     if not note["csv"]:
-        raise ValueError(
-            f"there is no Data_Entry_2017*.csv in {folder}: download it from "
-            "https://nihcc.app.box.com/v/ChestXray-NIHCC and put it beside the archives"
-        )
+        hint = "from https://nihcc.app.box.com/v/ChestXray-NIHCC and put it beside the archives"
+        raise ValueError(f"there is no Data_Entry_2017*.csv in {folder}: download it {hint}")
     if note["kind"] == "nih":
         return note
     files = [folder / file for file in find_images(folder, needed=False)[1]]

@@ -9,20 +9,18 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lib.data import nih
 
+Cleaned = tuple[pd.DataFrame, dict[str, int]]  # of `read_table`: the table, and counts
 TEST_SHARE = 0.2
 IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|dcm|dicom)$", re.IGNORECASE)
 
 
-def find_metadata(
-    folder: Path, files: Sequence[str], image_column: str | None = None, given: Any = None
-) -> Path | None:
+def find_metadata(folder: Path, files: Sequence[str], image_column=None, given=None) -> Path | None:
     """The table with the labels: the `given` one, in the folder or elsewhere; else one of NIH's
     names; else the only CSV of `files`, relative paths (``/``) in `folder`, that names images.
 
@@ -101,7 +99,7 @@ def _roles(header: Sequence[str], image: str | None, label: str | None = None) -
     letters = [re.sub("[^a-z]", "", name.lower()) for name in header]
     roles = {}
     for role, aliases in nih.ALIASES.items():
-        known = [letters.index(alias) for alias in aliases if alias in letters]
+        known = [letters.index(alias) for alias in aliases.split() if alias in letters]
         roles |= {role: known[0]} if known else {}
     folded = [name.casefold() for name in header]
     for role, wanted in (("image_id", image), ("findings", label)):
@@ -112,12 +110,7 @@ def _roles(header: Sequence[str], image: str | None, label: str | None = None) -
     return roles
 
 
-def read_table(
-    table: Path,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    extra_columns: bool = False,
-) -> tuple[pd.DataFrame, dict[str, int]]:
+def read_table(table: Path, image_column=None, label_column=None, extra_columns=False) -> Cleaned:
     """Read a table of images, in UTF-8, UTF-16 or Windows-1252, with any usual separator.
 
     `image_column` and `label_column` hold the images (names or paths) and their labels, if they are
@@ -132,19 +125,12 @@ def read_table(
     return clean(cells, table.name, image_column, label_column, extra_columns)
 
 
-def clean(
-    cells: pd.DataFrame,
-    name: str,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    extra_columns: bool = False,
-) -> tuple[pd.DataFrame, dict[str, int]]:
+def clean(cells, name: str, image_column=None, label_column=None, extra_columns=False) -> Cleaned:
     """`read_table` of the cells of a table of this `name`."""
     roles = _roles(cells.columns, image_column, label_column)
-    for role, column, option in (
-        ("image_id", image_column or "Image Index", "--image-column"),
-        ("findings", label_column or "Finding Labels", "--label-column"),
-    ):
+    needed = {"image_id": (image_column or "Image Index", "--image-column")}
+    needed["findings"] = (label_column or "Finding Labels", "--label-column")
+    for role, (column, option) in needed.items():
         if role not in roles:
             has = ", ".join(repr(printable(title)) for title in cells if title) or "none"
             raise ValueError(f"{name} has no column {column!r}: name one with {option} ({has})")
@@ -192,9 +178,7 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def match(
-    images: dict[str, str], paths: Sequence[str]
-) -> tuple[dict[str, list[int]], Counter[str]]:
+def match(images: dict[str, str], paths: Sequence[str]) -> tuple[dict[str, list[int]], Counter]:
     """Which rows of a table describe which image.
 
     `images` are relative paths (``/``) by image_id, `paths` those of the rows: names, or paths from
@@ -205,12 +189,9 @@ def match(
     Returns the numbers of the rows by image_id, and how many images were found in which way.
     """
     zeros = re.compile(r"(^|/)0+(?=[^/]+$)|\.0+$")
-    forms = {
-        "by name": str,
-        "without extension": lambda path: IMAGE_SUFFIX.sub("", path),
-        "in any case": lambda path: IMAGE_SUFFIX.sub("", path).casefold(),
-        "without leading zeros": lambda p: zeros.sub(r"\1", IMAGE_SUFFIX.sub("", p).casefold()),
-    }
+    forms = {"by name": str, "without extension": lambda path: IMAGE_SUFFIX.sub("", path)}
+    forms["in any case"] = lambda path: IMAGE_SUFFIX.sub("", path).casefold()
+    forms["without leading zeros"] = lambda path: zeros.sub(r"\1", forms["in any case"](path))
     numbers = defaultdict(list)
     for number, path in enumerate(paths):
         numbers[path].append(number)
@@ -240,9 +221,7 @@ def _ends(path: str) -> list[str]:
     return ["/".join(parts[place:]) for place in reversed(range(len(parts)))]
 
 
-def join(
-    records: dict[str, dict[str, Any]], table: pd.DataFrame | None, found: dict[str, list[int]]
-) -> pd.DataFrame:
+def join(records: dict, table: pd.DataFrame | None, found: dict[str, list]) -> pd.DataFrame:
     """One row per image: what the table says, then the file's own header, then NIH's way of naming.
 
     `records`, by image_id, are of `decode`, `table` is of `read_table` and `found` of `match`. The
@@ -274,9 +253,7 @@ def read_lists(folder: Path, files: Sequence[str]) -> dict[str, str]:
     return {name: part for text, part in lists for name in text.split()}
 
 
-def split_patients(
-    frame: pd.DataFrame, lists: dict[str, str], seed: int
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+def split_patients(frame: pd.DataFrame, lists: dict, seed: int) -> tuple[pd.DataFrame, dict]:
     """Insert a column split, ``"train"`` or ``"test"``, whole patients only, and describe it.
 
     NIH's lists (of `read_lists`) decide if they leave images in both parts; patients that they do
@@ -295,8 +272,7 @@ def split_patients(
         method = "NIH's lists"
     else:
         listed = [None] * len(listed)
-    sides: dict[str, str] = {}
-    both = set()
+    sides, both = {}, set()
     for patient, part in zip(patients, listed, strict=True):
         if part and sides.setdefault(patient, part) != part:
             both.add(patient)

@@ -48,13 +48,7 @@ _TOOLTIP = """
 
 
 def gather(
-    images: np.ndarray,
-    metadata: pd.DataFrame,
-    runs: Mapping[str, Run],
-    dataset_label: str,
-    attribution: str,
-    n_images: int = 2000,
-    seed: int = 0,
+    images, metadata, runs: Mapping[str, Run], dataset_label, attribution, n_images=2000, seed=0
 ) -> dict[str, Any]:
     """Compute what the page shows: plain values, and ``pixels``, uint8 (M, 64, 64).
 
@@ -90,9 +84,7 @@ def gather(
     return found | {"arms": arms}
 
 
-def _arm(
-    arm: str, run: Run, pixels: np.ndarray, rows: np.ndarray, known: Mapping, seed: int
-) -> dict[str, Any]:
+def _arm(arm: str, run: Run, pixels: np.ndarray, rows: np.ndarray, known: Mapping, seed) -> dict:
     """What the page shows of one run, of the images in `rows`, which have these `pixels`."""
     embedding = embed(run, np.asarray(run.features))
     epochs = clusters.follow(np.vstack([run.assignments, run.final_assignments[None]]))
@@ -173,12 +165,9 @@ def html(content: Mapping[str, Any]) -> str:
     payload |= {"columns": columns, "sprite": base64.b64encode(sheet).decode()}
     payload |= {"palette": style.PALETTE, "light": style.LIGHT, "gray": style.GRAY}
     payload["markers"] = MARKERS
-    parts = {
-        "TITLE": html_module.escape(f"Explorer: {content['label']}"),
-        "BOKEH": Resources(mode="inline", components=["bokeh"]).render_js(),
-        "DATA": _script_json(payload),
-        "PLOT": _script_json(json_item(_map())),
-    }
+    parts = {"DATA": _script_json(payload), "PLOT": _script_json(json_item(_map()))}
+    parts["TITLE"] = html_module.escape(f"Explorer: {content['label']}")
+    parts["BOKEH"] = Resources(mode="inline", components=["bokeh"]).render_js()
     page = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], page)
 

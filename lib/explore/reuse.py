@@ -39,22 +39,15 @@ QUANTILE = 0.995  # of the run's own images, in each of two measures: about 1 % 
 
 @dataclass(frozen=True)
 class Novelty:
-    """How far images (M,) lie from those that a run has seen, as the network sees it.
+    """How far images (M,) lie from those that a run has seen, as the network sees it. Many far
+    images are a warning; few are no proof that images are of the same kind."""
 
-    Many far images are a warning; few are no proof that images are of the same kind.
-
-    ``distance`` to the image's own centroid in the clustered space, 0 to 2; ``spread``, root mean
-    square of the whitened components before they are scaled to length 1, about 1 for the run's own
-    images; ``far``, whether one or the other exceeds the 99.5 % quantile of the run's own images;
-    ``share`` of far images, ``expected`` from the run's own; ``p``, the chance of at least as many.
-    """
-
-    distance: np.ndarray
-    spread: np.ndarray
-    far: np.ndarray
-    share: float
-    expected: float
-    p: float
+    distance: np.ndarray  # to the image's own centroid in the clustered space, 0 to 2
+    spread: np.ndarray  # root mean square of the whitened components; the run's own: about 1
+    far: np.ndarray  # whether one of both exceeds the 99.5 % quantile of the run's own images
+    share: float  # of far images
+    expected: float  # share, from the run's own images
+    p: float  # chance of at least as many far images
 
     @property
     def sentence(self) -> str:
@@ -71,19 +64,15 @@ class Novelty:
 
 @dataclass(frozen=True)
 class Model:
-    """A finished run: ``config``, its settings; ``whiten``, without scaling to length 1;
-    ``centroids`` (K, d); ``sizes`` (K,), its images in each cluster; ``limits``, see `Novelty`.
-
-    Images are uint8 (M, 64, 64); others raise a ValueError that quotes them.
-    """
+    """A finished run. Images are uint8 (M, 64, 64); others raise a ValueError that quotes them."""
 
     name: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # its settings
     network: Backbone
-    whiten: PCAWhiten
-    centroids: np.ndarray
-    sizes: np.ndarray
-    limits: dict[str, float]
+    whiten: PCAWhiten  # without scaling to length 1
+    centroids: np.ndarray  # (K, d)
+    sizes: np.ndarray  # (K,), its images in each cluster
+    limits: dict[str, float]  # see `Novelty`
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Features of the network before PCA, float32 (M, D)."""
@@ -172,9 +161,7 @@ def _load_exported(folder: Path, device: str) -> Model:
         raise ValueError(text) from error
 
 
-def export(
-    run_dir: Path | str, out_dir: Path | str, folder: Path | str | None = None
-) -> list[Path]:
+def export(run_dir: Path | str, out_dir: Path | str, folder: Path | str | None = None) -> list:
     """Write a finished run for use elsewhere; no pixel, label or patient goes with it.
 
     `out_dir` gets ``model.safetensors`` (network, PCA, centroids), ``config.json``,
@@ -193,12 +180,11 @@ def export(
     manifest = load_json(folder / "manifest.json")
     notes = {"attribution": manifest["attribution"], "notice": NOTICE, "run": model.name}
     notes["dataset"] = dataset_label(manifest["source"]["kind"], len(images))
-    config = notes | {
-        "settings": {key: value for key, value in model.config.items() if key != "device"},
-        "images": f"uint8 ({IMAGE_SIZE}, {IMAGE_SIZE}); the network's input is x / 127.5 - 1",
-        "novelty": model.limits,
-        "versions": {"lib": __version__, "torch": str(torch.__version__)},
-    }
+    settings = {key: value for key, value in model.config.items() if key != "device"}
+    versions = {"lib": __version__, "torch": str(torch.__version__)}
+    pixels = f"uint8 ({IMAGE_SIZE}, {IMAGE_SIZE}); the network's input is x / 127.5 - 1"
+    config = notes | {"settings": settings, "images": pixels}
+    config |= {"novelty": model.limits, "versions": versions}
     whitened = model.whiten.transform(np.asarray(run.features))
     distance, _ = _measures(whitened, model.centroids[run.final_assignments])
     ids = metadata[["image_id"]]
@@ -221,9 +207,7 @@ def _write_parquet(path: Path, table: pd.DataFrame, notes: dict[str, str]) -> No
         pyarrow.parquet.write_table(columns, handle, compression="zstd")
 
 
-def assign_folder(
-    source: Path | str, model: Model, out_dir: Path | str, command: str = "", **reading: Any
-) -> tuple[pd.DataFrame, Novelty, str]:
+def assign_folder(source, model: Model, out_dir: Path | str, command="", **reading: Any) -> tuple:
     """Assign a folder of X-rays, `source`, to the clusters of a finished run.
 
     `out_dir` gets the preprocessed images in ``images/``, ``assignments.csv`` and ``.parquet``, and
@@ -247,9 +231,7 @@ def assign_folder(
     return table, novelty, text
 
 
-def _summary(
-    table: pd.DataFrame, novelty: Novelty, model: Model, attribution: str, command: str
-) -> str:
+def _summary(table: pd.DataFrame, novelty: Novelty, model: Model, attribution, command) -> str:
     """Markdown of `assign_folder`: the images in each cluster, beside those of the run."""
     k, of_run = len(model.sizes), model.sizes / model.sizes.sum()
     here = table.groupby("cluster")["far"].agg(["size", "sum"]).reindex(range(k), fill_value=0)
@@ -259,11 +241,7 @@ def _summary(
         for cluster, n, far in here.sort_values("size", ascending=False, kind="stable").itertuples()
     ]
     made = f" Made by `{command}`." if command else ""
-    parts = [
-        f"# {len(table):,} images in the clusters of {model.name}",
-        f"No network was trained: each image has the run's nearest centroid.{made}",
-        novelty.sentence,
-        "\n".join(rows),
-        f"{attribution.removesuffix(NOTICE).rstrip()} {NOTICE}\n",
-    ]
-    return "\n\n".join(parts)
+    parts = [f"# {len(table):,} images in the clusters of {model.name}"]
+    parts += [f"No network was trained: each image has the run's nearest centroid.{made}"]
+    notice = f"{attribution.removesuffix(NOTICE).rstrip()} {NOTICE}\n"
+    return "\n\n".join([*parts, novelty.sentence, "\n".join(rows), notice])

@@ -40,9 +40,8 @@ def needs_dense(layer: nn.Module, x: Tensor) -> bool:
         return False
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return True
-    return any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, *layer.parameters())
-    )
+    duals = map(forward_ad.unpack_dual, (x, *layer.parameters()))
+    return any(dual.tangent is not None for dual in duals)
 
 
 @torch.compiler.assume_constant_result  # else a tracer takes the answer to be False

@@ -82,9 +82,7 @@ def bilinear_algorithm(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def taps(
-    order: int, kernel_size: int, lifting: bool, transposed: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def taps(order: int, kernel_size: int, lifting: bool, transposed: bool = False) -> tuple:
     """Where the numbers of P[t] and phi[t] are, for a group of `order` S and filters of odd side k.
 
     `lifting`: filters on the plane (one tap per orbit), not on the group. `transposed`: the

@@ -37,22 +37,16 @@ def _fields(**kinds: str) -> list[tuple[str, type]]:
 class Layer(ctypes.Structure):
     """The C struct of the same name."""
 
-    _fields_ = _fields(
-        c_int="order lifting n channels fields taps height width out_height out_width "
-        "stride padding kernel_size threads",
-        c_long="next_field next_channel",
-        c_void_p="offsets cells shares factors",
-    )
+    _ints = "order lifting n channels fields taps height width out_height out_width stride padding"
+    _fields_ = _fields(c_int=f"{_ints} kernel_size threads", c_long="next_field next_channel")
+    _fields_ += _fields(c_void_p="offsets cells shares factors")
 
 
 class Maps(ctypes.Structure):
     """The C struct of the same name."""
 
-    _fields_ = _fields(
-        c_int="n fields order height width threads",
-        c_double="eps",
-        c_void_p="gamma beta statistics",
-    )
+    _fields_ = _fields(c_int="n fields order height width threads", c_double="eps")
+    _fields_ += _fields(c_void_p="gamma beta statistics")
 
 
 def build() -> Path:
@@ -126,9 +120,7 @@ def _tables(order: int, kernel_size: int, lifting: bool, transposed: bool) -> tu
     return tables, [table.ctypes.data for table in tables]
 
 
-def _layer(
-    x: Tensor, weight: Tensor, y: Tensor, stride: int, padding: int, transposed: bool = False
-) -> Layer:
+def _layer(x: Tensor, weight: Tensor, y: Tensor, stride, padding, transposed=False) -> Layer:
     order, kernel_size, lifting = y.shape[2], weight.shape[-1], x.ndim == 4
     tables, addresses = _tables(order, kernel_size, lifting, transposed)
     field, channel, *_ = weight.stride()

@@ -48,9 +48,7 @@ def _conv_like(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequenc
     return x.new_empty(x.shape[0], weight.shape[0], order, *size)
 
 
-def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[int], *into: Tensor | None
-) -> None:
+def _gradients(dy: Tensor, x: Tensor, weight: Tensor, geometry, *into: Tensor | None) -> None:
     """Write the gradients of `conv` for x and the weight `into` two tensors, unless None."""
     (order, stride, padding), (dx, dweight) = geometry, into
     with torch.autocast(x.device.type, enabled=False):

@@ -1,7 +1,6 @@
 """The cluster atlas: a row per cluster, for print."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,9 +15,7 @@ NOTES = (
 )
 
 
-def pages(
-    images: np.ndarray, clusters: list, n_images: int, title: str, dataset_label: str, rows=20
-) -> Iterator[Figure]:
+def pages(images, clusters, n_images: int, title, dataset_label, rows=20) -> Iterator[Figure]:
     """The atlas of a run, which `title` names, page by page: `rows` of `clusters` each, as of
     `lib.study.clusters.atlas`. Sizes are shares of the `n_images` that were clustered.
     """
@@ -34,9 +31,7 @@ def pages(
         yield figure
 
 
-def _fill(
-    figure: Figure, images: np.ndarray, clusters: Sequence[Any], overall: np.ndarray, n_images: int
-) -> None:
+def _fill(figure: Figure, images: np.ndarray, clusters: Sequence, overall, n_images: int) -> None:
     """Fill a page, a row per cluster."""
     count = max(len(cluster.nearest) for cluster in clusters)
     widths = [1.3, 1, 1, *[1] * count, 3]

@@ -20,6 +20,7 @@ from lib.study.arms import Arm
 
 Arms = Mapping[str, Mapping[str, Any]]
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
+Tables = Mapping[str, pd.DataFrame]
 PRICES = {"tells_mirrored": "mirrored\nfilm", "tells_upside_down": "upside-down\nfilm"}
 PRICES |= {"tells_quarter_turn": "quarter\nturn"}
 PRICES |= {"tells_effusion_side": "effusion left\nor right (AUROC)"}
@@ -162,9 +163,7 @@ def follows(arms: Arms, names: Sequence[str], dataset_label: str) -> Figure:
 
 
 @style.context()
-def control_curves(
-    curves: Mapping[str, pd.DataFrame], chance: Mapping[str, float], dataset_label: str
-) -> Figure:
+def control_curves(curves: Tables, chance: Mapping[str, float], dataset_label: str) -> Figure:
     """NMI of consecutive epochs of each backbone on its own clusters and on labels that mean
     nothing: is a steady clustering a good one?
 
@@ -172,11 +171,9 @@ def control_curves(
     ``<backbone>-shuffled`` are drawn with ``<backbone>``. `chance` maps an arm to the NMI of
     unrelated clusterings of its sizes.
     """
-    kinds = {
-        "": ("trained on its clusters", {"marker": "o"}),
-        "-index": ("trained on index mod K", {"linestyle": "--", "marker": "X"}),
-        "-shuffled": ("trained on labels shuffled once", {"linestyle": LINES[2]}),
-    }
+    kinds = {"": ("trained on its clusters", {"marker": "o"})}
+    kinds["-index"] = ("trained on index mod K", {"linestyle": "--", "marker": "X"})
+    kinds["-shuffled"] = ("trained on labels shuffled once", {"linestyle": LINES[2]})
     figure = style.new_figure(2.1, "Is a steady clustering a good one?")
     for backbone, axes in style.epoch_panels(figure, ("alexnet", "p4m")).items():
         if not {backbone + "-index", backbone + "-shuffled"} & set(curves):
@@ -195,9 +192,7 @@ def control_curves(
 
 
 @style.context()
-def roc(
-    curves: Curves, arms: Arms, rates: Sequence[float], dataset_label: str, n_test: int
-) -> Figure:
+def roc(curves: Curves, arms: Arms, rates: Sequence, dataset_label: str, n_test: int) -> Figure:
     """ROC curves of the probe of findings, macro- and micro-averaged, at most 6 with those of a
     guess that looks at no image.
 
@@ -230,9 +225,7 @@ def roc(
 
 
 @style.context()
-def invariance(
-    curves: Curves, arms: Arms, angles: Sequence[float], dataset_label: str, n_images: int
-) -> Figure:
+def invariance(curves: Curves, arms: Arms, angles, dataset_label: str, n_images: int) -> Figure:
     """Agreement of clusters and distance of features against the angle of a turn (degrees); below,
     what a probe can no longer tell; for at most 5 arms.
 
@@ -275,7 +268,7 @@ def invariance(
 
 
 @style.context()
-def enrichment_maps(tables: Mapping[str, pd.DataFrame], dataset_label: str) -> Figure:
+def enrichment_maps(tables: Tables, dataset_label: str) -> Figure:
     """What is more or less frequent in which of the 20 largest clusters: findings above the line,
     below it what should not matter.
 
@@ -321,14 +314,7 @@ def enrichment_maps(tables: Mapping[str, pd.DataFrame], dataset_label: str) -> F
 
 
 @style.context()
-def retrieval_panels(
-    images: np.ndarray,
-    queries: Sequence[int],
-    matches: Mapping[str, np.ndarray],
-    findings: Sequence[str],
-    patients: Sequence[Any],
-    dataset_label: str,
-) -> Figure:
+def retrieval_panels(images, queries, matches, findings, patients, dataset_label) -> Figure:
     """Queries and the images nearest to them, a row per query and arm.
 
     `queries` are Q rows of `images`; `matches` map an arm to the rows nearest to each, nearest

@@ -91,11 +91,8 @@ def mean_images(images: np.ndarray, findings: Sequence[str], dataset_label: str)
     members = style.members(findings)
     means = {name: images[has].mean(axis=0) for name, has in members.items() if has.any()}
     reference = means[NO_FINDING] if NO_FINDING in means else images.mean(axis=0)
-    differences = {
-        name: mean - reference
-        for name, mean in means.items()
-        if name not in (NO_FINDING, "") and members[name].sum() >= LEAST
-    }
+    frequent = [n for n in means if n not in (NO_FINDING, "") and members[n].sum() >= LEAST]
+    differences = {name: means[name] - reference for name in frequent}
     top = max([1.0, *(float(np.percentile(np.abs(d), 99.5)) for d in differences.values())])
     n_rows = -(-len(means) // 5)
     figure = style.new_figure(n_rows * 0.9 + 0.85, "How do labels differ on average?", 2)
@@ -113,9 +110,7 @@ def mean_images(images: np.ndarray, findings: Sequence[str], dataset_label: str)
 
 
 @style.context()
-def brightness(
-    images: np.ndarray, limits: tuple[float, float, float], dataset_label: str
-) -> Figure:
+def brightness(images: np.ndarray, limits: Sequence[float], dataset_label: str) -> Figure:
     """Mean and spread of the gray levels of each image, and the four darkest and brightest.
 
     An image is flagged if its mean is below the first of `limits` or above the second, or its

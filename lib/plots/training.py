@@ -4,7 +4,7 @@
 ``arm``, ``epoch`` and that column."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,13 @@ from sklearn.metrics import silhouette_score
 from lib.plots import style
 from lib.plots.style import CHANCE, DARK, GRAY, LIGHT, MARKERS, PALETTE, SEEDS
 
-Tables, Arrays = Mapping[str, pd.DataFrame], Mapping[str, np.ndarray]
+Table, Tables, Arrays = pd.DataFrame, Mapping[str, pd.DataFrame], Mapping[str, np.ndarray]
 PUBLISHED_K = 200
 PUBLISHED = {"color": DARK, "linestyle": ":", "linewidth": 0.8}
 DASHED = {"linestyle": "--", "linewidth": 0.9}
 
 
-def _curves(
-    said: str, question: str, runs: Tables, column: str, published: pd.DataFrame
-) -> tuple[Figure, dict[str, Axes]]:
+def _curves(said: str, question: str, runs: Tables, column: str, published: pd.DataFrame) -> tuple:
     """The seeds of each arm and the published curve up to the arm's last epoch; and the panels that
     have a curve. The title is `said` with where one or two arms end, else `question`.
     """
@@ -54,9 +52,7 @@ def _curves(
 
 
 @style.context()
-def nmi_curves(
-    runs: Tables, published: pd.DataFrame, published_chance: float, dataset_label: str
-) -> Figure:
+def nmi_curves(runs: Tables, published: Table, published_chance, dataset_label: str) -> Figure:
     """Agreement of the assignments of consecutive epochs, corrected for chance, a panel per arm.
 
     `runs` have ``ami_prev`` (NaN at epoch 1): AMI, 0 for chance and 1 for the same clusters at any
@@ -75,9 +71,7 @@ def nmi_curves(
 
 
 @style.context()
-def loss_curves(
-    runs: Tables, published: pd.DataFrame, n_clusters: int, dataset_label: str
-) -> Figure:
+def loss_curves(runs: Tables, published: Table, n_clusters: int, dataset_label: str) -> Figure:
     """Mean training loss per epoch in units of ln K, a panel per arm.
 
     The cross-entropy of a uniform guess over K clusters is ln K. So 1 is chance for every curve,
@@ -225,9 +219,7 @@ def _groups(findings: Sequence[str]) -> tuple[np.ndarray, dict[str, tuple]]:
 
 
 @style.context()
-def tsne_maps(
-    points: Arrays, clusters: Arrays, findings: Sequence[str], dataset_label: str
-) -> Figure:
+def tsne_maps(points: Arrays, clusters: Arrays, findings: Sequence, dataset_label: str) -> Figure:
     """t-SNE maps, a column per arm: by cluster above (see `_outlines`), by label below.
 
     Above a panel is the silhouette of its groups in the map: near 1 if they are apart, about 0 or
@@ -265,13 +257,7 @@ def tsne_maps(
 
 
 @style.context()
-def samples(
-    images: np.ndarray,
-    findings: Sequence[str],
-    dataset_label: str,
-    examples: int = 4,
-    effect: Callable[[int, str], np.ndarray] | None = None,
-) -> Figure:
+def samples(images, findings, dataset_label: str, examples: int = 4, effect=None) -> Figure:
     """Examples of the 24 most frequent labels, No Finding first as the reference.
 
     Images with that label alone come first; one that has others too is marked with a plus sign.
@@ -306,9 +292,7 @@ def samples(
 
 
 @style.context()
-def clusters(
-    images: np.ndarray, embedding: np.ndarray, assignments: np.ndarray, dataset_label: str
-) -> Figure:
+def clusters(images, embedding, assignments: np.ndarray, dataset_label: str) -> Figure:
     """The six largest clusters, a row each: the mean image, then the ten images nearest to the
     centroid of the `embedding`, shape (N, d); `assignments` are N cluster numbers.
     """
@@ -346,11 +330,9 @@ def probe_bars(table: pd.DataFrame, dataset_label: str) -> Figure:
     panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows + 0.6)[:, 0]
     guess = {"marker": "|", "color": DARK, "markersize": 8, "markeredgewidth": 1.4}
     diamond = {"marker": "D", "color": DARK, "markerfacecolor": "none", "markersize": 5.5}
-    looks = {
-        "baseline": ("majority class", guess),
-        "published_baseline": ("published majority", {**guess, "color": GRAY}),
-        "published": ("published accuracy", diamond),
-    }
+    looks = {"baseline": ("majority class", guess)}
+    looks["published_baseline"] = ("published majority", {**guess, "color": GRAY})
+    looks["published"] = ("published accuracy", diamond)
     for axes, (target, group) in zip(panels, targets, strict=True):
         auroc = target == "findings"
         for y, row in enumerate(group.itertuples()):

@@ -58,20 +58,16 @@ CLAIMS: tuple[Claim, ...] = (
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a run: its `key` in results.json, the `claim` it is about, whether a higher
-    number speaks for the claim, the `smallest` difference that would matter in its own unit, the
-    step in which it is counted (`resolution`, 0: continuous), whether it decides (`primary`, one
-    per claim), and which answers of the probes it is a mean of (`scores`, for the bootstrap).
-    """
+    """One number of a run."""
 
-    key: str
+    key: str  # in results.json
     claim: str
     title: str
-    higher_is_better: bool
-    smallest: float
-    resolution: float = 0.0
-    primary: bool = False
-    scores: str = ""
+    higher_is_better: bool  # whether a higher number speaks for the claim
+    smallest: float  # difference that would matter, in its own unit
+    resolution: float = 0.0  # step in which it is counted; 0: continuous
+    primary: bool = False  # whether it decides, one per claim
+    scores: str = ""  # answers of the probes of which it is a mean, for the bootstrap
 
 
 _MAPS, _FREE = "mean of several t-SNE maps", "turns off the lattice (by 15 degrees)"
@@ -231,9 +227,7 @@ def rule() -> str:
     )
 
 
-def patient_se(
-    treatment: Sequence[Answers], reference: Sequence[Answers], measure: Measure, n_boot: int = 300
-) -> float:
+def patient_se(treatment: Sequence, reference: Sequence, measure: Measure, n_boot=300) -> float:
     """Standard error that the choice of test patients, drawn with replacement, gives to a mean
     difference of probes, from the answers of each seed. 0 if there is one patient only, or answers
     are missing; ValueError if two runs were tested on different images.
@@ -259,9 +253,7 @@ def patient_se(
     return float(sample.std(ddof=1)) if len(sample) > 1 else 0.0
 
 
-def _difference(
-    results: Results, measure: Measure, arms: Sequence[str], answers: ByArm, n_boot: int, without=()
-) -> dict[str, Any]:
+def _difference(results, measure: Measure, arms, answers: ByArm, n_boot, without=()) -> dict:
     """Two arms on one measure, over the seeds that both have, but for those `without`."""
     ours, theirs = (values_of(results, arm, measure.key) for arm in arms)
     seeds = [seed for seed in ours if seed in theirs and seed not in without]
@@ -299,9 +291,7 @@ def _holds(how: str, whole: Mapping[str, Any], smallest: float) -> bool:
     return holds.get(how, True)
 
 
-def compare(
-    results: Results, *arms: str, purpose: str = "", answers: ByArm | None = None, n_boot: int = 300
-) -> dict[str, Any]:
+def compare(results: Results, *arms: str, purpose="", answers=None, n_boot=300) -> dict[str, Any]:
     """Two `arms`, treatment and reference, on every measure of every claim, over the seeds that
     both have; a positive difference speaks for the claim about the first. `purpose` says what the
     comparison is for; `answers` are for the bootstrap over patients.
@@ -332,9 +322,7 @@ def compare(
     return about | {"verdicts": verdicts, "measures": list(entries.values())}
 
 
-def compare_all(
-    results: Results, answers: ByArm | None = None, n_boot: int = 300
-) -> list[dict[str, Any]]:
+def compare_all(results: Results, answers: ByArm | None = None, n_boot: int = 300) -> list[dict]:
     """`compare` for each of `COMPARISONS` whose arms are both there."""
     there = [c for c in COMPARISONS if {*c[:2]} <= results["arms"].keys()]
     options = {"answers": answers, "n_boot": n_boot}

@@ -31,17 +31,14 @@ def _nuisances(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, pd.Serie
     """View, sex, age band and quarter of brightness of each image; NaN if not known."""
     view, sex = (_known(metadata, column) for column in ("view_position", "sex"))
     age = metadata.get("age", pd.Series(np.nan, metadata.index)).astype(float)
-    found = {}
+    sex = sex.map(lambda value: SEXES.get(value, f"sex {value}"), na_action="ignore")
+    band = pd.cut(age, [*AGE_BANDS.values(), np.inf], right=False, labels=list(AGE_BANDS))
+    found = {"view_position": view + " view", "sex": sex, "age": band}
     if np.ndim(images) == 3:  # embeddings (N, D) have none
         gray = brightness(images)
         quarter = np.searchsorted(np.quantile(gray, (0.25, 0.5, 0.75)), gray)
         found["brightness"] = pd.Series(np.array(QUARTERS)[quarter], metadata.index)
-    return {
-        "view_position": view + " view",
-        "sex": sex.map(lambda value: SEXES.get(value, f"sex {value}"), na_action="ignore"),
-        "age": pd.cut(age, [*AGE_BANDS.values(), np.inf], right=False, labels=list(AGE_BANDS)),
-        **found,
-    }
+    return found
 
 
 def _known(metadata: pd.DataFrame, column: str) -> pd.Series:
@@ -114,9 +111,7 @@ def reading(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str]) -> li
     return found
 
 
-def drivers(
-    assignments: np.ndarray, images: np.ndarray, metadata: pd.DataFrame
-) -> dict[str, float]:
+def drivers(assignments: np.ndarray, images: np.ndarray, metadata: pd.DataFrame) -> dict:
     """What clusters follow: their AMI, 0 by chance and 1 for the same partition, with ``findings``
     (label combinations), ``view_position``, ``sex``, ``age`` (bands), ``brightness`` (quarters) and
     ``patient`` (of several images). NaN if it is not known, or the same for all images.
@@ -133,18 +128,14 @@ def drivers(
 
 @dataclass(frozen=True)
 class Cluster:
-    """One cluster: ``medoid``, row of the image whose summed distance to the others is least;
-    ``nearest``, rows of the images nearest to the centroid, the nearest first, without the medoid;
-    ``mean`` (H, W) of its images, 0 to 255; ``enriched``, what is more frequent in it, as
-    (property, share, elsewhere, q), findings first, each with the largest odds first.
-    """
+    """One cluster, with rows of images."""
 
     number: int
     size: int
-    medoid: int
-    nearest: np.ndarray
-    mean: np.ndarray
-    enriched: list[tuple[str, float, float, float]]
+    medoid: int  # the image whose summed distance to the others is least
+    nearest: np.ndarray  # to the centroid, the nearest first, without the medoid
+    mean: np.ndarray  # (H, W) of its images, 0 to 255
+    enriched: list  # (property, share, elsewhere, q): findings first, then by odds, largest first
 
 
 def medoid(points: np.ndarray) -> int:
@@ -153,13 +144,7 @@ def medoid(points: np.ndarray) -> int:
     return int(np.argmin(np.concatenate(list(sums))))
 
 
-def atlas(
-    images: np.ndarray,
-    embedding: np.ndarray,
-    assignments: np.ndarray,
-    properties: Mapping[str, Property],
-    n_nearest: int = 7,
-) -> list[Cluster]:
+def atlas(images, embedding, assignments, properties: Mapping, n_nearest: int = 7) -> list[Cluster]:
     """Describe the clusters of a run that have images, the largest first, with `n_nearest` images.
 
     `images` are uint8 (N, H, W); `embedding` (N, d) was clustered into `assignments` (N,);

@@ -22,17 +22,10 @@ SHOWN = ("structure", "stability", "transfer", "averages", "meaning", "retrieval
 
 
 def gather(dataset: str, preset: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of the embeddings in ``data/<dataset>``, for each seed; the dict is that of
-    `lib.study.measure.gather`. What was measured before is read.
-
-    Parameters
-    ----------
-    dataset : str
-        Folder that `lib.data.embeddings.preprocess` filled.
-    preset : mapping
-        ``n_clusters, pca_dim, clusterer, seeds, n_map`` and what else a preset has.
-
-    Raises ValueError if there are fewer rows than clusters.
+    """Numbers of the embeddings in ``data/<dataset>``, which `lib.data.embeddings.preprocess`
+    filled, for each seed; the dict is that of `lib.study.measure.gather`. What was measured before
+    is read. `preset` has ``n_clusters, pca_dim, clusterer, seeds, n_map`` and what else a preset
+    has. ValueError if there are fewer rows than clusters.
     """
     points, metadata = embeddings.load(paths.dataset_dir(dataset))
     if len(points) < preset["n_clusters"]:
@@ -49,14 +42,9 @@ def gather(dataset: str, preset: Mapping[str, Any]) -> dict[str, Any]:
         about = {"title": arms.ARMS[arm].title, "kind": "baseline", "backbone": ""}
         about |= {"rotation": False, "pseudo_labels": "none", "parameters": 0, "flops": 0}
         found[arm] = about | {"feature_dim": points.shape[1], "seeds": seeds}
-    return {
-        "format": measure.FORMAT,
-        "dataset": measure.dataset_facts(dataset, material),
-        "settings": {n: getattr(config, n) for n in arms.PRESET} | {"effort": asdict(effort)},
-        "code": [],
-        "arms": found,
-        "missing": [],
-    }
+    facts = {"format": measure.FORMAT, "dataset": measure.dataset_facts(dataset, material)}
+    settings = {n: getattr(config, n) for n in arms.PRESET} | {"effort": asdict(effort)}
+    return facts | {"settings": settings, "code": [], "arms": found, "missing": []}
 
 
 def clusters_of(dataset: str, results: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -65,11 +53,8 @@ def clusters_of(dataset: str, results: Mapping[str, Any]) -> tuple[pd.DataFrame,
     (`lib.study.clusters.enrichment`).
     """
     points, metadata = embeddings.load(paths.dataset_dir(dataset))
-    names = {
-        f"seed{s}": paths.run_dir(dataset, "given", int(s))
-        for s in results["arms"]["given"]["seeds"]
-    }
-    found = {name: np.load(folder / measure.ANSWERS)["final"] for name, folder in names.items()}
+    runs = [paths.run_dir(dataset, "given", int(s)) for s in results["arms"]["given"]["seeds"]]
+    found = {run.name: np.load(run / measure.ANSWERS)["final"] for run in runs}
     properties = clusters.attributes(points, metadata)
     table = clusters.enrichment(found[next(iter(found))], properties)
     return pd.DataFrame({"image_id": metadata["image_id"], **found}), table
@@ -83,10 +68,8 @@ def page(results: Mapping[str, Any], enriched: pd.DataFrame, command: str) -> st
     for heading, columns in (report.TABLES[name] for name in SHOWN):
         blocks += [f"## {heading}", report.measure_table(results, columns)]
     said = clusters.reading({"given": enriched}, {"given": arms.ARMS["given"].title})
-    return (
-        "\n\n".join([*blocks, "## Who is in which cluster?", *(said if len(enriched) else [])])
-        + "\n"
-    )
+    blocks += ["## Who is in which cluster?", *(said if len(enriched) else [])]
+    return "\n\n".join(blocks) + "\n"
 
 
 def measure_file(path: Path | str, dataset: str, preset: Mapping[str, Any]) -> str:

@@ -13,9 +13,7 @@ FAMILY = 5  # claims that are tested together
 LEAST_SEEDS = 8  # fewer give no exact p below alpha after Holm's correction over the claims
 
 
-def paired(
-    differences: ArrayLike, extra_se: float = 0.0, resolution: float = 0.0
-) -> dict[str, float]:
+def paired(differences: ArrayLike, extra_se: float = 0.0, resolution: float = 0.0) -> dict:
     """Mean of paired differences (n,), one per seed, with interval, test and effect size.
 
     Student's t assumes that the differences under the same seed are roughly normal. The exact

@@ -26,26 +26,17 @@ from lib.data.phantom import make_phantoms
 from lib.metrics import ami
 from lib.parallel import freed_memory_kept, memory_limit
 from lib.runs import TrainConfig, load_run
-from lib.study import parts
+from lib.study import parts, subjects
 from lib.study.arms import ARMS, GROUPS, PRESET, config_of, cost, finished, is_kept, kept_dir
 from lib.study.claims import mean_curves
 from lib.study.parts import Found, Subject
 from lib.study.report import dataset_label
-from lib.study.subjects import (
-    EFFORT,
-    Effort,
-    Gaussian,
-    Given,
-    Material,
-    Metadata,
-    Network,
-    Pixels,
-    Random,
-)
+from lib.study.subjects import EFFORT, Effort, Given, Material, Network
 
 FORMAT = 5  # raise it if a number would come out differently: all is then measured again
 NAME, ANSWERS = "measures.json", "scores.npz"
-BASELINES = {"pixels": Pixels, "random": Random, "metadata": Metadata, "gaussian": Gaussian}
+BASELINES = {"pixels": subjects.Pixels, "random": subjects.Random}
+BASELINES |= {"metadata": subjects.Metadata, "gaussian": subjects.Gaussian}
 MADE = BASELINES | {"given": Given}  # without a run
 BASELINE_SEEDS = 3  # they differ little
 PROCESS_BYTES = 900e6  # per process that measures: 0.6 GB measured, and room

@@ -39,9 +39,7 @@ def _unfit(labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> str:
     return FEW if len(np.unique(labels[train])) < 2 else ""
 
 
-def _probe(
-    subject: Subject, material: Material, name: str, labels: np.ndarray, *rows: np.ndarray
-) -> tuple[Found, Found]:
+def _probe(subject: Subject, material: Material, name: str, labels: np.ndarray, *rows) -> tuple:
     """Numbers of a probe of `labels`, and the whole answer of `lib.metrics.probe`, if any."""
     if reason := _unfit(labels, *rows):
         return {f"probe_{name}": reason}, {}
@@ -153,11 +151,9 @@ def invariance(subject: Subject, material: Material) -> Found:
     features = subject.extract(np.concatenate(copies))
     there = subject.assign(features).reshape(len(copies), len(chosen))
     embedded = subject.embed(features).reshape(*there.shape, -1)
-    curves = {
-        "kept": metrics.kept_share(there[0], there),
-        "ami": np.array([metrics.ami(there[0], moved) for moved in there]),
-        "distance": scores.relative_distance(embedded[0], embedded),
-    }
+    curves = {"kept": metrics.kept_share(there[0], there)}
+    curves["ami"] = np.array([metrics.ami(there[0], moved) for moved in there])
+    curves["distance"] = scores.relative_distance(embedded[0], embedded)
     n = len(images.SYMMETRIES)
     found: Found = {"symmetries": {key: curve[:n] for key, curve in curves.items()}}
     found |= {"angles": {key: curve[n:] for key, curve in curves.items()}}

@@ -11,21 +11,14 @@ import pandas as pd
 
 from lib.metrics import seed_interval
 from lib.paths import atomic_write
+from lib.study import claims
 from lib.study.arms import ARMS
-from lib.study.claims import (
-    CLAIMS,
-    LARGEST_CLUSTER,
-    LEAST_PERPLEXITY,
-    Results,
-    collapsed,
-    reason,
-    values_of,
-)
+from lib.study.claims import CLAIMS, Results, collapsed, reason, values_of
 
 COLLAPSED = (
-    f"† Collapsed: the largest cluster holds over {LARGEST_CLUSTER:.0%} of the images, or the "
-    f"perplexity of the cluster sizes is below {LEAST_PERPLEXITY:g} K. No interval is given over a "
-    "mixture of collapsed and whole runs."
+    f"† Collapsed: the largest cluster holds over {claims.LARGEST_CLUSTER:.0%} of the images, or "
+    f"the perplexity of the cluster sizes is below {claims.LEAST_PERPLEXITY:g} K. No interval is "
+    "given over a mixture of collapsed and whole runs."
 )
 KINDS = {"phantom": "synthetic phantom", "nih": "NIH ChestX-ray14", "chestmnist": "ChestMNIST-64"}
 KINDS |= {"digits": "handwritten digits", "embeddings": "given embeddings"}
@@ -128,9 +121,7 @@ def _shown(results: Results, arms: Sequence[str] | None) -> dict[str, Mapping[st
     return {arm: of for arm, of in results["arms"].items() if arms is None or arm in arms}
 
 
-def measure_table(
-    results: Results, columns: Mapping[str, str], arms: Sequence[str] | None = None
-) -> str:
+def measure_table(results: Results, columns: Mapping[str, str], arms=None) -> str:
     """One row per arm, one column per measure, see `cell`; arms without a number are left out."""
     rows, reasons = [], {}
     for arm, entry in _shown(results, arms).items():
@@ -274,9 +265,7 @@ def head(results: Results, command: str) -> str:
     return f"{'; '.join(facts)}. Made by `{command}`.\n\n{about['attribution']}"
 
 
-def summary(
-    results: Results, frame: pd.DataFrame, captions: Mapping[str, str], command: str
-) -> str:
+def summary(results: Results, frame: pd.DataFrame, captions: Mapping, command: str) -> str:
     """``summary.md``: the page's five key findings, each with this run's numbers, and the captions
     of the figures. `frame` is `linear_probe_table`; `captions` are by file name.
     """
@@ -306,15 +295,7 @@ def save_summary(path: Path | str, text: str, **added: str) -> None:
         handle.write("\n".join([text.rstrip("\n") + "\n", *ordered]))
 
 
-def save_captions(
-    path: Path | str,
-    notebook: str,
-    figures: Mapping[str, str],
-    label: str,
-    seeds: Sequence[Any],
-    command: str,
-    attribution: str,
-) -> None:
+def save_captions(path, notebook, figures: Mapping, label, seeds, command, attribution) -> None:
     """Put the captions of a notebook's figures (file name -> caption) into ``summary.md``, in place
     of earlier ones of `notebook`. A file that is not there begins with a title and `attribution`.
     """

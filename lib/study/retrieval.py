@@ -58,9 +58,7 @@ def centred(vectors: np.ndarray) -> np.ndarray:
     return normalize(vectors - vectors.mean(axis=0))
 
 
-def nearest(
-    descriptors: np.ndarray, queries: np.ndarray, k: int, patients: np.ndarray | None = None
-) -> np.ndarray:
+def nearest(descriptors: np.ndarray, queries: np.ndarray, k: int, patients=None) -> np.ndarray:
     """The k images (Q, k) most similar by cosine to each query, most similar first.
 
     `queries` (Q,) and the result are rows of `descriptors` (N, C) of unit length; -1 if there are
@@ -78,9 +76,7 @@ def nearest(
     return found
 
 
-def precision_at_k(
-    descriptors: np.ndarray, targets: np.ndarray, patients: np.ndarray, k: int = 5
-) -> dict[str, np.ndarray | float]:
+def precision_at_k(descriptors: np.ndarray, targets: np.ndarray, patients, k: int = 5) -> dict:
     """How often the k images nearest to a query share its findings, or are of the same patient.
 
     At most 1,000 images are queries, drawn at random; `descriptors` (N, C) of unit length,

@@ -6,7 +6,6 @@ test images have is NaN. Arrays that do not fit raise a ValueError."""
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy.spatial.distance import pdist
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
@@ -16,14 +15,7 @@ from sklearn.utils import check_consistent_length
 from lib.metrics import checked_split, fit_linear, standardised
 
 
-def finding_scores(
-    features: np.ndarray,
-    targets: np.ndarray,
-    train: ArrayLike,
-    test: ArrayLike,
-    groups: ArrayLike | None = None,
-    seed: int = 0,
-) -> np.ndarray:
+def finding_scores(features, targets, train, test, groups=None, seed: int = 0) -> np.ndarray:
     """Log-odds (n_test, F) of each finding, by a logistic regression of each column of `targets`,
     bool (N, F). Other parameters and errors as `lib.metrics.probe`.
     """
@@ -41,9 +33,7 @@ def finding_scores(
     return scores
 
 
-def findings_auroc(
-    features: np.ndarray, targets: np.ndarray, train: ArrayLike, test: ArrayLike, **options: Any
-) -> np.ndarray:
+def findings_auroc(features, targets, train, test, **options: Any) -> np.ndarray:
     """Area under the ROC curve (F,) of each finding, by the classifiers of `finding_scores`.
 
     The area is the probability that an image with the finding scores higher than one without (ties
@@ -68,9 +58,7 @@ def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
     return wins / np.where(pairs > 0, pairs, np.nan)
 
 
-def weighted_average_precision(
-    scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
+def weighted_average_precision(scores: np.ndarray, positive: np.ndarray, weights) -> np.ndarray:
     """Average precision (B,) for B weightings at once; parameters as `weighted_auroc`.
 
     Sum over thresholds of (recall gained) x (precision there), without interpolation; equal scores
@@ -93,12 +81,7 @@ def _runs(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> list
     return [np.add.reduceat(each * side, starts, axis=1) for side in sides]
 
 
-def multilabel_scores(
-    probabilities: np.ndarray,
-    targets: np.ndarray,
-    weights: np.ndarray | None = None,
-    micro: bool = True,
-) -> dict[str, np.ndarray]:
+def multilabel_scores(probabilities, targets, weights=None, micro=True) -> dict[str, np.ndarray]:
     """Macro and micro averages of AUROC and average precision over F labels.
 
     Macro: the mean over labels of the number within each label, so a rare finding counts as much as
@@ -134,9 +117,7 @@ def mean_known(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     return np.ma.filled(np.ma.masked_invalid(values).mean(axis=axis), np.nan)
 
 
-def roc_curves(
-    probabilities: np.ndarray, targets: np.ndarray, false_positive_rates: np.ndarray
-) -> dict[str, np.ndarray]:
+def roc_curves(probabilities: np.ndarray, targets: np.ndarray, false_positive_rates) -> dict:
     """ROC curves averaged over F labels, ``macro`` and ``micro``: true positive rates (m,).
 
     Macro: the mean over labels of the true positive rate at the same false positive rate (vertical
@@ -158,9 +139,7 @@ def roc_curves(
     return {"macro": macro, "micro": micro}
 
 
-def finding_neighbourhood(
-    points: np.ndarray, targets: np.ndarray, n_neighbors: int = 10, least: int = 5
-) -> float:
+def finding_neighbourhood(points, targets: np.ndarray, n_neighbors=10, least=5) -> float:
     """Whether images of one finding lie together in a map `points` (N, d), `targets` (N, F) bool.
 
     The mean over findings of at least `least` images: of the share of their `n_neighbors` nearest

@@ -17,21 +17,16 @@ from lib.study import retrieval
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is looked at: fixed numbers, so that large data sets cost little more.
+    """How much is looked at: fixed numbers, so that large data sets cost little more."""
 
-    `n_turned` images are turned; `n_moved` images are in the probes of moved images; `n_map` images
-    are in each t-SNE map and its silhouette, one map per perplexity and seed. `k` matches are
-    retrieved, `n_boot` samples of the test patients drawn.
-    """
-
-    n_turned: int = 96
-    n_moved: int = 240
-    n_map: int = 300
+    n_turned: int = 96  # images that are turned
+    n_moved: int = 240  # images in the probes of moved images
+    n_map: int = 300  # images in each t-SNE map, one map per perplexity and seed
     perplexities: tuple[int, ...] = (10, 30)
     map_seeds: tuple[int, ...] = (0, 1)
     n_neighbors: int = 10
-    k: int = 5
-    n_boot: int = 1000
+    k: int = 5  # matches that are retrieved
+    n_boot: int = 1000  # samples of the test patients
 
 
 EFFORT = Effort()

@@ -7,21 +7,10 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from lib.study import report
 from lib.study.arms import ARMS
 from lib.study.claims import CLAIMS, MEASURE, Results, collapsed, reason, rule
-from lib.study.report import (
-    COLLAPSED,
-    SIDES,
-    TABLES,
-    cell,
-    head,
-    measure_table,
-    note,
-    number,
-    occupancy_table,
-    span,
-    table,
-)
+from lib.study.report import SIDES, TABLES, cell, measure_table, note, number, span, table
 
 MEANING = {"supported": "the claim holds here", "reversed": "here it is the other way round"}
 MEANING |= {"no difference that matters": "the arms are alike here"}
@@ -98,27 +87,20 @@ def sensitivity_table(results: Results) -> str:
     whole = {v["measure"]: v["whole"] for v in comparison["verdicts"] if "whole" in v}
     for entry in comparison["measures"]:
         if entry["seeds"]:
-            title, sides = MEASURE[entry["measure"]].title, [entry[side] for side in SIDES]
-            row = [
-                f"**{title}**" if entry["primary"] else title,
-                *map(number, (*sides, entry["mean"])),
-            ]
+            title, bold = MEASURE[entry["measure"]].title, "**" * entry["primary"]
+            row = [f"{bold}{title}{bold}", *(number(entry[key]) for key in (*SIDES, "mean"))]
             row += [span(entry["low"], entry["high"]), _p(entry["p"]), _p(entry["sign_flip_p"])]
-            apart = whole.get(entry["measure"])
-            text = (
-                f"{number(apart['mean'])} ({span(apart['low'], apart['high'])})" if apart else "–"
-            )
+            text, apart = "–", whole.get(entry["measure"])
+            if apart:
+                text = f"{number(apart['mean'])} ({span(apart['low'], apart['high'])})"
             rows.append([*row, text])
     header = ["measure", *(ARMS[comparison[side]].title for side in SIDES)]
     header += ["difference", "95 %", "p, Student's", "p, sign flips", "without collapsed seeds"]
     return table(header, rows)
 
 
-BESIDE = {
-    "p4m-untrained": "P4M untrained",
-    "pixels": "pixels",
-    "metadata": "view, sex and age alone",
-}
+BESIDE = {"p4m-untrained": "P4M untrained", "pixels": "pixels"}
+BESIDE |= {"metadata": "view, sex and age alone"}
 
 
 def _short(arm: str) -> str:
@@ -145,33 +127,26 @@ def findings(results: Results) -> str:
             listed = "; ".join(f"{title}: {verdict}" for title, verdict in found)
             same = {verdict for _, verdict in found}
             listed = f"{same.pop()} on any claim" if len(same) == 1 else listed
-            lines.append(
-                f"- **Is it the symmetry?** P4M against {_short('cnn_params')} of P4M's "
-                f"parameters: {listed} (n = {len(comparison['seeds'])})."
-            )
+            about = f"P4M against {_short('cnn_params')} of P4M's parameters"
+            n = len(comparison["seeds"])
+            lines.append(f"- **Is it the symmetry?** {about}: {listed} (n = {n}).")
     arms = [a for a in ("alexnet", "p4m", "cnn_params") if a in results["arms"]]
     keys = [f"follows_{name}" for name in ("findings", "view_position", "brightness", "patient")]
     told = [f"{_short(a)} {', '.join(cell(results, a, k, False) for k in keys)}" for a in arms]
-    lines.append(
-        f"- **Clusters follow** (AMI with findings, view, brightness, patient): {'; '.join(told)}."
-    )
-    areas = {a: cell(results, a, "auroc_macro", False) for a in (*arms, *BESIDE)}
-    told = [
-        f"{name} {area}"
-        for name, area in zip((*map(_short, arms), *BESIDE.values()), areas.values(), strict=True)
-    ]
+    with_ = "(AMI with findings, view, brightness, patient)"
+    lines.append(f"- **Clusters follow** {with_}: {'; '.join(told)}.")
+    names = {arm: _short(arm) for arm in arms} | BESIDE
+    told = [f"{name} {cell(results, a, 'auroc_macro', False)}" for a, name in names.items()]
     lines.append(f"- **Mean AUROC of a linear probe** of the findings: {'; '.join(told)}.")
-    told = [
-        f"{_short(a)} {len(collapsed(results, a))} of {len(results['arms'][a]['seeds'])}"
-        for a in arms
-    ]
+    runs = {arm: len(results["arms"][arm]["seeds"]) for arm in arms}
+    told = [f"{_short(arm)} {len(collapsed(results, arm))} of {n}" for arm, n in runs.items()]
     lines.append(f"- **Runs that collapsed**: {', '.join(told)}.")
     k, epochs = (results["settings"][name] for name in ("n_clusters", "epochs"))
     about = f"{results['dataset']['label']}, K = {k}, {epochs} epochs:"
     look = {"width": 100, "subsequent_indent": "  ", "break_on_hyphens": False}
     wrapped = [textwrap.fill(line, **look) for line in lines]
     if any("†" in line for line in lines):
-        wrapped += ["", textwrap.fill(COLLAPSED, 100)]
+        wrapped += ["", textwrap.fill(report.COLLAPSED, 100)]
     return "\n".join([about, "", *wrapped])
 
 
@@ -185,13 +160,13 @@ def claims_page(results: Results, command: str) -> str:
     header = ["arm", "backbone", "rotation", "trained on", "parameters", "MFLOPs per image"]
     blocks = [
         f"# Which of the paper's claims hold: {results['dataset']['label']}",
-        head(results, command),
+        report.head(results, command),
         "**Not for clinical use.** Verdicts are about this data, these network widths and this "
         "number of seeds, not about the paper's own runs. The plan is in `docs/plan.md`.",
         verdict_table(results),
         rule(),
         "## Are the images spread over the clusters?",
-        occupancy_table(results),
+        report.occupancy_table(results),
         "## All comparisons",
         "Difference of the deciding measure with its 95 % interval; positive speaks for the claim.",
         verdict_matrix(results),
