@@ -92,6 +92,15 @@ def test_roc_names_every_arm_the_guess_and_the_areas():
     assert "321 test images; means; seeds per arm: 3" in said(figure)
 
 
+def test_findings_are_rows_by_frequency_with_intervals():
+    areas = {"p4m": np.array([[0.6, 0.5, 0.7], [np.nan] * 3, [0.8, 0.7, 0.9]])}
+    figure = claims.by_finding(areas, ["Mass", "Hernia", "Pleural_Thickening"], [5, 1, 9], LABEL)
+    axes = figure.axes[0]
+    assert rows(axes) == ["Pleural Thickening (9)", "Mass (5)"]
+    assert axes.lines[0].get_xdata().tolist() == [0.8, 0.6]
+    assert "no findings" in said(claims.by_finding({"p4m": areas["p4m"][1:2]}, ["a"], [0], LABEL))
+
+
 def test_enrichment_marks_discoveries_and_hides_what_is_too_rare():
     figure = claims.enrichment_maps({"p4m": enrichment()}, LABEL)
     axes = figure.axes[0]
@@ -108,7 +117,8 @@ def test_retrieval_puts_what_is_shared_first_and_marks_the_same_patient():
     images = np.random.default_rng(0).integers(0, 255, (6, 64, 64), dtype=np.uint8)
     findings = ["Mass", "Edema|Mass", "No Finding", "Edema", "Mass", ""]
     arguments = images, [0], {"p4m": np.array([[1, 2, 4, -1]])}, findings, [1, 2, 3, 4, 1, 6]
-    figure = claims.retrieval_panels(*arguments, LABEL)
+    figure = claims.retrieval_panels(*arguments, {"p4m": 0.0123}, LABEL)
+    assert "precision at 4 above chance, mean of the findings: P4M 0.012" in said(figure)
     texts = [axes.get_xlabel() for axes in figure.axes]
     assert texts == ["Mass", "Mass, Edema", "no finding", "same patient: Mass", ""]
     styles = [axes.spines["left"].get_linestyle() for axes in figure.axes[:4]]

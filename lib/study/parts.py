@@ -113,8 +113,7 @@ def structure(subject: Subject, material: Material) -> Found:
     neighbours = min(effort.n_neighbors, (len(index) - 1) // 2 - 1)
     for perplexity in sorted({min(p, (len(index) - 1) // 3) for p in effort.perplexities}):
         for seed in effort.map_seeds:
-            method = "exact" if len(index) < 500 else "barnes_hut"  # whichever is the faster one
-            options = {"init": "random", "method": method, "max_iter": 500, "random_state": seed}
+            options = {"init": "random", "max_iter": 500, "random_state": seed}
             flat = TSNE(perplexity=perplexity, **options).fit_transform(points)
             # Venna and Kaski 2001; 1: no false neighbours, about 0.5: a random map
             trust = trustworthiness(points, flat, n_neighbors=neighbours)

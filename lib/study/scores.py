@@ -3,6 +3,7 @@
 `lib.metrics` holds what needs no findings. A finding that all or none of the training or of the
 test images have is NaN. Arrays that do not fit raise a ValueError."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from sklearn.metrics import roc_curve
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import check_consistent_length
 
-from lib.metrics import checked_split, fit_linear, standardised
+from lib.metrics import bootstrap_weights, checked_split, fit_linear, standardised
 
 
 def finding_scores(features, targets, train, test, groups=None, seed: int = 0) -> np.ndarray:
@@ -110,6 +111,22 @@ def multilabel_scores(probabilities, targets, weights=None, micro=True) -> dict[
         if micro:
             found[f"{name}_micro"] = measure(*pairs, np.repeat(weights, known.sum(), axis=1))
     return found
+
+
+def finding_intervals(runs: Mapping, n_boot: int = 200) -> np.ndarray:
+    """AUROC of each finding with its 95 % interval, (F, 3): a mean over runs, and a bootstrap over
+    test patients. `runs` are answers of one arm as `lib.study.measure.answers` gives them.
+    """
+    first = next(iter(runs.values()))
+    draws = bootstrap_weights(first["labelled_test_patients"], n_boot, 0)
+    weights = np.concatenate([np.ones((1, len(first["truth"]))), *draws])
+    areas = np.full((len(runs), first["truth"].shape[1], len(weights)), np.nan)
+    for area, run in zip(areas, runs.values(), strict=True):
+        for finding, scores in enumerate(run["findings"].T):
+            if not np.isnan(scores).any():
+                area[finding] = weighted_auroc(scores, run["truth"][:, finding], weights)
+    means = areas.mean(axis=0)  # (F, 1 + B)
+    return np.column_stack([means[:, 0], *np.nanpercentile(means[:, 1:], [2.5, 97.5], axis=1)])
 
 
 def mean_known(values: np.ndarray, axis: int | None = None) -> np.ndarray:
