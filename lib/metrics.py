@@ -1,8 +1,7 @@
 """Numbers that say how good a clustering is, and how sure one can be: arrays in, numbers out.
 
 Each docstring says what the number is, its range, and what it cannot show. Arrays that do not fit
-raise a ValueError.
-"""
+raise a ValueError."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -28,22 +27,19 @@ def nmi(a: ArrayLike, b: ArrayLike) -> float:
     I(a; b) / ((H(a) + H(b)) / 2): 0 is independent, 1 is equal up to renaming. (Caron et al. 2018
     divide by the geometric mean in equation 3, which never gives less.) It is not corrected for
     chance: random clusterings of N images into K clusters score well above 0 if N / K is small (see
-    `chance_nmi`). Between consecutive epochs it only shows that a network agrees with itself.
-    """
+    `chance_nmi`). Between consecutive epochs it only shows that a network agrees with itself."""
     return float(sklearn_metrics.normalized_mutual_info_score(a, b))
 
 
 def ami(a: ArrayLike, b: ArrayLike) -> float:
     """Adjusted mutual information (Vinh, Epps and Bailey 2010): `nmi` with its chance level at 0.
-    1 is equal up to renaming; independent clusterings score 0 on average, some a little less.
-    """
+    1 is equal up to renaming; independent clusterings score 0 on average, some a little less."""
     return float(sklearn_metrics.adjusted_mutual_info_score(a, b))
 
 
 def chance_nmi(a: ArrayLike, b: ArrayLike, seed: int, repeats: int = 5) -> float:
     """Mean NMI of `a` with random permutations of `b`: the floor under a curve of NMI, which
-    is the higher, the more clusters and the fewer images there are.
-    """
+    is the higher, the more clusters and the fewer images there are."""
     rng = np.random.default_rng(seed)
     return float(np.mean([nmi(a, rng.permutation(b)) for _ in range(repeats)]))
 
@@ -53,8 +49,7 @@ def occupancy(assignments: ArrayLike, n_clusters: int) -> dict[str, float]:
 
     ``clusters_used``, clusters with an image (1 to n_clusters); ``largest_cluster``, its share of
     the images (1 / n_clusters to 1); ``perplexity``, exp of the entropy of the sizes (1: all in
-    one, n_clusters: all of equal size). Even sizes show no quality: random clusters are even.
-    """
+    one, n_clusters: all of equal size). Even sizes show no quality: random clusters are even."""
     labels = np.asarray(assignments)
     if labels.ndim != 1 or not labels.size or labels.min() < 0 or labels.max() >= n_clusters:
         raise ValueError(f"expected assignments (N,) from 0 to {n_clusters - 1}, got {labels}")
@@ -67,8 +62,7 @@ def kept_share(reference: ArrayLike, moved: ArrayLike) -> np.ndarray:
     """Share (T,) of images that keep their cluster under each of T transformations.
 
     `moved` (T, N) holds the clusters of the moved images under the *same* centroids as `reference`
-    (N,). 1 is invariant. A single cluster keeps every image: read it beside `occupancy`.
-    """
+    (N,). 1 is invariant. A single cluster keeps every image: read it beside `occupancy`."""
     return (np.asarray(moved) == np.asarray(reference)).mean(axis=1)
 
 
@@ -78,8 +72,7 @@ def cluster_structure(embedding: np.ndarray, assignments, seed=0, max_samples=50
     ``silhouette`` (Rousseeuw 1987), -1 to 1, high is separate, of at most `max_samples` random
     images; ``davies_bouldin`` (Davies and Bouldin 1979), from 0, low is separate. NaN if not
     defined: one cluster, or as many as images. Both prefer round clusters, and improve if K-means
-    fits this very space more closely. Spaces of other dimension or scaling do not compare.
-    """
+    fits this very space more closely. Spaces of other dimension or scaling do not compare."""
     x, labels = np.asarray(embedding), np.asarray(assignments)
     check_consistent_length(x, labels)
     some = np.sort(np.random.default_rng(seed).permutation(len(x))[:max_samples])
@@ -108,8 +101,7 @@ def probe(features, labels, train, test, groups=None, seed=0, n_boot=1000) -> di
     images are alike (percentile bootstrap, Efron 1979), but not over training sets or networks;
     ``majority``, accuracy of always answering the most frequent class in training; ``chance``,
     expected accuracy of guessing with the shares in training; ``classes`` (C,) in training and
-    ``n_classes``; ``probabilities`` (n_test, C); ``correct`` (n_test,) bool.
-    """
+    ``n_classes``; ``probabilities`` (n_test, C); ``correct`` (n_test,) bool."""
     features, labels = np.asarray(features), np.asarray(labels)
     train, test, groups = checked_split(features, labels, train, test, groups)
     classes, counts = np.unique(labels[train], return_counts=True)
@@ -161,8 +153,7 @@ def fit_linear(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> Logis
 
 def bootstrap_weights(groups: np.ndarray, n_boot: int, seed: int) -> Iterator[np.ndarray]:
     """How often each image is drawn if whole groups (n,) are drawn with replacement: blocks (b, n)
-    of up to 64 samples. Fewer than two groups show no spread: no block.
-    """
+    of up to 64 samples. Fewer than two groups show no spread: no block."""
     names, index = np.unique(groups, return_inverse=True)
     even, rng = np.full(len(names), 1 / len(names)), np.random.default_rng(seed)
     for start in range(0, n_boot if len(names) > 1 else 0, 64):
@@ -181,8 +172,7 @@ def seed_interval(values: ArrayLike) -> tuple[float, float, float]:
     """Mean over seeds (n,) and its 95 % interval by Student's t: mean, low, high.
 
     It covers the chance of the seeds (start, batches, clustering), not that of the data set, and
-    presumes roughly normal results. The bounds of a single seed are NaN: it shows no spread.
-    """
+    presumes roughly normal results. The bounds of a single seed are NaN: it shows no spread."""
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"expected values (n,) of at least one seed, got shape {values.shape}")

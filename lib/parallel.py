@@ -100,8 +100,7 @@ def join(device: str, timeout: float = 600.0) -> Iterator[World]:
     """The world this process belongs to: that of ``torchrun``, else itself alone.
 
     A process that waits for another one fails after `timeout` seconds. RuntimeError if the device
-    is absent, or if there are fewer GPUs than processes on this machine: each takes one.
-    """
+    is absent, or if there are fewer GPUs than processes on this machine: each takes one."""
     found = resolve_device(device)
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield World(device=found)
@@ -122,8 +121,7 @@ def join(device: str, timeout: float = 600.0) -> Iterator[World]:
 
 def share_batch_norm(model: nn.Module, world: World) -> nn.Module:
     """Let the batch norms of `model` use the statistics of all processes' shares of a batch: by
-    ``torch.nn.SyncBatchNorm`` on GPUs, `SharedBatchNorm` on CPUs. A state_dict keeps its names.
-    """
+    ``torch.nn.SyncBatchNorm`` on GPUs, `SharedBatchNorm` on CPUs. A state_dict keeps its names."""
     if world.size == 1:
         return model
     if world.device.type == "cuda":
@@ -183,8 +181,7 @@ def run_process(command: Sequence[str], *, env=None, log: Path | None = None, ec
     """Run `command` in the project's folder, with the variables `env` besides this process's; it
     ends if this call is interrupted. ProcessFailed if its status is not 0.
 
-    All that it prints goes to the file `log`, and to stderr with `echo`.
-    """
+    All that it prints goes to the file `log`, and to stderr with `echo`."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     variables = {**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1", **(env or {})}
     tail, text = deque(maxlen=60), {"encoding": "utf-8", "errors": "replace"}
@@ -214,8 +211,7 @@ def run_processes(jobs: Mapping, at_once: int, log_of: Callable, on_end: Callabl
     out evenly. The output of a job goes to the file ``log_of(name)``.
 
     A job that fails does not stop the others; ``on_end(name, error)`` is called with None if all
-    went well.
-    """
+    went well."""
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // at_once))}
 
     def one(name: str) -> None:
@@ -248,8 +244,7 @@ def freed_memory_kept() -> Iterator[None]:
 
     By default it returns large arrays to the system and gets them again page by page, zeroed, at
     every step of training. Arrays above 640 MB are still returned, since kept memory fragments.
-    Nothing happens below 4 GB of memory or without glibc.
-    """
+    Nothing happens below 4 GB of memory or without glibc."""
     try:
         libc = ctypes.CDLL(None)
         mallopt, trim = libc.mallopt, libc.malloc_trim

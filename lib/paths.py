@@ -73,8 +73,7 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO]:
 
     `mode` is ``"wb"``, or ``"w"`` for UTF-8 with ``\\n`` line ends. OSError if the folder is not
     writable, the file in use, or the disk full: the message names `path`, the temporary file is
-    removed, an older `path` is intact.
-    """
+    removed, an older `path` is intact."""
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -41,8 +41,7 @@ def load(dataset_dir: str | os.PathLike, verify: bool = False) -> tuple[np.ndarr
 
     Returns the images, uint8 (N, 64, 64), and a DataFrame of N rows. image_id, patient_id,
     findings, view_position, sex and split are text, empty if unknown, never NaN; age is float64,
-    years, NaN if unknown; further columns (of phantoms) are bool, float64 or text.
-    """
+    years, NaN if unknown; further columns (of phantoms) are bool, float64 or text."""
     images = load_images(dataset_dir, verify)
     return images, load_metadata(dataset_dir, len(images), verify)
 

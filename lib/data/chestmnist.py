@@ -47,8 +47,7 @@ def check(path: Path) -> dict[str, Any]:
     """Check all of ChestMNIST's ``.npz`` at 64x64; ValueError if it is another file, or damaged.
 
     Returns labels, bool (n, 14) of `nih.FINDINGS` by part; images, their number; md5; published,
-    whether this is the file of the Zenodo record.
-    """
+    whether this is the file of the Zenodo record."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give {NAME} from {PAGE}")
     with open(path, "rb") as handle:
@@ -63,8 +62,7 @@ def preprocess(path: Path, out_dir: Path) -> dict[str, Any]:
     pixels unchanged; return the manifest. Errors are those of `check` and `lib.data.save`.
 
     The split is the file's own, not NIH's; ``val`` joins ``train``. MedMNIST keeps every patient on
-    one side, which the file cannot show. Images are called ``train_000000`` and so on.
-    """
+    one side, which the file cannot show. Images are called ``train_000000`` and so on."""
     facts = check(path)
     fingerprint = f"chestmnist {facts['md5']}"
     if manifest := finished(out_dir, fingerprint):

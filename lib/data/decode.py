@@ -37,8 +37,7 @@ def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray |
 
     Returns pixels, uint8 (size, size), or None; and a record: reason (empty if the image was read);
     image (False if the file is whole but holds none); mode, width and height of the original;
-    scale, which values became black and white; from DICOM also what `_header` says.
-    """
+    scale, which values became black and white; from DICOM also what `_header` says."""
     record: dict[str, Any] = {"reason": "", "image": True, "mode": "", "width": 0, "height": 0}
     try:
         content = path.read_bytes()
@@ -164,8 +163,7 @@ def _to_8_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def shrink(image: np.ndarray, size: int = SIZE, fit: str = "pad") -> np.ndarray:
     """Gray (H, W) uint8 to (size, size) uint8: the mean over the area of each new pixel, rounded
-    half up. `fit` as in `decode`; without effect on a square image.
-    """
+    half up. `fit` as in `decode`; without effect on a square image."""
     height, width = image.shape
     factor = height // size
     if height == width == factor * size and factor.bit_count() == 1:
@@ -186,8 +184,7 @@ def shrink(image: np.ndarray, size: int = SIZE, fit: str = "pad") -> np.ndarray:
 @functools.lru_cache(maxsize=16)
 def _overlap(length: int, span: int, size: int) -> np.ndarray:
     """Overlap of `size` new pixels, which cover `span` old ones with the same centre, with each of
-    `length` old ones: (size, length), in units of 1 / (2 size) of an old pixel.
-    """
+    `length` old ones: (size, length), in units of 1 / (2 size) of an old pixel."""
     new = 2 * np.arange(size + 1)[:, None] * span + size * (length - span)
     old = 2 * np.arange(length + 1)[None] * size
     overlap = np.minimum(new[1:], old[:, 1:]) - np.maximum(new[:-1], old[:, :-1])
@@ -244,8 +241,7 @@ def _stored_values(dataset: Any) -> np.ndarray:
 
 def _presentation(dataset: Any, values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, str]:
     """Stored values to gray 0..255, and by what: modality LUT or rescale, then VOI LUT or the first
-    window (DICOM PS3.3, C.11.1 and C.11.2); without either the range of the values `inside`.
-    """
+    window (DICOM PS3.3, C.11.1 and C.11.2); without either the range of the values `inside`."""
     slope, intercept = _number(dataset, "RescaleSlope", 1), _number(dataset, "RescaleIntercept", 0)
     center, width = _number(dataset, "WindowCenter"), _number(dataset, "WindowWidth")
     if slope == 0:
@@ -310,8 +306,7 @@ def _header(dataset: Any) -> dict[str, str]:
     """What a header may say of its image, without names, dates and numbers.
 
     patient_id begins the number's SHA-256, without salt, so that two runs agree; who can guess the
-    numbers can undo it: the table stays as private as the files.
-    """
+    numbers can undo it: the table stays as private as the files."""
     number = str(dataset.get("PatientID") or "").strip().encode("utf-8", "surrogatepass")
     found = {"patient_id": f"sha256-{hashlib.sha256(number).hexdigest()[:16]}" if number else ""}
     valid = {"view_position": ("ViewPosition", "[A-Z]{1,8}"), "sex": ("PatientSex", "[MFO]")}

@@ -23,8 +23,7 @@ def make_digits(turned=False, seed=0, n: int | None = None) -> tuple[np.ndarray,
     If `turned`, each image is turned by an angle of its own, uniform over the full circle; image i
     depends on `seed` and i alone. Returns the first `n` images, uint8 (n, 64, 64), white on black,
     and a table of n rows: image_id, patient_id (each image is its own), findings ("0" to "9") and
-    angle (degrees counter-clockwise on the screen, 0.0 if upright).
-    """
+    angle (degrees counter-clockwise on the screen, 0.0 if upright)."""
     digits = load_digits()
     pixels, labels = digits.images[:n], digits.target[:n]  # (n, 8, 8), 0..16
     angles = np.random.default_rng(seed).uniform(0, 360, IMAGES)[: len(pixels)] * turned

@@ -2,8 +2,7 @@
 
 A file of them, ``.npz`` or ``.parquet``, holds ``embeddings`` (N, D) and, if known, columns of N:
 ``ids``, ``labels`` (joined by ``|``), ``patients``, ``split``, and any of the names that a table of
-X-rays may have, such as ``view_position``, ``age`` and ``sex``.
-"""
+X-rays may have, such as ``view_position``, ``age`` and ``sex``."""
 
 import os
 from collections.abc import Iterable
@@ -24,8 +23,7 @@ ATTRIBUTION = "Embeddings of the user's own file, under their own terms. Not for
 def read(path: Path) -> tuple[np.ndarray, pd.DataFrame]:
     """Embeddings of a file, float32 (N, D), and all else that it says, N rows of text.
 
-    ValueError if it is no such file; nothing in it is unpickled.
-    """
+    ValueError if it is no such file; nothing in it is unpickled."""
     try:
         if path.suffix.lower() == ".parquet":
             columns = {name: column.to_numpy() for name, column in pd.read_parquet(path).items()}
@@ -61,8 +59,7 @@ def preprocess(path: str | os.PathLike, out_dir: str | os.PathLike, split_seed: 
 
     Rows stay in their order. The file's own ``split`` is kept if it names train and test; else
     patients are drawn, as of X-rays (`lib.data.tables.split_patients`). Returns the manifest.
-    ValueError if the file is none of embeddings, or ids are not unique.
-    """
+    ValueError if the file is none of embeddings, or ids are not unique."""
     path, out_dir = Path(path), Path(out_dir)
     fingerprint = f"embeddings {sha256(path)} {split_seed}"
     if manifest := finished(out_dir, fingerprint):

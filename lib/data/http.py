@@ -76,8 +76,7 @@ class RemoteFile(io.RawIOBase):
     """A file on a server that `zipfile` can read. Wrap it in a `BufferedReader` of `READ_AHEAD`.
 
     `address` returns the URL. It is called again when the server refuses, since signed URLs expire.
-    `name` is for messages. DownloadError if there is no connection or the server refuses.
-    """
+    `name` is for messages. DownloadError if there is no connection or the server refuses."""
 
     def __init__(self, address: Callable[[], str], name: str) -> None:
         self._address, self._name, self._place = address, name, 0
@@ -137,8 +136,7 @@ class RemoteFile(io.RawIOBase):
 def download(url: str, path: Path, md5: str) -> Path:
     """Bring a file here, and go on from what an earlier call left in ``<name>.part`` beside `path`.
 
-    It gets its name if the MD5 is right, and is thrown away otherwise.
-    """
+    It gets its name if the MD5 is right, and is thrown away otherwise."""
     part = path.with_name(f"{path.name}.part")
     with naming_disk_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -164,8 +162,7 @@ def unzip(opened: BinaryIO, target: Path, name: str) -> int:
 
     A file gets its place if its length and CRC-32 are right. Files that are there in this way are
     not read again. Of files with the same last name, length and CRC-32 one is taken, since Kaggle's
-    sample holds every image twice.
-    """
+    sample holds every image twice."""
     staging = target / ".part"
     try:
         with zipfile.ZipFile(opened) as archive, naming_disk_errors(target):

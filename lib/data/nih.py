@@ -53,8 +53,7 @@ def verify(kind: str, image_ids: Collection[str], table: pd.DataFrame | None) ->
     """Compare images and their table (of `lib.data.tables.read_table`) with the published numbers.
 
     Returns a dict: checked (bool), and differences (list of str, one per number), of which a
-    warning tells, or why nothing was compared: other images, or only a part of these.
-    """
+    warning tells, or why nothing was compared: other images, or only a part of these."""
     rows = 0 if table is None else table["path"].nunique()
     if kind != "nih" or max(rows, len(image_ids)) < IMAGES:
         part = f"not the full ChestX-ray14: {len(image_ids):,} images, {rows:,} rows in the table"

@@ -56,8 +56,7 @@ def preprocess(
     Returns the manifest: source, counts, sha256 of both files, what was dropped and why.
     ValueError if there are no images, too many unreadable ones, a table of other images, or a bad
     option; OSError if `out_dir` is not writable or in use, or the disk is full. No file is left
-    half-written.
-    """
+    half-written."""
     if fit not in decode.FITS or not 0 <= max_broken <= 1:
         valid = f"need fit in {decode.FITS} and 0 <= max_broken <= 1"
         raise ValueError(f"{valid}, not {fit=}, {max_broken=}")
@@ -106,8 +105,7 @@ class Source:
         """Find images, table and lists in a folder and below it; ValueError if there is none.
 
         image_id is the file name. Of NIH's names, which are identities, a repeated one is left out;
-        of others (``1/front.png`` and ``2/front.png``) image_id is the relative path.
-        """
+        of others (``1/front.png`` and ``2/front.png``) image_id is the relative path."""
         found, others = sources.find_images(folder)
         names = {file: PurePosixPath(file).name for file in found}
         several = Counter(names.values())

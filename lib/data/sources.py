@@ -71,8 +71,7 @@ def fetch(
 
     Raises DownloadError without credentials, space, connection or permission, or if an archive is
     damaged; ValueError if `source` is not what it promises, or `raw_dir` holds what was not drawn
-    here; OSError if the disk refuses. What has arrived is kept.
-    """
+    here; OSError if the disk refuses. What has arrived is kept."""
     raw_dir = Path(raw_dir)
     word, path = parse(source)
     if word in ("phantom", "digits", "digits-turned"):
@@ -107,8 +106,7 @@ def _json(path: Path) -> Any:
 def find_images(folder: Path, needed: bool = True) -> tuple[list[str], list[str]]:
     """Relative paths (``/``) of the images in a folder and of its other files, without hidden ones.
 
-    ValueError if it is no folder, or if there are no images and they are `needed`.
-    """
+    ValueError if it is no folder, or if there are no images and they are `needed`."""
     if not folder.is_dir():
         what = "is a file, not a folder: unpack it" if folder.exists() else "is not there"
         raise ValueError(f"{folder} {what}; give a folder with X-rays, or --data phantom")
@@ -207,8 +205,7 @@ def _kaggle_address(name: str) -> str:
 
     The package ``kaggle`` is imported here, since on import it looks for credentials and asks the
     network. If there are none, it prints a help and calls ``exit``, which is a NameError in a
-    Jupyter kernel. Its errors may hold a credential: none is chained.
-    """
+    Jupyter kernel. Its errors may hold a credential: none is chained."""
     page = f"https://www.kaggle.com/datasets/{name} while signed in and accept what it asks for"
     hint = f"open {page}, or make a new token at https://www.kaggle.com/settings/api"
     unseen = io.StringIO()

@@ -25,8 +25,7 @@ def find_metadata(folder: Path, files: Sequence[str], image_column=None, given=N
     names; else the only CSV of `files`, relative paths (``/``) in `folder`, that names images.
 
     ValueError if the given one is not there, or if several tables could be it; if none of those in
-    the folder can be it, a warning says why.
-    """
+    the folder can be it, a warning says why."""
     if given:
         table = Path(given).expanduser()
         table = folder / table if (folder / table).is_file() else table
@@ -119,8 +118,7 @@ def read_table(table: Path, image_column=None, label_column=None, extra_columns=
 
     Returns text, one row per row that names an image: path, patient_id, findings (joined by ``|``),
     view_position, age (completed years), sex, empty if unknown; and the count ages_set_missing.
-    ValueError if a column is not there, or the file is no table.
-    """
+    ValueError if a column is not there, or the file is no table."""
     cells = _read(table, image_column, label_column)
     return clean(cells, table.name, image_column, label_column, extra_columns)
 
@@ -186,8 +184,7 @@ def match(images: dict[str, str], paths: Sequence[str]) -> tuple[dict[str, list[
     if there are several. Paths are compared as they are; then, for what has no partner, without
     extension, in any case, and without leading zeros, which spreadsheets drop.
 
-    Returns the numbers of the rows by image_id, and how many images were found in which way.
-    """
+    Returns the numbers of the rows by image_id, and how many images were found in which way."""
     zeros = re.compile(r"(^|/)0+(?=[^/]+$)|\.0+$")
     forms = {"by name": str, "without extension": lambda path: IMAGE_SUFFIX.sub("", path)}
     forms["in any case"] = lambda path: IMAGE_SUFFIX.sub("", path).casefold()
@@ -226,8 +223,7 @@ def join(records: dict, table: pd.DataFrame | None, found: dict[str, list]) -> p
 
     `records`, by image_id, are of `decode`, `table` is of `read_table` and `found` of `match`. The
     labels of several rows of an image are joined, without "No Finding" if there is a finding; of
-    other columns the first value is taken. patient_id of an unknown patient is the image_id.
-    """
+    other columns the first value is taken. patient_id of an unknown patient is the image_id."""
     columns = list(nih.COLUMNS[1:-1] if table is None else table.columns[1:])
     rows = [] if table is None else table[columns].to_dict("records")
     joined = []
@@ -259,8 +255,7 @@ def split_patients(frame: pd.DataFrame, lists: dict, seed: int) -> tuple[pd.Data
     NIH's lists (of `read_lists`) decide if they leave images in both parts; patients that they do
     not name are drawn. The draw sorts patients by the SHA-256 of seed and name, which no version of
     a random generator can change, and takes as many as come nearest to `TEST_SHARE` of the images.
-    If one patient is named for all images, each image becomes its own patient.
-    """
+    If one patient is named for all images, each image becomes its own patient."""
     method = "drawn by patient"
     if len(frame) > 1 and frame["patient_id"].nunique() == 1:
         warnings.warn("one patient is named for all images: each is split by itself", stacklevel=3)

@@ -56,8 +56,7 @@ def gather(
     view_position, age and sex if known; `runs` map arms to finished runs of these images. At most
     `n_images` are shown, a random choice by `seed`, which is also that of t-SNE; clusters are
     followed and tested for findings on all images. ValueError without a run, for a run of another
-    number of images, or `n_images` out of range.
-    """
+    number of images, or `n_images` out of range."""
     if not runs:
         raise ValueError("there is no run to explore: runs is empty")
     if not 4 <= n_images <= MOST_IMAGES:
@@ -127,8 +126,7 @@ def _distance(embedding: np.ndarray, assignments: np.ndarray) -> np.ndarray:
 def sprite(images: np.ndarray) -> tuple[bytes, int]:
     """Images, uint8 (M, 64, 64), row by row in one JPEG, and how many are in a row.
 
-    64 is a multiple of the 8 pixels of a JPEG block: no image runs into its neighbour.
-    """
+    64 is a multiple of the 8 pixels of a JPEG block: no image runs into its neighbour."""
     sheet, out = montage(images, fill=0), io.BytesIO()
     Image.fromarray(sheet).save(out, "JPEG", quality=85, optimize=True)
     return out.getvalue(), sheet.shape[1] // images.shape[2]

@@ -125,8 +125,7 @@ def _checked(images: Any) -> np.ndarray:
 def load(run_dir: Path | str, device: str = "cpu") -> Model:
     """Read a finished run, ``data/runs/<dataset>/<arm>/seed<k>``, or what `export` made of one.
 
-    FileNotFoundError or ValueError, which names the file, if there is neither or one is damaged.
-    """
+    FileNotFoundError or ValueError, which names the file, if there is neither or one is damaged."""
     run_dir = Path(run_dir)
     if (run_dir / WEIGHTS).exists():
         return _load_exported(run_dir, device)
@@ -167,8 +166,7 @@ def export(run_dir: Path | str, out_dir: Path | str, folder: Path | str | None =
     `out_dir` gets ``model.safetensors`` (network, PCA, centroids), ``config.json``,
     ``assignments.parquet`` (image_id, cluster, distance) and ``embeddings.parquet`` (image_id,
     embedding), each with attribution and notice. `folder` holds the images that the run clustered,
-    ``data/<dataset>`` if None. ValueError if it holds others, FileNotFoundError without a run.
-    """
+    ``data/<dataset>`` if None. ValueError if it holds others, FileNotFoundError without a run."""
     run, model, out = load_run(run_dir), load(run_dir), Path(out_dir)
     if out.resolve() == run.path.resolve():
         raise ValueError(f"{show(out)} is the run itself: export to another folder")
@@ -213,8 +211,7 @@ def assign_folder(source, model: Model, out_dir: Path | str, command="", **readi
     `out_dir` gets the preprocessed images in ``images/``, ``assignments.csv`` and ``.parquet``, and
     ``summary.md``, which names `command`. `reading` are options of `lib.data.preprocess`, whose
     errors may be raised. Returns the table, ``image_id, cluster, distance, spread, far``, one row
-    per image; the `Novelty`; and the text of summary.md.
-    """
+    per image; the `Novelty`; and the text of summary.md."""
     out = Path(out_dir)
     manifest = preprocess(source, out / "images", **reading)
     images, metadata = data.load(out / "images")

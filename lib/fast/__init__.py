@@ -2,8 +2,7 @@
 
 The folder is optional: without it every layer is computed densely. ``gfourier`` is the method,
 ``gfourier.c`` and ``gkernel`` are the compiled kernel, ``operators`` is PyTorch's view of both.
-This module says when they are taken.
-"""
+This module says when they are taken."""
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +54,7 @@ def fast_conv(layer: nn.Module, x: Tensor) -> Tensor | None:
     The ``algorithm`` of the `lib.gconv.GroupConv` is "auto" (Fourier if `faster`) or "fourier"
     (always). The result has the wider of the dtypes of `x` and the weight; autocast does not narrow
     it. NotImplementedError for "fourier" under `torch.func`'s transforms, forward differentiation,
-    TorchScript and export to ONNX, and in a backward pass whose gradient is asked for.
-    """
+    TorchScript and export to ONNX, and in a backward pass whose gradient is asked for."""
     if layer.algorithm == "auto":
         if not faster(layer, x):
             return None
@@ -72,8 +70,7 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
     """A `lib.gconv.GroupBlock` by the compiled kernel, or None if its modules are to be called.
 
     With statistics of the batch, the norm's come with the convolution of `x`; else the norm is
-    folded into the filters.
-    """
+    folded into the filters."""
     conv, norm, *_ = block
     hooks = (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in block)
     parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)

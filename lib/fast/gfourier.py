@@ -19,8 +19,7 @@ lifting layer one tap stands for its orbit, with ``phi[t](h) = psi(A(h) t) / |st
 This module holds the algebra, and the layer by PyTorch's operations, one or a few images at a time.
 A 2 x 2 product is then one product of matrices twice as large: BLAS is faster on large matrices.
 ``gfourier.c`` works on a few rows at a time, with Strassen's and Gauss's products. Both differ from
-the dense convolution by rounding only.
-"""
+the dense convolution by rounding only."""
 
 import functools
 import math
@@ -56,8 +55,7 @@ def fourier_matrices(order: int) -> tuple[np.ndarray, np.ndarray]:
     """The transforms of functions on the group and of filters, each (S, S): irreps by elements.
 
     The irreps of dimension 1 come first, then the entries of the one of dimension 2. The filters'
-    also holds the inverse transform's factor, dimension / S.
-    """
+    also holds the inverse transform's factor, dimension / S."""
     m, r = np.divmod(np.arange(order), 4)
     rho = GROUPS[order].matrices.astype(float)
     signs = (-1.0) ** np.stack([0 * m, m, r, m + r] if order == 8 else [0 * r, r])
@@ -73,8 +71,7 @@ def fourier_matrices(order: int) -> tuple[np.ndarray, np.ndarray]:
 def bilinear_algorithm(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Matrices (input, filter, output) of shape (E, S), E = 11 for p4m and 5 for p4.
 
-    ``sum_u P(u) phi(g^-1 u) == output.T @ ((filter @ phi) * (input @ P))``.
-    """
+    ``sum_u P(u) phi(g^-1 u) == output.T @ ((filter @ phi) * (input @ P))``."""
     (function, filter_), singles = fourier_matrices(order), order // 2
     left, right, out = map(np.array, STRASSEN if order == 8 else GAUSS)
     pairs = ((left, function), (right, filter_), (out, function))
@@ -89,8 +86,7 @@ def taps(order: int, kernel_size: int, lifting: bool, transposed: bool = False) 
     transposed layer, which has the filters ``psi(h^-1, -h^-1 t)``. Returns offsets (T, S, 2), row
     and column, 0 to k - 1, of the tap A(u) t in the window; cells (T, S), the place of phi[t](h) in
     ``psi.flatten(-3)``; and shares (T,), one over the size of the tap's stabilizer, 1 if the layer
-    does not lift.
-    """
+    does not lift."""
     group, half = GROUPS[order], kernel_size // 2
     grid = np.indices((kernel_size, kernel_size)).reshape(2, -1).T - half
     offsets = np.einsum("uij,tj->tui", group.matrices, grid) + half

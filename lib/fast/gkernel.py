@@ -2,8 +2,7 @@
 
 A C compiler (``$CC``, ``cc`` or ``gcc``) builds it once for this processor, into the user's cache
 folder (``$XDG_CACHE_HOME`` or ``~/.cache``). Without a working compiler, or on another system than
-Linux, `kernel` returns None and PyTorch's operations compute the same.
-"""
+Linux, `kernel` returns None and PyTorch's operations compute the same."""
 
 import ctypes
 import functools
@@ -52,8 +51,7 @@ class Maps(ctypes.Structure):
 def build() -> Path:
     """Compile ``gfourier.c`` unless this processor's library is in the cache; return its path.
 
-    OSError without a compiler, or if it fails; the message holds the first line it wrote.
-    """
+    OSError without a compiler, or if it fails; the message holds the first line it wrote."""
     if sys.platform != "linux":
         raise OSError(f"the kernel is built on Linux only, this is {sys.platform}")
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
@@ -132,8 +130,7 @@ def _layer(x: Tensor, weight: Tensor, y: Tensor, stride, padding, transposed=Fal
 
 def forward(x, weight, bias, y, stride: int, padding: int, statistics=None) -> None:
     """Write the convolution into `y` and, if wanted, mean, variance and unbiased variance of the
-    fields of y into `statistics`, float64 (3, fields). All but the geometry are tensors.
-    """
+    fields of y into `statistics`, float64 (3, fields). All but the geometry are tensors."""
     _call("forward", _layer(x, weight, y, stride, padding), x, weight, bias, y, statistics)
 
 
@@ -162,7 +159,6 @@ def pool_gradient(y: Tensor, dout: Tensor, dy: Tensor | None, *sums: Tensor, nor
     """Write the gradient of `y` through `pool` and the statistics into `dy`.
 
     `sums` are a table (3, fields), float64, and the gradients of gamma and beta (2, fields). A call
-    for all images with `dy` None writes them; one for all or some images needs the table.
-    """
+    for all images with `dy` None writes them; one for all or some images needs the table."""
     table, of_norm = sums or (None, None)
     _call("pool_gradient", _maps(y, norm), y, dout, table, of_norm, dy)

@@ -29,8 +29,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]
     """Group convolution of x, (n, C, H, W) for a lifting layer, else (n, C, S, H, W).
 
     weight (N, C, S_in, k, k); bias (N,). `geometry` is the group's order S, 4 for p4 and 8 for p4m,
-    and stride and padding as in `torch.nn.Conv2d`. Returns (n, N, S, H', W').
-    """
+    and stride and padding as in `torch.nn.Conv2d`. Returns (n, N, S, H', W')."""
     x, weight = x.contiguous(), weight.contiguous()
     y = _conv_like(x, weight, bias, geometry)
     if _compiled(x):

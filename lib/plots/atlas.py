@@ -17,8 +17,7 @@ NOTES = (
 
 def pages(images, clusters, n_images: int, title, dataset_label, rows=20) -> Iterator[Figure]:
     """The atlas of a run, which `title` names, page by page: `rows` of `clusters` each, as of
-    `lib.study.clusters.atlas`. Sizes are shares of the `n_images` that were clustered.
-    """
+    `lib.study.clusters.atlas`. Sizes are shares of the `n_images` that were clustered."""
     sizes = [cluster.size for cluster in clusters]
     overall = np.average([cluster.mean for cluster in clusters], axis=0, weights=sizes)
     for first in range(0, len(clusters), rows):

@@ -42,8 +42,7 @@ def forest(result: Mapping[str, Any]) -> Figure:
     """Paired differences of the deciding measures of at most 6 comparisons of the first one's arm,
     a panel per claim, in the measure's unit. `result` is of `lib.study.claims.overview`.
 
-    To the right speaks for that arm. The gray band is the smallest difference that matters.
-    """
+    To the right speaks for that arm. The gray band is the smallest difference that matters."""
     comparisons, claims = result["comparisons"], result["claims"]
     comparisons = [c for c in comparisons if c["treatment"] == comparisons[0]["treatment"]][:6]
     measures = {measure["key"]: measure for measure in result["measures"]}
@@ -100,8 +99,7 @@ VERDICTS |= {"cannot tell": "#F2F2F2", "not supported": "#F6D9C4", "reversed": "
 @style.context()
 def verdict_matrix(result: Mapping[str, Any]) -> Figure:
     """Every comparison (rows) and claim (columns): verdict in words and colour, with the difference
-    of the deciding measure. `result` as in `forest`.
-    """
+    of the deciding measure. `result` as in `forest`."""
     comparisons, claims = result["comparisons"], result["claims"]
     height = 0.7 + 0.34 * max(len(comparisons), 1)
     figure = style.new_figure(height, "Which claims hold, and against what?", 2)
@@ -138,8 +136,7 @@ FOLLOWED |= {"brightness": "brightness", "patient": "patient"}
 @style.context()
 def follows(arms: Arms, names: Sequence[str], dataset_label: str) -> Figure:
     """AMI of the final clusters with what is known of the images (``follows_<property>``), for at
-    most 6 arms.
-    """
+    most 6 arms."""
     names = [name for name in names if name in arms][:6]
     keys = [k for k in FOLLOWED if any(f"follows_{k}" in arms[n]["measures"] for n in names)]
     figure = style.new_figure(0.5 + 0.3 * max(len(keys), 1), "What do clusters follow?")
@@ -170,8 +167,7 @@ def control_curves(curves: Tables, chance: Mapping[str, float], dataset_label: s
 
     `curves` map an arm to a table of ``epoch``, ``seed``, ``nmi_prev``; ``<backbone>-index`` and
     ``<backbone>-shuffled`` are drawn with ``<backbone>``. `chance` maps an arm to the NMI of
-    unrelated clusterings of its sizes.
-    """
+    unrelated clusterings of its sizes."""
     kinds = {"": ("trained on its clusters", {"marker": "o"})}
     kinds["-index"] = ("trained on index mod K", {"linestyle": "--", "marker": "X"})
     kinds["-shuffled"] = ("trained on labels shuffled once", {"linestyle": LINES[2]})
@@ -199,8 +195,7 @@ def roc(curves: Curves, arms: Arms, rates: Sequence, dataset_label: str, n_test:
 
     `curves` map an arm to ``macro`` and ``micro``: true positive rates at the false positive
     `rates`. Areas are the measures ``auroc_<average>``; those of the arm ``guess`` are
-    ``auroc_<average>_prevalence`` of the first arm. `n_test` images were tested.
-    """
+    ``auroc_<average>_prevalence`` of the first arm. `n_test` images were tested."""
     names = list(curves)[:6]
     looks = {name: {"color": style.arm(name).colour} for name in names}
     lines = {n: looks[n] | {"linestyle": line} for n, line in zip(names, LINES, strict=False)}
@@ -228,8 +223,7 @@ def roc(curves: Curves, arms: Arms, rates: Sequence, dataset_label: str, n_test:
 @style.context()
 def by_finding(areas: Mapping, names: Sequence[str], counts: Sequence[int], label: str) -> Figure:
     """AUROC of each finding with its interval (F, 3) by arm, the most frequent finding first.
-    `counts` are test images with it; a finding without a number is left out.
-    """
+    `counts` are test images with it; a finding without a number is left out."""
     known = ~np.isnan([found[:, 0] for found in areas.values()]).all(axis=0)
     rows = [f for f in np.argsort(-np.asarray(counts), kind="stable") if known[f]]
     figure = style.new_figure(0.5 + 0.24 * max(len(rows), 2), "Which findings can be told?")
@@ -258,8 +252,7 @@ def invariance(curves: Curves, arms: Arms, angles, dataset_label: str, n_images:
     what a probe can no longer tell; for at most 5 arms.
 
     `curves` map an arm to ``ami`` (of the clusters before and after) and ``distance``: a value per
-    angle, means over seeds, None if not defined. `n_images` were turned.
-    """
+    angle, means over seeds, None if not defined. `n_images` were turned."""
     names = list(curves)[:5]
     looks = [style.arm(name) for name in names]
     figure, keys = style.new_figure(3.5, "What does a turn change?"), {}
@@ -302,8 +295,7 @@ def enrichment_maps(tables: Tables, dataset_label: str) -> Figure:
 
     A dot marks q at or below `LEVEL`. A property of fewer than `LEAST` images is gray: its odds
     ratios mean nothing. `tables` map an arm to a row per property and cluster: ``property, kind,
-    cluster, n, share, log2_odds, q``.
-    """
+    cluster, n, share, log2_odds, q``."""
     rows = pd.concat(tables.values()) if tables else pd.DataFrame(columns=["property", "kind"])
     kinds = rows.sort_values("kind", kind="stable").drop_duplicates("property")
     kinds = kinds.set_index("property")["kind"]
@@ -349,8 +341,7 @@ def retrieval_panels(
 
     `queries` are Q rows of `images`; `matches` map an arm to the rows nearest to each, nearest
     first, shape (Q, k), where -1 is none; `patients` are N. `lifts` map an arm to the mean over
-    findings of precision above chance.
-    """
+    findings of precision above chance."""
     k = max((found.shape[1] for found in matches.values()), default=1)
     rows = [(query, matches[arm][i], arm) for i, query in enumerate(queries) for arm in matches]
     figure = style.new_figure(0.4 + 1.3 * max(len(rows), 1), "What lies nearest?", 2)

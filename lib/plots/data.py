@@ -21,8 +21,7 @@ def cooccurrence(findings: Sequence[str], dataset_label: str) -> Figure:
     """Which of the 24 most frequent labels come together: of the images with the label of the row,
     how many have that of the column.
 
-    Numbers are images, colour is their share; a row of fewer than `LEAST` images is left blank.
-    """
+    Numbers are images, colour is their share; a row of fewer than `LEAST` images is left blank."""
     parts = [set(text.split("|")) for text in findings]
     names = [name for name in style.label_names(findings) if name != NO_FINDING]
     matrix = np.array([[name in part for name in names] for part in parts], np.int64)
@@ -49,8 +48,7 @@ def cooccurrence(findings: Sequence[str], dataset_label: str) -> Figure:
 def population(metadata: pd.DataFrame, dataset_label: str) -> Figure:
     """Images per patient, ages, and views by sex.
 
-    `metadata` has ``patient_id, age, sex, view_position``; "" and NaN are not known.
-    """
+    `metadata` has ``patient_id, age, sex, view_position``; "" and NaN are not known."""
     figure = style.new_figure(2.1, "Who was imaged?", 2)
     patients, ages, views = figure.subplots(1, 3)
     bars = {"color": PALETTE[0], "edgecolor": "white", "linewidth": 0.3, "alpha": 1}
@@ -86,8 +84,7 @@ def mean_images(images: np.ndarray, findings: Sequence[str], dataset_label: str)
     """Mean image of each of the 24 most frequent labels, and how it differs from the mean image
     without a finding (of all images, if none has No Finding): orange is brighter, blue darker.
 
-    A difference is drawn for labels of at least `LEAST` images.
-    """
+    A difference is drawn for labels of at least `LEAST` images."""
     members = style.members(findings)
     means = {name: images[has].mean(axis=0) for name, has in members.items() if has.any()}
     reference = means[NO_FINDING] if NO_FINDING in means else images.mean(axis=0)
@@ -114,8 +111,7 @@ def brightness(images: np.ndarray, limits: Sequence[float], dataset_label: str) 
     """Mean and spread of the gray levels of each image, and the four darkest and brightest.
 
     An image is flagged if its mean is below the first of `limits` or above the second, or its
-    standard deviation is below the third.
-    """
+    standard deviation is below the third."""
     dark, bright, constant = limits
     mean, deviation = np.array([(image.mean(), image.std()) for image in images]).T
     outside = (mean < dark) | (mean > bright) | (deviation < constant)
@@ -145,8 +141,7 @@ def texture_by_finding(table: pd.DataFrame, dataset_label: str) -> Figure:
     """Statistics of the images of each label: the median and the middle half.
 
     `table` has a row per image and label: ``finding``, and a panel for each numeric column (but
-    ``image``).
-    """
+    ``image``)."""
     measures = [name for name in table.select_dtypes("number") if name != "image"]
     names, counts = style.label_names(table["finding"]), table["finding"].value_counts()
     figure = style.new_figure(0.85 + 0.17 * len(names), "Does texture differ by label?", 2)

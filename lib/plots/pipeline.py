@@ -137,8 +137,7 @@ def _clustering(axes: Axes) -> None:
 @context()
 def pipeline(image: np.ndarray, dataset_label: str) -> Figure:
     """The method at a glance: two backbones, one clustering loop. Every small picture is computed,
-    from the square `image`, uint8 (H, H), or from toy points.
-    """
+    from the square `image`, uint8 (H, H), or from toy points."""
     figure = Figure(figsize=(COLUMN_INCHES[2], 3.75))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()

@@ -79,8 +79,7 @@ def save(figure: Figure, path: Path | str, dpi: int = 300) -> list[Path]:
 def show_in_notebooks(dpi: int = 110, colors: int = 64) -> None:
     """Show figures that end a cell as PNGs of few colours, so that a saved notebook stays small.
 
-    `dpi` is of a figure 7 in wide; narrower ones get up to 1.4 times as much. Only in IPython.
-    """
+    `dpi` is of a figure 7 in wide; narrower ones get up to 1.4 times as much. Only in IPython."""
     try:
         shell = get_ipython()  # a builtin in IPython
     except NameError:
@@ -101,8 +100,7 @@ def show_in_notebooks(dpi: int = 110, colors: int = 64) -> None:
 def _few_colours(image: Image.Image, colors: int) -> Image.Image:
     """Half of the palette is grays, so that X-rays stay smooth; the rest are the picture's colours.
 
-    Pillow's default cuts by numbers of pixels: thin coloured lines then lose their colour.
-    """
+    Pillow's default cuts by numbers of pixels: thin coloured lines then lose their colour."""
     pixels, half = np.asarray(image), colors // 2  # (H, W, 3)
     coloured = np.ptp(pixels.astype(int), axis=2) > 12  # (H, W)
     index = np.round(pixels.mean(axis=2) * ((half - 1) / 255)).astype(np.uint8)

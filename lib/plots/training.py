@@ -28,8 +28,7 @@ DASHED = {"linestyle": "--", "linewidth": 0.9}
 
 def _curves(said: str, question: str, runs: Tables, column: str, published: pd.DataFrame) -> tuple:
     """The seeds of each arm and the published curve up to the arm's last epoch; and the panels that
-    have a curve. The title is `said` with where one or two arms end, else `question`.
-    """
+    have a curve. The title is `said` with where one or two arms end, else `question`."""
     arms = style.arm_order(runs) or ["alexnet"]
     tables = {arm: style.by_seed(runs[arm], column) for arm in runs}
     ends = {arm: table.dropna().mean(axis=1) for arm, table in tables.items() if len(table) > 1}
@@ -57,8 +56,7 @@ def nmi_curves(runs: Tables, published: Table, published_chance, dataset_label: 
 
     `runs` have ``ami_prev`` (NaN at epoch 1): AMI, 0 for chance and 1 for the same clusters at any
     K. `published` has ``nmi_prev``. Its AMI is not known, so it is corrected likewise, with the NMI
-    of two random assignments, `published_chance`.
-    """
+    of two random assignments, `published_chance`."""
     corrected = (published["nmi_prev"] - published_chance) / (1 - published_chance)
     titles = "Agreement ends at: {}", "Do consecutive epochs agree?"
     figure, drawn = _curves(*titles, runs, "ami_prev", published.assign(ami_prev=corrected))
@@ -75,8 +73,7 @@ def loss_curves(runs: Tables, published: Table, n_clusters: int, dataset_label: 
     """Mean training loss per epoch in units of ln K, a panel per arm.
 
     The cross-entropy of a uniform guess over K clusters is ln K. So 1 is chance for every curve,
-    and losses at different K can be compared.
-    """
+    and losses at different K can be compared."""
     unit, published_unit = np.log(n_clusters), np.log(PUBLISHED_K)
     runs = {arm: table.assign(loss=table["loss"] / unit) for arm, table in runs.items()}
     published = published.assign(loss=published["loss"] / published_unit)
@@ -97,8 +94,7 @@ def known_classes(panels: Mapping[str, Tables], dataset_label: str, what: str) -
 
     `panels` map a title to a table per arm: ``seed``, ``epoch`` (epochs of training behind the
     clusters; 0 is the untrained network), ``ami`` (1 for the classes themselves, 0 for chance) and,
-    if known, ``nmi``. `what` says what the classes are, e.g. ``"digit classes"``.
-    """
+    if known, ``nmi``. `what` says what the classes are, e.g. ``"digit classes"``."""
     title, panels = "Does the loop find classes that are there?", panels or {"": {}}
     figure = style.new_figure(0.6 + 1.55 * -(-len(panels) // 2), title)
     keys, marks = {}, {f"AMI, {name}" if "mean" in name else name: SEEDS[name] for name in SEEDS}
@@ -132,8 +128,7 @@ def occupancy(table: pd.DataFrame, dataset_label: str, collapsed: float) -> Figu
 
     A row of `table` is a run: ``arm``, ``largest_cluster`` (share of the images, 0 to 1),
     ``clusters_used``, ``perplexity`` (of the sizes: n_clusters if all are equal), ``n_clusters``.
-    A run is `collapsed` if its largest cluster holds at least this share.
-    """
+    A run is `collapsed` if its largest cluster holds at least this share."""
     table = table.dropna(subset=["largest_cluster"])
     arms = style.arm_order(dict.fromkeys(table["arm"]))
     height = 0.7 + 0.38 * max(len(arms), 2)
@@ -180,8 +175,7 @@ def _apart(points: np.ndarray, labels: np.ndarray) -> str:
 def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray, **dots: Any) -> None:
     """The dots of a map by cluster: its number, at the member next to the median, and a line around
     the half that is nearest to it. Clusters that are close differ in colour. Of more than 30, the
-    largest are numbered whose numbers do not crowd.
-    """
+    largest are numbered whose numbers do not crowd."""
     names, ids = np.unique(clusters, return_inverse=True)
     number = {"fontsize": 6, "ha": "center", "va": "center"}
     number["path_effects"] = [withStroke(linewidth=1.5, foreground="white")]
@@ -206,8 +200,7 @@ def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray, **dots: Any) -> 
 
 def _groups(findings: Sequence[str]) -> tuple[np.ndarray, dict[str, tuple]]:
     """Entry of the legend of each image, and colour and marker of each entry; the six most frequent
-    single labels have their own.
-    """
+    single labels have their own."""
     names = ["several labels" if "|" in text else style.shown(text) for text in findings]
     none = {"No Finding": (LIGHT, "o"), "not stated": (LIGHT, "o")}
     looks = none | {"several labels": (GRAY, "X"), "another label": (PALETTE[-1], "P")}
@@ -224,8 +217,7 @@ def tsne_maps(points: Arrays, clusters: Arrays, findings: Sequence, dataset_labe
 
     Above a panel is the silhouette of its groups in the map: near 1 if they are apart, about 0 or
     less if they are mixed. `points` map an arm to an array (M, 2), `clusters` to M numbers. The
-    unit and the direction of the axes mean nothing; maps are turned to fill their panel.
-    """
+    unit and the direction of the axes mean nothing; maps are turned to fill their panel."""
     groups, looks = _groups(findings)
     arms, n = style.arm_order(points), len(findings)
     figure = style.new_figure(4.1, "Are the clusters apart, and do they follow labels?")
@@ -261,8 +253,7 @@ def samples(images, findings, dataset_label: str, examples: int = 4, effect=None
     """Examples of the 24 most frequent labels, No Finding first as the reference.
 
     Images with that label alone come first; one that has others too is marked with a plus sign.
-    `effect` gives what a label changes in an image, (H, W) in gray levels: it is outlined.
-    """
+    `effect` gives what a label changes in an image, (H, W) in gray levels: it is outlined."""
     members = style.members(findings)
     several, gap, n_rows = ["|" in text for text in findings], 3, -(-len(members) // 3)
     height, width = images.shape[1:]
@@ -294,8 +285,7 @@ def samples(images, findings, dataset_label: str, examples: int = 4, effect=None
 @style.context()
 def clusters(images, embedding, assignments: np.ndarray, dataset_label: str) -> Figure:
     """The six largest clusters, a row each: the mean image, then the ten images nearest to the
-    centroid of the `embedding`, shape (N, d); `assignments` are N cluster numbers.
-    """
+    centroid of the `embedding`, shape (N, d); `assignments` are N cluster numbers."""
     numbers, sizes = np.unique(assignments, return_counts=True)
     order = np.argsort(-sizes, kind="stable")[:6]
     figure = style.new_figure(0.4 + 0.62 * len(order), "What do the largest clusters hold?", 2)
@@ -322,8 +312,7 @@ def probe_bars(table: pd.DataFrame, dataset_label: str) -> Figure:
     A row of `table` is a probe: ``target`` (what is predicted; ``"findings"`` is scored by mean
     AUROC, all else by accuracy), ``arm``, ``accuracy`` (the score), ``ci_low``, ``ci_high`` (95 %
     interval), ``baseline`` (score of a guess), ``published``, ``published_baseline`` and
-    ``n_seeds``. Scores are 0 to 1, NaN if not defined.
-    """
+    ``n_seeds``. Scores are 0 to 1, NaN if not defined."""
     targets = table.groupby("target", sort=False)
     rows = targets.size()
     figure = style.new_figure(0.4 + 0.15 * len(table) + 0.6 * len(rows), "What can a probe read?")

@@ -1,7 +1,6 @@
 """The paper's five key findings as claims: what is measured for each, how arms are compared, and
 the rule that gives a verdict. ``docs/plan.md`` fixed all of it before the study was run, the
-smallest differences that would matter included. `lib.study.report` writes the text.
-"""
+smallest differences that would matter included. `lib.study.report` writes the text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -183,8 +182,7 @@ def mean_curves(results: Results, name: str, part: str) -> dict[str, list[float]
 def overview(results: Results) -> dict[str, Any]:
     """What figures draw: ``dataset_label``, ``claims`` and ``measures`` (as dicts),
     ``comparisons``, and ``arms``: arm -> title, kind, ``seeds``, ``collapsed`` (seeds),
-    ``measures``: key -> mean, low, high (95 % over seeds), n, by_seed.
-    """
+    ``measures``: key -> mean, low, high (95 % over seeds), n, by_seed."""
     arms = {}
     for arm, entry in results["arms"].items():
         measures = {}
@@ -230,8 +228,7 @@ def rule() -> str:
 def patient_se(treatment: Sequence, reference: Sequence, measure: Measure, n_boot=300) -> float:
     """Standard error that the choice of test patients, drawn with replacement, gives to a mean
     difference of probes, from the answers of each seed. 0 if there is one patient only, or answers
-    are missing; ValueError if two runs were tested on different images.
-    """
+    are missing; ValueError if two runs were tested on different images."""
     everyone = [*treatment, *reference]
     if not measure.scores or not all(measure.scores in answers for answers in everyone):
         return 0.0
@@ -300,8 +297,7 @@ def compare(results: Results, *arms: str, purpose="", answers=None, n_boot=300) 
     did; ``measures``: per measure ``measure, claim, primary, seeds`` and, if there are seeds, what
     `paired` returns, ``treatment, reference`` (means), ``patient_se``, ``p_holm``; ``verdicts``:
     per claim ``claim, measure, n, verdict``, ``whole`` (mean and interval without the collapsed
-    seeds, if there are any) and ``needed`` (seeds that would tell).
-    """
+    seeds, if there are any) and ``needed`` (seeds that would tell)."""
     entries = {k: _difference(results, m, arms, answers or {}, n_boot) for k, m in MEASURE.items()}
     decisive = [next(m for m in MEASURES if m.primary and m.claim == c.key) for c in CLAIMS]
     found, verdicts = _decide([entries[m.key] for m in decisive]), []

@@ -55,8 +55,7 @@ def attributes(images: np.ndarray, metadata: pd.DataFrame) -> dict[str, Property
     not known. Returns (kind, has, known) by name: kind is CLINICAL (the findings of
     `lib.data.label_set`) or NUISANCE (view, sex, age band, darkest and brightest quarter); has and
     known are bool (N,). Properties that no image or every image has are left out, and one of two
-    that exclude each other.
-    """
+    that exclude each other."""
     texts, names = metadata["findings"], label_set(metadata)
     columns, labelled = finding_matrix(texts, names).T, (texts != "").to_numpy()
     found = {name: (CLINICAL, has, labelled) for name, has in zip(names, columns, strict=True)}
@@ -77,8 +76,7 @@ def enrichment(assignments: np.ndarray, properties: Mapping[str, Property]) -> p
     One row per property and cluster: ``property, kind, cluster``; ``n``, images of the cluster of
     which the property is known; ``share`` of them that have it, ``elsewhere`` in all other
     clusters; ``log2_odds``, with 1/2 added to each count, so that it is finite; ``p``, two-sided;
-    ``q``, false-discovery rate over all rows (Benjamini and Hochberg 1995).
-    """
+    ``q``, false-discovery rate over all rows (Benjamini and Hochberg 1995)."""
     rows = []
     for name, (kind, has, known) in properties.items():
         for cluster in np.unique(assignments):
@@ -114,8 +112,7 @@ def reading(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str]) -> li
 def drivers(assignments: np.ndarray, images: np.ndarray, metadata: pd.DataFrame) -> dict:
     """What clusters follow: their AMI, 0 by chance and 1 for the same partition, with ``findings``
     (label combinations), ``view_position``, ``sex``, ``age`` (bands), ``brightness`` (quarters) and
-    ``patient`` (of several images). NaN if it is not known, or the same for all images.
-    """
+    ``patient`` (of several images). NaN if it is not known, or the same for all images."""
     patients, values = _known(metadata, "patient_id"), {}
     found = {"findings": _known(metadata, "findings"), **_nuisances(images, metadata)}
     found["patient"] = patients.where(patients.duplicated(keep=False))
@@ -148,8 +145,7 @@ def atlas(images, embedding, assignments, properties: Mapping, n_nearest: int = 
     """Describe the clusters of a run that have images, the largest first, with `n_nearest` images.
 
     `images` are uint8 (N, H, W); `embedding` (N, d) was clustered into `assignments` (N,);
-    `properties` are `attributes`.
-    """
+    `properties` are `attributes`."""
     check_consistent_length(images, embedding, assignments)
     table = enrichment(assignments, properties)
     more = table[(table["q"] <= LEVEL) & (table["log2_odds"] > 0)]
@@ -174,8 +170,7 @@ def follow(assignments: np.ndarray) -> np.ndarray:
 
     K-means numbers clusters anew at each epoch. From the last epoch backwards, the clusters of an
     epoch are paired with those of the next so that the most images keep their number (Kuhn 1955,
-    *The Hungarian method for the assignment problem*). The last epoch keeps its numbers.
-    """
+    *The Hungarian method for the assignment problem*). The last epoch keeps its numbers."""
     followed = np.array(assignments, dtype=np.int64)
     k = int(followed.max()) + 1
     for epoch in range(len(followed) - 2, -1, -1):
@@ -189,8 +184,7 @@ def stability(assignments: np.ndarray) -> np.ndarray:
     0 to 1, with any cluster of that epoch; NaN for a cluster that is empty at the last.
 
     `assignments` are int (epochs, N). Hennig 2007, *Cluster-wise assessment of cluster stability*,
-    section 2, with epochs in the place of resamples.
-    """
+    section 2, with epochs in the place of resamples."""
     found = []
     for labels in assignments:
         shared = confusion_matrix(labels, assignments[-1], labels=range(assignments.max() + 1))

@@ -1,7 +1,6 @@
 """How fast and how steadily a curve of epochs settles: arrays in, numbers out.
 
-A curve is a row (T,) of finite values, one per epoch. ValueError for anything else.
-"""
+A curve is a row (T,) of finite values, one per epoch. ValueError for anything else."""
 
 import math
 
@@ -25,8 +24,7 @@ def plateau(curve: ArrayLike) -> float:
 def settling_time(curve: ArrayLike, share: float = 0.9) -> float:
     """Where a curve (T,) first reaches `share` of its own plateau, 0 to T - 1, interpolated.
 
-    Early is not good in itself: a network that never learns has settled from the start.
-    """
+    Early is not good in itself: a network that never learns has settled from the start."""
     curve = _checked(curve)
     least = share * plateau(curve)
     above = int(np.flatnonzero(curve >= least)[0]) if (curve >= least).any() else len(curve) - 1
@@ -47,8 +45,7 @@ def spread(curve: ArrayLike) -> float:
 
     Each value is compared with the mean of its two neighbours, which no straight trend changes; the
     square of the difference is 3/2 of the variance of independent values (Gasser, Sroka and
-    Jennen-Steinmetz 1986). 0 is steady; NaN if three values are not left.
-    """
+    Jennen-Steinmetz 1986). 0 is steady; NaN if three values are not left."""
     curve = _checked(curve)
     rest = curve[len(curve) // 4 :]
     if len(rest) < 3:

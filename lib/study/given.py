@@ -1,6 +1,5 @@
 """Embeddings that a network elsewhere has made, clustered and measured as a run is: nothing is
-trained. Beside them stand what is known of the images without seeing them, and chance.
-"""
+trained. Beside them stand what is known of the images without seeing them, and chance."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ def gather(dataset: str, preset: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers of the embeddings in ``data/<dataset>``, which `lib.data.embeddings.preprocess`
     filled, for each seed; the dict is that of `lib.study.measure.gather`. What was measured before
     is read. `preset` has ``n_clusters, pca_dim, clusterer, seeds, n_map`` and what else a preset
-    has. ValueError if there are fewer rows than clusters.
-    """
+    has. ValueError if there are fewer rows than clusters."""
     points, metadata = embeddings.load(paths.dataset_dir(dataset))
     if len(points) < preset["n_clusters"]:
         raise ValueError(f"{len(points)} rows are fewer than n_clusters={preset['n_clusters']}")
@@ -50,8 +48,7 @@ def gather(dataset: str, preset: Mapping[str, Any]) -> dict[str, Any]:
 def clusters_of(dataset: str, results: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Cluster of each row per seed (``image_id, seed0``, ...); and which findings, and which
     properties that should not matter, the first seed's clusters follow
-    (`lib.study.clusters.enrichment`).
-    """
+    (`lib.study.clusters.enrichment`)."""
     points, metadata = embeddings.load(paths.dataset_dir(dataset))
     runs = [paths.run_dir(dataset, "given", int(s)) for s in results["arms"]["given"]["seeds"]]
     found = {run.name: np.load(run / measure.ANSWERS)["final"] for run in runs}
@@ -77,8 +74,7 @@ def measure_file(path: Path | str, dataset: str, preset: Mapping[str, Any]) -> s
     ``results.json``, ``clusters.csv`` and ``enrichment.csv`` into ``figures/<dataset>``.
 
     Returns the page ``given.md``, and below it where the files are.
-    ValueError if the file is none of embeddings, or holds fewer rows than clusters.
-    """
+    ValueError if the file is none of embeddings, or holds fewer rows than clusters."""
     manifest = embeddings.preprocess(path, paths.dataset_dir(dataset), preset["data_seed"])
     n, size = manifest["images"], manifest["size"]
     print(f"{n:,} embeddings of {size} numbers; nothing is trained", flush=True)

@@ -27,8 +27,7 @@ def paired(differences: ArrayLike, extra_se: float = 0.0, resolution: float = 0.
     rounding both arms, resolution / sqrt(6): three equal whole numbers are no proof of no spread.
 
     Returns ``n, mean, sd, low, high`` (95 %), ``p`` (Student's, two-sided) and ``sign_flip_p``; NaN
-    if n is too small. ValueError for no difference, or one that is not finite.
-    """
+    if n is too small. ValueError for no difference, or one that is not finite."""
     differences = np.asarray(differences, dtype=float)
     n = differences.size
     if differences.ndim != 1 or n == 0 or not np.isfinite(differences).all():
@@ -65,8 +64,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 @lru_cache
 def detectable(n: int, power: float = 0.8) -> float:
     """Standardised difference (mean over standard deviation) that n seeds find with `power` at
-    Holm's strictest level, by the noncentral t distribution; NaN for fewer than three.
-    """
+    Holm's strictest level, by the noncentral t distribution; NaN for fewer than three."""
     if n < 3:
         return math.nan
     critical, root = stats.t.ppf(1 - ALPHA / (2 * FAMILY), n - 1), math.sqrt(n)

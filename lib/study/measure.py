@@ -1,8 +1,7 @@
 """Every number of the finished runs and of the baselines, measured once.
 
 `gather` measures all finished runs of a data set; 04_evaluate writes what it returns to
-``results.json``, which all else reads. `lib.study.parts` says what is measured.
-"""
+``results.json``, which all else reads. `lib.study.parts` says what is measured."""
 
 import hashlib
 import json
@@ -48,8 +47,7 @@ def of_run(arm: str, folder: Path, config: TrainConfig, material: Material) -> d
     ``scores.npz`` the answers of the probes, image by image.
 
     Returns ``values`` (per measure a number, or a text that says why there is none), ``details``
-    (curves and tables) and ``of`` (what was measured).
-    """
+    (curves and tables) and ``of`` (what was measured)."""
     of = None if is_kept(folder) else _identity(arm, folder, config, material)
     if (found := _stored(folder, of)) is not None:
         return found
@@ -134,8 +132,7 @@ def _store(folder: Path, of: Mapping[str, Any], found: Found) -> dict[str, Any]:
 
 def turned_phantoms(dataset: str, pictures: np.ndarray) -> np.ndarray | None:
     """The phantoms of `pictures`, each turned, and mirrored or not, *before* it is drawn: no pixel
-    is interpolated. None if they are not upright phantoms that can be drawn again.
-    """
+    is interpolated. None if they are not upright phantoms that can be drawn again."""
     source = paths.load_json(paths.dataset_dir(dataset) / "manifest.json")["source"]
     if source.get("kind") != "phantom" or "seed" not in source or "orientation" in source:
         return None
@@ -154,8 +151,7 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
     ``settings``; ``code`` (versions that trained the runs); ``arms``: arm -> title, kind, backbone,
     rotation, pseudo_labels, parameters, feature_dim, flops and ``seeds``: seed (as text) ->
     ``values``, ``details`` of `of_run`; ``missing`` (one line per run that is left out and per arm
-    without a run). FileNotFoundError if no run is finished.
-    """
+    without a run). FileNotFoundError if no run is finished."""
     pictures, metadata = data.load(paths.dataset_dir(dataset))
     material = Material(pictures, metadata, effort=effort)
     runs, missing = finished(dataset)
@@ -242,8 +238,7 @@ def load(dataset: str) -> dict[str, Any]:
 def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """Answers of the probes by arm and seed: ``test`` (n,), rows of the images tested, ``clusters``
     (n,), right or not; ``labelled_test`` (m,), ``combinations`` (m,), right or not, ``findings``
-    (m, F), log-odds, ``truth`` (m, F) bool; ``test_patients`` and ``labelled_test_patients``.
-    """
+    (m, F), log-odds, ``truth`` (m, F) bool; ``test_patients`` and ``labelled_test_patients``."""
     found: dict[str, dict[str, Any]] = {arm: {} for arm in results["arms"]}
     for arm, entry in results["arms"].items():
         for seed in entry["seeds"]:
@@ -266,8 +261,7 @@ def curves(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 
 def known(results: Mapping[str, Any]) -> dict[str, dict[str, pd.DataFrame]]:
     """Factor (see `lib.study.parts.factors`) -> trained arm -> ``seed, epoch, ami``; ``epoch`` is
-    how long the network behind the clusters was trained, 0 for the untrained one.
-    """
+    how long the network behind the clusters was trained, 0 for the untrained one."""
     found: dict[str, dict[str, Any]] = {}
     for arm in curves(results):
         for seed, run in results["arms"][arm]["seeds"].items():
@@ -280,8 +274,7 @@ def known(results: Mapping[str, Any]) -> dict[str, dict[str, pd.DataFrame]]:
 
 def roc_curves(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
     """ROC curves of the probes of labels, means over seeds: arm -> ``macro, micro``, true positive
-    rates at `lib.study.parts.RATES`; last ``guess``, which looks at no image.
-    """
+    rates at `lib.study.parts.RATES`; last ``guess``, which looks at no image."""
     found = {}
     for name in ("roc", "roc_guess"):
         averages = {part: mean_curves(results, name, part) for part in ("macro", "micro")}

@@ -1,8 +1,7 @@
 """The parts of the measuring: what is asked of a run or a baseline.
 
 Each part returns what it found by name: a number, or a text that says why there is none; a table or
-curve (dict); answers image by image (array), which `lib.study.measure` keeps.
-"""
+curve (dict); answers image by image (array), which `lib.study.measure` keeps."""
 
 import math
 from typing import Any
@@ -128,8 +127,7 @@ def structure(subject: Subject, material: Material) -> Found:
 
 def halves(subject: Subject, material: Material) -> Found:
     """AMI of the labels that two clusterings, each of a third of the patients, give to the images
-    of the last third by their nearest centroids: a stability that can be wrong.
-    """
+    of the last third by their nearest centroids: a stability that can be wrong."""
     rng, patients = np.random.default_rng([subject.seed, 4]), material.patients
     third = rng.integers(3, size=patients.max() + 1)[patients]
     asked, labels, config = subject.features[third == 2], [], subject.config
@@ -168,8 +166,7 @@ def invariance(subject: Subject, material: Material) -> Found:
 def laterality(subject: Subject, material: Material) -> Found:
     """The price of invariance: can a linear classifier tell left from right, and up from down?
 
-    An image and its moved copy are both in the data, so 0.5 is chance.
-    """
+    An image and its moved copy are both in the data, so 0.5 is chance."""
     index = material.sample(material.effort.n_moved, seed=1)
     chosen, test = np.array(material.images[index]), np.isin(index, material.rows(stated=False)[1])
     if test.all() or not test.any():
@@ -188,8 +185,7 @@ def effusion_side(subject: Subject, material: Material) -> Found:
     """Can a linear classifier tell a left from a right effusion?
 
     Each image is used twice, as it is and mirrored (side swapped): otherwise left and right
-    effusions are of different patients, whom a probe could tell apart without seeing the side.
-    """
+    effusions are of different patients, whom a probe could tell apart without seeing the side."""
     side, (train, test) = material.metadata.get("side"), material.rows()
     if side is None or "Effusion" not in material.labels:
         return {"tells_effusion_side": "no side stated"}
@@ -235,8 +231,7 @@ LEAST_LEARNT = 0.9  # last loss / ln K: above it nothing was learnt
 def training(subject: Network, material: Material) -> Found:
     """Convergence and stability of a run, and its curves.
 
-    A network that has not learnt counts as never settled: one epoch more than it was trained.
-    """
+    A network that has not learnt counts as never settled: one epoch more than it was trained."""
     table, config = subject.run.metrics, subject.run.config
     found: Found = {"curves": {name: table[name].tolist() for name in CURVES if name in table}}
     if len(table) < 2:
@@ -262,8 +257,7 @@ def factors(material: Material) -> dict[str, np.ndarray]:
     """What is known to differ between the images: name -> class of each image, (N,) of str.
 
     ``classes`` if each image has exactly one label; view, sex, exposure (quarters of the mean gray
-    value); else the three most frequent labels. What is equal for all images is left out.
-    """
+    value); else the three most frequent labels. What is equal for all images is left out."""
     texts, gray = material.metadata["findings"], clusters.brightness(material.images)
     found = {key: material.metadata.get(key) for key in ("view_position", "sex")}
     found["exposure"] = np.searchsorted(np.quantile(gray, (0.25, 0.5, 0.75)), gray)
@@ -278,8 +272,7 @@ def factors(material: Material) -> dict[str, np.ndarray]:
 
 def known(subject: Network, material: Material) -> Found:
     """Do clusters find what is there? AMI with each of `factors` in each epoch and, last, at the
-    end. The clusters of epoch 1 are those of the untrained network.
-    """
+    end. The clusters of epoch 1 are those of the untrained network."""
     rows, there = [*subject.run.assignments, subject.assignments], factors(material)
     found = {name: [metrics.ami(row, of) for row in rows] for name, of in there.items()}
     ami = nmi = "no single classes"

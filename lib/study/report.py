@@ -174,8 +174,7 @@ def linear_probe_table(results: Results, published: Mapping[str, Any]) -> pd.Dat
     Student's t; NaN over a mixture of collapsed and whole runs); ``patients_low, patients_high``
     (95 % bootstrap over test patients); ``ci_low, ci_high`` (the wider of both); ``baseline``
     (majority; 0.5 for AUROC), ``chance, n_classes, collapsed`` (seeds), ``published,
-    published_baseline``. There is no row for what is not defined.
-    """
+    published_baseline``. There is no row for what is not defined."""
     rows, known = [], published["linear_probe"]
     for target, (key, _) in TARGETS.items():
         for arm in (*MAIN, "pixels"):
@@ -267,8 +266,7 @@ def head(results: Results, command: str) -> str:
 
 def summary(results: Results, frame: pd.DataFrame, captions: Mapping, command: str) -> str:
     """``summary.md``: the page's five key findings, each with this run's numbers, and the captions
-    of the figures. `frame` is `linear_probe_table`; `captions` are by file name.
-    """
+    of the figures. `frame` is `linear_probe_table`; `captions` are by file name."""
     label = results["dataset"]["label"]
     blocks = [f"# Summary: {label}", head(results, command)]
     blocks += ["## Are the images spread over the clusters?", occupancy_table(results, MAIN)]

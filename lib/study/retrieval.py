@@ -19,8 +19,7 @@ def regions(size: int, levels: int = 3) -> list[tuple[int, int, int]]:
     """Square regions of a square map, as R-MAC lays them out: (top, left, side) in pixels.
 
     At level l, l x l squares of side 2 size / (l + 1) are spread evenly over the map. Places are
-    rounded so that the regions of a map are those of its turned and mirrored copies.
-    """
+    rounded so that the regions of a map are those of its turned and mirrored copies."""
     found = {}  # in order, and once: on small maps levels share regions
     for level in range(1, levels + 1):
         side = max(1, 2 * size // (level + 1))
@@ -37,8 +36,7 @@ def rmac(maps: Tensor, levels: int = 3) -> Tensor:
     The maximum of each channel over each of `regions`, scaled to unit length, summed over regions
     and scaled again (Tolias, Sicre and Jegou 2016, *Particular object retrieval with integral
     max-pooling of CNN activations*, section 3.2). Their PCA-whitening of the regional vectors is
-    left out: it would have to be learnt on other images. A map of zeros gives zeros.
-    """
+    left out: it would have to be learnt on other images. A map of zeros gives zeros."""
     total = torch.zeros_like(maps[:, :, 0, 0])
     for top, left, side in regions(maps.shape[2], levels):
         region = maps[:, :, top : top + side, left : left + side]
@@ -84,8 +82,7 @@ def precision_at_k(descriptors: np.ndarray, targets: np.ndarray, patients, k: in
     finding, the mean share of the k nearest images *of other patients* that have it; ``chance``
     (F,), of all images of other patients; NaN if no query has it. ``same_patient``: of the queries
     whose patient has other images, the mean share of the k nearest that are of this patient, which
-    says nothing of disease; ``same_patient_chance``, of all.
-    """
+    says nothing of disease; ``same_patient_chance``, of all."""
     check_consistent_length(descriptors, targets, patients)
     n, by_patient = len(targets), pd.DataFrame(targets).groupby(patients)
     size = by_patient.transform("size").to_numpy()  # (N,), images of the same patient

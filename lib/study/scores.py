@@ -18,8 +18,7 @@ from lib.metrics import bootstrap_weights, checked_split, fit_linear, standardis
 
 def finding_scores(features, targets, train, test, groups=None, seed: int = 0) -> np.ndarray:
     """Log-odds (n_test, F) of each finding, by a logistic regression of each column of `targets`,
-    bool (N, F). Other parameters and errors as `lib.metrics.probe`.
-    """
+    bool (N, F). Other parameters and errors as `lib.metrics.probe`."""
     features, targets = np.asarray(features), np.asarray(targets)
     if targets.ndim != 2 or targets.dtype != bool:
         raise ValueError(f"targets must be bool (N, F), got {targets.dtype} {targets.shape}")
@@ -39,8 +38,7 @@ def findings_auroc(features, targets, train, test, **options: Any) -> np.ndarray
 
     The area is the probability that an image with the finding scores higher than one without (ties
     count half): 0.5 is chance whatever the prevalence. It does not show calibration, nor how useful
-    the alarms of a rare finding are. NIH's findings are a program's reading of reports.
-    """
+    the alarms of a rare finding are. NIH's findings are a program's reading of reports."""
     log_odds = finding_scores(features, targets, train, test, **options)
     return multilabel_scores(log_odds, np.asarray(targets)[test], micro=False)["auroc"][0]
 
@@ -50,8 +48,7 @@ def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
 
     The Mann-Whitney form, sum over positives i and negatives j of w_i w_j ([s_i > s_j] + [s_i =
     s_j] / 2) / (sum w_i sum w_j), with `positive` (n,) bool and `weights` (B, n) >= 0: for a
-    bootstrap, how often each image was drawn. NaN if positives or negatives have no weight.
-    """
+    bootstrap, how often each image was drawn. NaN if positives or negatives have no weight."""
     ups, downs = _runs(scores, positive, weights)
     below = downs.sum(axis=1, keepdims=True) - np.cumsum(downs, axis=1)
     pairs = ups.sum(axis=1) * downs.sum(axis=1)
@@ -64,8 +61,7 @@ def weighted_average_precision(scores: np.ndarray, positive: np.ndarray, weights
 
     Sum over thresholds of (recall gained) x (precision there), without interpolation; equal scores
     are one threshold. A guess that knows nothing scores the prevalence, so findings of different
-    frequency do not compare. NaN if the positives have no weight.
-    """
+    frequency do not compare. NaN if the positives have no weight."""
     ups, downs = _runs(scores, positive, weights)
     hits, taken = np.cumsum(ups, axis=1), np.cumsum(ups + downs, axis=1)
     precision = hits / np.where(taken > 0, taken, 1)
@@ -93,8 +89,7 @@ def multilabel_scores(probabilities, targets, weights=None, micro=True) -> dict[
     `probabilities` (n, F) are comparable between labels; a column with NaN is left out. `targets`
     (n, F) are bool. `weights` (B, n) of the images are for a bootstrap; without them each counts
     once. `micro` averages cost as much as all else. Returns ``auroc_macro, auroc_micro, ap_macro,
-    ap_micro`` (B,); ``auroc, ap`` (B, F).
-    """
+    ap_micro`` (B,); ``auroc, ap`` (B, F)."""
     probabilities, targets = np.asarray(probabilities, dtype=float), np.asarray(targets)
     if probabilities.shape != targets.shape or targets.ndim != 2 or targets.dtype != bool:
         got = f"{probabilities.shape} and {targets.dtype} {targets.shape}"
@@ -115,8 +110,7 @@ def multilabel_scores(probabilities, targets, weights=None, micro=True) -> dict[
 
 def finding_intervals(runs: Mapping, n_boot: int = 200) -> np.ndarray:
     """AUROC of each finding with its 95 % interval, (F, 3): a mean over runs, and a bootstrap over
-    test patients. `runs` are answers of one arm as `lib.study.measure.answers` gives them.
-    """
+    test patients. `runs` are answers of one arm as `lib.study.measure.answers` gives them."""
     first = next(iter(runs.values()))
     draws = bootstrap_weights(first["labelled_test_patients"], n_boot, 0)
     weights = np.concatenate([np.ones((1, len(first["truth"]))), *draws])
@@ -140,8 +134,7 @@ def roc_curves(probabilities: np.ndarray, targets: np.ndarray, false_positive_ra
     Macro: the mean over labels of the true positive rate at the same false positive rate (vertical
     averaging, Fawcett 2006, section 8); its area is the macro AUROC. Micro: the curve of all pairs
     of image and label. Read both as `multilabel_scores`, which has the same parameters.
-    `false_positive_rates` (m,) ascend from 0 to 1; between thresholds lines are straight.
-    """
+    `false_positive_rates` (m,) ascend from 0 to 1; between thresholds lines are straight."""
     known = ~np.isnan(probabilities).any(axis=0)
     defined = np.flatnonzero(known & targets.any(axis=0) & ~targets.all(axis=0))
     if not len(defined):
@@ -161,8 +154,7 @@ def finding_neighbourhood(points, targets: np.ndarray, n_neighbors=10, least=5) 
 
     The mean over findings of at least `least` images: of the share of their `n_neighbors` nearest
     others that have it too, less the share of all others that have it. 0 is chance, 1 the most, NaN
-    if no finding is frequent enough. Images of one patient may lie together for other reasons.
-    """
+    if no finding is frequent enough. Images of one patient may lie together for other reasons."""
     check_consistent_length(points, targets)
     nearest = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors()[1]  # without self
     frequent = targets.T[targets.sum(axis=0) >= least]
@@ -175,8 +167,7 @@ def relative_distance(reference: np.ndarray, moved: np.ndarray) -> np.ndarray:
 
     Mean over images of |f(image) - f(moved image)|, in units of the mean distance between the
     features of two images. 0 is invariant; at 1 a moved image is as far from itself as from any
-    other. NaN if all features are equal.
-    """
+    other. NaN if all features are equal."""
     reference, moved = np.asarray(reference, dtype=float), np.asarray(moved, dtype=float)
     unit = pdist(reference).mean()
     # the difference that rounding leaves between equal images is no distance

@@ -35,8 +35,7 @@ EFFORT = Effort()
 @dataclass(frozen=True)
 class Material:
     """Images (N, 64, 64) uint8 and what is known of them; `turned`: see `turned_phantoms`. For
-    `Given` they are embeddings (N, D).
-    """
+    `Given` they are embeddings (N, D)."""
 
     images: np.ndarray
     metadata: pd.DataFrame
@@ -86,8 +85,7 @@ class Material:
 class Network:
     """A finished run: ``features`` (N, D) for probes, the clustered ``embedding`` (N, d),
     ``assignments`` (N,). `describe` gives unit vectors (N, C) to retrieve by. `Pixels` and `Random`
-    are measured in the same way.
-    """
+    are measured in the same way."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.seed = run, run.config, run.config.seed

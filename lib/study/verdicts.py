@@ -79,8 +79,7 @@ def verdict_matrix(results: Results) -> str:
 
 def sensitivity_table(results: Results) -> str:
     """The page's comparison on every measure, those that decide in bold, and without the seeds in
-    which a run collapsed.
-    """
+    which a run collapsed."""
     if not results["comparisons"]:
         return "No two arms can be compared yet."
     comparison, rows = results["comparisons"][0], []
