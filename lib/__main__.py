@@ -364,19 +364,15 @@ def test(options: Namespace) -> None:
         pytest = ["pytest", "-rs", f"--junitxml={report}"]
         nbval = ["-p", "no:cacheprovider", "-W", "default", "--nbval-lax", "--nbval-current-env"]
         fresh = {"CXR_DATA_DIR": f"{folder}/data", "CXR_FIGURES_DIR": f"{folder}/figures"}
-        steps = [
-            (["ruff", "check", "."], {}),
-            (["ruff", "format", "--check", "."], {}),
-            ([*pytest, "-m", "", *options.arguments], {"MPLBACKEND": "Agg"}),
-            ([*pytest, *nbval, *sorted(map(str, notebooks))], fresh),
-        ]
+        steps = [(["ruff", "check", "."], {}), (["ruff", "format", "--check", "."], {})]
+        steps += [([*pytest, "-m", "", *options.arguments], {"MPLBACKEND": "Agg"})]
+        steps += [([*pytest, *nbval, *sorted(map(str, notebooks))], fresh)]
         for command, extra in steps[: 3 if options.arguments else 4]:
             report.unlink(missing_ok=True)
             command = [sys.executable, "-m", *command]
             status = subprocess.call(command, cwd=ROOT, env=os.environ | extra)
-            suite = {"tests": "1"}
-            if report.exists():
-                suite = next(ElementTree.parse(report).iter("testsuite")).attrib
+            found = ElementTree.parse(report).iter("testsuite") if report.exists() else ()
+            suite = next((one.attrib for one in found), {"tests": "1"})
             names = ("tests", "skipped", "failures", "errors")
             total, skipped, failures, errors = (int(suite.get(name, 0)) for name in names)
             bad = max(failures + errors, int(status != 0))

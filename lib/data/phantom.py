@@ -6,8 +6,7 @@ the same scene seen by a turned detector, and no blur betrays its angle. Shapes 
 fitted to NIH ChestX-ray14 at this size: mean PA and AP image, percentiles, radial power spectrum.
 
 Scene coordinates: x to the image's right (the patient's left), y downwards, the frame is [-1, 1] in
-both; 1 is about 19 cm.
-"""
+both; 1 is about 19 cm."""
 
 import functools
 from types import SimpleNamespace
@@ -19,10 +18,8 @@ from scipy.stats import norm
 
 from lib.data.nih import COUNTS, FINDINGS, IMAGES, findings_text
 
-ATTRIBUTION = (
-    "Synthetic radiographs drawn by lib.data.phantom of this project; they show no patient. Not "
-    "for clinical use."
-)
+ATTRIBUTION = "Synthetic radiographs drawn by lib.data.phantom of this project; they show no "
+ATTRIBUTION += "patient. Not for clinical use."
 ORIENTATIONS = ("upright", "any")
 SIZE = 64
 # Images and patients are drawn in whole blocks, so that image i never depends on n. A block of 32
@@ -208,8 +205,7 @@ def cohort(n: int, seed: int) -> tuple[pd.DataFrame, dict[str, np.ndarray], np.n
 
     Returns the metadata, as of `make_phantoms` with orientation ``"any"``; the parameters of the
     scene by name, each (n,), or (n, k) of places and devices; and the severity of each of
-    `nih.FINDINGS`, (n, 14): 0, or 0.55 to 1.45.
-    """
+    `nih.FINDINGS`, (n, 14): 0, or 0.55 to 1.45."""
     n = -(-n // _CHUNK) * _CHUNK
     patients = _patients(n, seed)
     who = np.repeat(np.arange(len(patients["count"])), patients["count"])[:n]
@@ -302,9 +298,7 @@ def _look(texture: np.ndarray, which: np.ndarray | int, x: np.ndarray, y: np.nda
     return texture[which, y.astype(np.int32) & 255, x.astype(np.int32) & 255]
 
 
-def scene(
-    p: dict[str, np.ndarray], severity: np.ndarray, angle: np.ndarray, mirrored: np.ndarray
-) -> np.ndarray:
+def scene(p: dict, severity: np.ndarray, angle: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     """Draw `b` images without noise: gray levels (b, 64, 64), float32.
 
     `p` and `severity`, (b, 14), are as of `cohort`; `angle`, (b,), is in degrees; `mirrored` (b,).
@@ -378,17 +372,14 @@ def scene(
 
 def effect(p: dict[str, np.ndarray], severity: np.ndarray, image: int, finding: str) -> np.ndarray:
     """What a finding changes in one upright image of a `cohort`: gray levels (64, 64), without
-    noise; 0 everywhere if the image does not have it.
-    """
+    noise; 0 everywhere if the image does not have it."""
     one = {name: values[image : image + 1] for name, values in p.items()}
     own = severity[image : image + 1] * (np.array(FINDINGS) == finding)  # (1, 14)
     having, lacking = (scene(one, s, np.zeros(1), np.zeros(1, bool)) for s in (own, 0 * own))
     return (having - lacking)[0]
 
 
-def _pose(
-    s: SimpleNamespace, angle: np.ndarray, mirrored: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _pose(s: SimpleNamespace, angle: np.ndarray, mirrored: np.ndarray) -> tuple:
     """Set the scene's coordinates: undo turn, mirror and position; return those of the detector."""
     grid = (np.arange(SIZE, dtype=np.float32) + 0.5) / (SIZE / 2) - 1
     turn = np.deg2rad(angle).astype(np.float32)[:, None, None]
@@ -491,29 +482,21 @@ def _frame(gray: np.ndarray, fx: np.ndarray, fy: np.ndarray, u: np.ndarray) -> n
     return gray + (4 - gray) * np.maximum(sides, top)
 
 
-def make_phantoms(
-    n: int, seed: int, orientation: str = "upright"
-) -> tuple[np.ndarray, pd.DataFrame]:
+def make_phantoms(n: int, seed: int, orientation="upright") -> tuple[np.ndarray, pd.DataFrame]:
     """Draw `n` synthetic frontal chest radiographs with known findings.
 
     Frequencies of findings, views, ages, sexes and images per patient follow NIH ChestX-ray14 (Wang
-    et al., CVPR 2017). Image i depends on `seed` and i alone: fewer images are a prefix of more.
-
-    Parameters
-    ----------
-    n, seed : int
-        Number of images, at least 1; any seed that is not negative.
-    orientation : {"upright", "any"}
-        ``"upright"``: as a radiographer would hang them, tilted by a few degrees at most.
-        ``"any"``: the same, each mirrored with probability 1/2, then turned by a uniform angle.
+    et al., CVPR 2017). Image i depends on `seed`, which is not negative, and i alone: fewer images
+    are a prefix of more. `orientation` is ``"upright"``, as a radiographer would hang them, tilted
+    by a few degrees at most; or ``"any"``: the same, each mirrored with probability 1/2, then
+    turned by a uniform angle.
 
     Returns images, uint8 (n, 64, 64): white is dense, the patient's right is on the image's left,
     as hung. And a DataFrame of n rows: image_id, patient_id (int), findings (NIH's names joined by
     ``|``, or No Finding), view_position (PA, AP), age (years), sex (M, F), side of the patient on
     which the one-sided findings lie (R, L, both, or empty if there is none), exposure (gain of the
     film curve, about 0.6 to 1.6; more is brighter), angle (degrees counter-clockwise on the screen;
-    0.0 if upright) and mirrored (before turning). ValueError for another `n`, `seed` or word.
-    """
+    0.0 if upright) and mirrored (before turning). ValueError for another `n`, `seed` or word."""
     if n < 1 or n != int(n) or seed < 0 or orientation not in ORIENTATIONS:
         valid = f"need a whole n >= 1, seed >= 0, and orientation in {ORIENTATIONS}"
         raise ValueError(f"{valid}, not {n=}, {seed=}, {orientation=}")

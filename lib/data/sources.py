@@ -72,13 +72,11 @@ def fetch(
     Raises DownloadError without credentials, space, connection or permission, or if an archive is
     damaged; ValueError if `source` is not what it promises, or `raw_dir` holds what was not drawn
     here; OSError if the disk refuses. What has arrived is kept."""
-    raw_dir = Path(raw_dir)
-    word, path = parse(source)
+    raw_dir, (word, path) = Path(raw_dir), parse(source)
     if word in ("phantom", "digits", "digits-turned"):
         note = _drawn(word, raw_dir, int(n_phantoms), int(seed))
     elif word in KAGGLE:
-        store = raw_dir.with_name(KAGGLE[word][0].replace("/", "-"))
-        note = _from_kaggle(*KAGGLE[word], store)
+        note = _from_kaggle(*KAGGLE[word], raw_dir.with_name(KAGGLE[word][0].replace("/", "-")))
     elif word == "chestmnist":
         note = _from_chestmnist(path, raw_dir.with_name("medmnist") / chestmnist.NAME)
     elif word == "nih":
@@ -239,10 +237,10 @@ def _from_chestmnist(given: Path | None, path: Path) -> dict[str, Any]:
             http.download(chestmnist.URL, path, chestmnist.MD5)
     path = given or path
     facts = chestmnist.check(path)
-    note = {"kind": "chestmnist", "path": str(path.resolve()), "images": facts["images"]}
     origin, verified = chestmnist.PAGE, "MD5 as published, all arrays"
     if not facts["published"]:
         origin, verified = f"{path.name}, not the published file", "all arrays"
+    note = {"kind": "chestmnist", "path": str(path.resolve()), "images": facts["images"]}
     return note | {"csv": None, "origin": origin, "verified": verified}
 
 

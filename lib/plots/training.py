@@ -155,13 +155,6 @@ def occupancy(table: pd.DataFrame, dataset_label: str, collapsed: float) -> Figu
     return style.finish(figure, dataset_label, f"{note}; perplexity: K if all clusters are equal")
 
 
-def _spread(points: np.ndarray) -> np.ndarray:
-    """A map (M, 2), turned so that its long side is a diagonal: it then fills a square better."""
-    centred = points - points.mean(axis=0)
-    axes = np.linalg.svd(centred, full_matrices=False)[2]
-    return centred @ axes.T @ (np.array([[1, 1], [-1, 1]]) / np.sqrt(2))
-
-
 def _apart(points: np.ndarray, labels: np.ndarray) -> str:
     """How far apart labels are in a map: mean silhouette (Rousseeuw 1987), as text."""
     if not 2 <= len(np.unique(labels)) < len(labels):
@@ -228,7 +221,9 @@ def tsne_maps(points: Arrays, clusters: Arrays, findings: Sequence, dataset_labe
         axes.set_box_aspect(1)
         axes.set_aspect("equal", adjustable="datalim")
     for arm, (above, below) in zip(arms, grid.T, strict=False):
-        xy, number = _spread(points[arm]), len(np.unique(clusters[arm]))
+        centred, number = points[arm] - points[arm].mean(axis=0), len(np.unique(clusters[arm]))
+        axes = np.linalg.svd(centred, full_matrices=False)[2]  # the long side becomes a diagonal
+        xy = centred @ axes.T @ (np.array([[1, 1], [-1, 1]]) / np.sqrt(2))
         _outlines(above, xy, clusters[arm], **dots)
         above.set_title(f"{style.arm(arm).heading}\n{_apart(xy, clusters[arm])}")
         above.set_xlabel(f"{number} clusters", fontsize=6)

@@ -280,14 +280,6 @@ def _decide(entries: Sequence[dict[str, Any]]) -> list[str]:
     return verdicts
 
 
-def _holds(how: str, whole: Mapping[str, Any], smallest: float) -> bool:
-    """Whether the interval without collapsed seeds does not speak against a verdict."""
-    low, high = whole.get("low", math.nan), whole.get("high", math.nan)
-    holds = {"supported": low > 0, "reversed": high < 0, "not supported": high < smallest}
-    holds["no difference that matters"] = -smallest < low and high < smallest
-    return holds.get(how, True)
-
-
 def compare(results: Results, *arms: str, purpose="", answers=None, n_boot=300) -> dict[str, Any]:
     """Two `arms`, treatment and reference, on every measure of every claim, over the seeds that
     both have; a positive difference speaks for the claim about the first. `purpose` says what the
@@ -310,7 +302,11 @@ def compare(results: Results, *arms: str, purpose="", answers=None, n_boot=300) 
         if fallen:
             whole = _difference(results, measure, arms, answers or {}, n_boot, fallen)
             about["whole"] = {name: whole.get(name) for name in ("n", "mean", "low", "high")}
-            about["verdict"] = how if _holds(how, whole, measure.smallest) else "cannot tell"
+            low, high = whole.get("low", math.nan), whole.get("high", math.nan)
+            holds = {"supported": low > 0, "reversed": high < 0}
+            holds["not supported"] = high < measure.smallest
+            holds["no difference that matters"] = max(-low, high) < measure.smallest
+            about["verdict"] = how if holds.get(how, True) else "cannot tell"
         verdicts.append(about)
     ours, theirs = (results["arms"][arm]["seeds"] for arm in arms)
     about = dict(zip(("treatment", "reference"), arms, strict=True)) | {"purpose": purpose}
