@@ -19,7 +19,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lib import notebooks as nb
 from lib.notebooks import ROOT, Notebooks, RunError, UsageError
@@ -51,7 +51,7 @@ environment variables: PYTHON (to use, or to make .venv with), CXR_DATA_DIR, CXR
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options) -> None:
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, formatter_class=raw, **options)
 
@@ -97,7 +97,6 @@ def path_in(source: str) -> str:
 
 def dataset_name(source: str, preset: str = "quick") -> str:
     """Name of a source's folders under data/ and figures/: ``phantom``, ``nih-sample-smoke``, ...
-
     The quick preset adds nothing. Any other is a suffix, which keeps its results apart."""
     name = source
     if source not in SOURCES:
@@ -222,7 +221,7 @@ def notebooks_of(options: Namespace) -> Notebooks:
     return Notebooks(nb.read_preset(options.preset) | given, inputs)
 
 
-def get_ready(options: Namespace, parameters: Mapping[str, Any]) -> None:
+def get_ready(options: Namespace, parameters: Mapping) -> None:
     """Look for the device, and download here: a terminal shows how far that is."""
     try:
         if options.device not in (None, "auto", "cpu"):
@@ -383,9 +382,8 @@ def test(options: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 if something failed, 2 for a bad option.
-
-    After ``--check`` a command is only looked at, for run_all.sh: 3 if packages are missing."""
+    """Run a command and return its exit status: 0, 1 if something failed, 2 for a bad option. After
+    ``--check`` a command is only looked at, for run_all.sh: 3 if packages are missing."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # for consoles that lack a character

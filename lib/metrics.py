@@ -5,7 +5,6 @@ raise a ValueError."""
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -77,7 +76,7 @@ def cluster_structure(embedding: np.ndarray, assignments, seed=0, max_samples=50
     check_consistent_length(x, labels)
     some = np.sort(np.random.default_rng(seed).permutation(len(x))[:max_samples])
 
-    def score(measure: Any, x: np.ndarray, labels: np.ndarray) -> float:
+    def score(measure, x: np.ndarray, labels: np.ndarray) -> float:
         return float(measure(x, labels)) if 1 < len(np.unique(labels)) < len(labels) else math.nan
 
     silhouette = score(sklearn_metrics.silhouette_score, x[some], labels[some])
@@ -85,7 +84,7 @@ def cluster_structure(embedding: np.ndarray, assignments, seed=0, max_samples=50
     return {"silhouette": silhouette, "davies_bouldin": davies_bouldin}
 
 
-def probe(features, labels, train, test, groups=None, seed=0, n_boot=1000) -> dict[str, Any]:
+def probe(features, labels, train, test, groups=None, seed=0, n_boot=1000) -> dict:
     """Accuracy of a linear classifier on frozen features, beside two guesses to compare it with.
 
     Multinomial logistic regression on standardised features: what can be read off them *linearly*.
@@ -138,7 +137,7 @@ def checked_split(features: np.ndarray, y: np.ndarray, train, test, groups) -> t
 
 def standardised(features: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int) -> tuple:
     """Both sets, scaled to mean 0 and variance 1 in training; of more than 256 features, a PCA."""
-    steps: list[Any] = [StandardScaler()]
+    steps: list = [StandardScaler()]
     if features.shape[1] > MAX_FEATURES:
         steps.append(PCA(min(MAX_FEATURES, len(train)), random_state=seed))
     scale = make_pipeline(*steps).fit(features[train])

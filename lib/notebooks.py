@@ -17,7 +17,6 @@ from concurrent import futures
 from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +35,7 @@ def find_notebooks(first: str = "00", last: str = "99") -> list[Path]:
     return [path for path in paths if first <= path.name[:2] <= last]
 
 
-def read_parameters(notebook: Path) -> dict[str, Any]:
+def read_parameters(notebook: Path) -> dict:
     """Names and defaults of a notebook's parameters: ``name = literal`` in its tagged cell."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
@@ -44,7 +43,7 @@ def read_parameters(notebook: Path) -> dict[str, Any]:
     return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
 
 
-def read_preset(name: str) -> dict[str, Any]:
+def read_preset(name: str) -> dict:
     """A preset's parameters; UsageError for a name or a kind of value that no notebook has."""
     import yaml
 
@@ -69,7 +68,7 @@ class Notebooks:
     Copies and logs go to ``data/runs/<dataset>/notebooks``. ``done.json`` lies beside them: a
     digest of all that the results depend on, `inputs` among it, and the files that were made."""
 
-    def __init__(self, parameters: Mapping[str, Any], inputs: Sequence[Path] = ()) -> None:
+    def __init__(self, parameters: Mapping, inputs: Sequence[Path] = ()) -> None:
         from lib import paths
 
         self.parameters, self.inputs = parameters, inputs
@@ -83,7 +82,7 @@ class Notebooks:
             what = f"{paths.show(self.folders[1])} holds the results of {other}"
             raise UsageError(f"{what}: rename your folder, or replace them with --restart")
 
-    def own(self, notebook: Path) -> dict[str, Any]:
+    def own(self, notebook: Path) -> dict:
         """The parameters that a notebook has."""
         known = read_parameters(notebook)
         return {name: value for name, value in self.parameters.items() if name in known}
@@ -195,7 +194,7 @@ def prepare_environment(folder: Path) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(joblib.cpu_count()))
 
 
-def start_kernel() -> Any:
+def start_kernel():
     """Start a Jupyter kernel of this Python, which then imports PyTorch while others work."""
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import KernelManager
@@ -208,7 +207,7 @@ def start_kernel() -> Any:
     return kernel
 
 
-def execute(notebook: Path, copy: Path, parameters: Mapping[str, Any], kernel: Any) -> None:
+def execute(notebook: Path, copy: Path, parameters: Mapping, kernel) -> None:
     """Run a notebook in a kernel; RunError with the cell and its error."""
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError

@@ -9,7 +9,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -83,7 +82,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def finished(dataset_dir: Path, fingerprint: str) -> dict[str, Any] | None:
+def finished(dataset_dir: Path, fingerprint: str) -> dict | None:
     """The manifest, if it has this fingerprint and its files have their lengths."""
     path = dataset_dir / "manifest.json"
     manifest = paths.load_json(path) if path.is_file() else {}

@@ -3,7 +3,6 @@
 import hashlib
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,7 +42,7 @@ def _read(path: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels[:, np.argsort(LABELS)].astype(bool)
 
 
-def check(path: Path) -> dict[str, Any]:
+def check(path: Path) -> dict:
     """Check all of ChestMNIST's ``.npz`` at 64x64; ValueError if it is another file, or damaged.
 
     Returns labels, bool (n, 14) of `nih.FINDINGS` by part; images, their number; md5; published,
@@ -57,7 +56,7 @@ def check(path: Path) -> dict[str, Any]:
     return {"labels": labels, "images": count, "md5": md5, "published": md5 == MD5}
 
 
-def preprocess(path: Path, out_dir: Path) -> dict[str, Any]:
+def preprocess(path: Path, out_dir: Path) -> dict:
     """Write ``images.npy``, ``metadata.csv`` and ``manifest.json`` from the ``.npz`` at `path`,
     pixels unchanged; return the manifest. Errors are those of `check` and `lib.data.save`.
 

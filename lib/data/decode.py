@@ -38,7 +38,7 @@ def decode(path: Path, size: int = SIZE, fit: str = "pad") -> tuple[np.ndarray |
     Returns pixels, uint8 (size, size), or None; and a record: reason (empty if the image was read);
     image (False if the file is whole but holds none); mode, width and height of the original;
     scale, which values became black and white; from DICOM also what `_header` says."""
-    record: dict[str, Any] = {"reason": "", "image": True, "mode": "", "width": 0, "height": 0}
+    record: dict = {"reason": "", "image": True, "mode": "", "width": 0, "height": 0}
     try:
         content = path.read_bytes()
         if content.startswith((_PNG, _JPEG)):
@@ -71,7 +71,7 @@ def is_dicom(path: Path) -> bool:
     return begins or head[128:] == b"DICM"
 
 
-def _picture(content: bytes, record: dict[str, Any]) -> np.ndarray:
+def _picture(content: bytes, record: dict) -> np.ndarray:
     """A PNG or JPEG as gray, upright. Alpha that varies is laid over black, the colour of air."""
     if content.startswith(_PNG):
         with Image.open(io.BytesIO(content)) as image:
@@ -191,7 +191,7 @@ def _overlap(length: int, span: int, size: int) -> np.ndarray:
     return np.clip(overlap, 0, None).astype(np.float64)
 
 
-def _dicom(content: bytes, record: dict[str, Any]) -> np.ndarray:
+def _dicom(content: bytes, record: dict) -> np.ndarray:
     """DICOM as a screen shows it: rescaled, through its window, bright where the body is dense."""
     if pydicom is None:
         raise ValueError('DICOM needs pydicom: python -m pip install "pydicom>=3"')

@@ -7,7 +7,6 @@ X-rays may have, such as ``view_position``, ``age`` and ``sex``."""
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,9 +20,8 @@ ATTRIBUTION = "Embeddings of the user's own file, under their own terms. Not for
 
 
 def read(path: Path) -> tuple[np.ndarray, pd.DataFrame]:
-    """Embeddings of a file, float32 (N, D), and all else that it says, N rows of text.
-
-    ValueError if it is no such file; nothing in it is unpickled."""
+    """Embeddings of a file, float32 (N, D), and all else that it says, N rows of text. ValueError
+    if it is no such file; nothing in it is unpickled."""
     try:
         if path.suffix.lower() == ".parquet":
             columns = {name: column.to_numpy() for name, column in pd.read_parquet(path).items()}
@@ -47,7 +45,7 @@ def read(path: Path) -> tuple[np.ndarray, pd.DataFrame]:
     return points, cells.rename(columns=RENAMED)
 
 
-def _text(value: Any) -> str:
+def _text(value) -> str:
     """A cell as text: labels in a list are joined, None and NaN are empty."""
     if isinstance(value, Iterable) and not isinstance(value, str):
         return "|".join(map(str, value))

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import requests
 from requests.adapters import HTTPAdapter, Retry
@@ -58,7 +58,7 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
 class _Adapter(HTTPAdapter):
     """An adapter that waits for no answer forever."""
 
-    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+    def send(self, request: requests.PreparedRequest, **options) -> requests.Response:
         return super().send(request, **options | {"timeout": options.get("timeout") or TIMEOUT})
 
 
@@ -135,7 +135,6 @@ class RemoteFile(io.RawIOBase):
 
 def download(url: str, path: Path, md5: str) -> Path:
     """Bring a file here, and go on from what an earlier call left in ``<name>.part`` beside `path`.
-
     It gets its name if the MD5 is right, and is thrown away otherwise."""
     part = path.with_name(f"{path.name}.part")
     with naming_disk_errors(part):

@@ -4,7 +4,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,7 +48,7 @@ def findings_text(has: np.ndarray) -> list[str]:
     return ["|".join(names[row]) or NO_FINDING for row in has]
 
 
-def verify(kind: str, image_ids: Collection[str], table: pd.DataFrame | None) -> dict[str, Any]:
+def verify(kind: str, image_ids: Collection[str], table: pd.DataFrame | None) -> dict:
     """Compare images and their table (of `lib.data.tables.read_table`) with the published numbers.
 
     Returns a dict: checked (bool), and differences (list of str, one per number), of which a

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from lib.data import chestmnist, decode, finished, nih, save, sha256, sources, t
 DARK, BRIGHT, CONSTANT = 16.0, 239.0, 2.0
 FORMAT = 4  # raise it when the same input would give other files
 CHUNK = 256  # images between two savings of the work
-Records = dict[str, dict[str, Any]]  # by image_id: what `decode` says of a file, and its outlier
+Records = dict[str, dict]  # by image_id: what `decode` says of a file, and its outlier
 
 
 def preprocess(
@@ -39,7 +39,7 @@ def preprocess(
     csv: str | os.PathLike | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-) -> dict[str, Any]:
+) -> dict:
     """Write ``images.npy``, ``metadata.csv`` and ``manifest.json`` from a folder of X-rays.
 
     Every readable PNG, JPEG and DICOM becomes one row, in order of image_id. The work is saved
@@ -93,7 +93,7 @@ class Source:
     """A folder of X-rays and what lies in it."""
 
     folder: Path
-    note: dict[str, Any]  # kind, csv, and of what is drawn seed and orientation
+    note: dict  # kind, csv, and of what is drawn seed and orientation
     images: dict[str, str]  # relative path (``/``) of each image by image_id, sorted
     repeated: list[str]  # images left out because another one has their name
     others: list[str]  # all other files
@@ -123,7 +123,7 @@ class Source:
         lists = tables.read_lists(folder, others)
         return cls(folder, note, images, repeated, others, table, lists)
 
-    def fingerprint(self, *options: Any) -> str:
+    def fingerprint(self, *options) -> str:
         """SHA-256 of all that decides the result: the same work is not done twice."""
         state: list = [FORMAT, CHUNK, options, self.note, self.repeated, sorted(self.lists.items())]
         state += [self.table.name, sha256(self.table)] if self.table else []
@@ -201,13 +201,13 @@ def _rows(source: Source, image_column: str | None, label_column: str | None) ->
     if source.table and 2 * len(rows) < len(source.images):
         row = next((path for k, path in enumerate(table["path"]) if k not in used), "no other")
         image = next(path for image_id, path in source.images.items() if image_id not in rows)
-        text = f"{source.table.name} describes {len(rows) or 'none'} of {len(source.images)} images"
-        text += f": it names {tables.printable(row)!r}, and the folder holds "
-        text += f"{tables.printable(image)!r}; choose the table with --csv and its column with "
-        text += "--image-column"
+        row, image = (repr(tables.printable(name)) for name in (row, image))
+        part = f"{len(rows) or 'none'} of {len(source.images)} images"
+        hint = "choose the table with --csv and its column with --image-column"
+        text = f"{source.table.name} describes {part}: it names {row}, and the folder holds {image}"
         if not rows:
-            raise ValueError(text)
-        warnings.warn(text, stacklevel=3)
+            raise ValueError(f"{text}; {hint}")
+        warnings.warn(f"{text}; {hint}", stacklevel=3)
     return table, rows, counts
 
 
@@ -219,7 +219,7 @@ def _images(partial: Path, records: Records, kept: set[str]) -> Iterator[np.ndar
             yield from (image for image in saved["pixels"] if next(read) in kept)
 
 
-def _manifest(source: Source, records: Records, kept: list[str], unwanted: tuple) -> dict[str, Any]:
+def _manifest(source: Source, records: Records, kept: list[str], unwanted: tuple) -> dict:
     """What the manifest says of the files."""
     images = [records[name] for name in kept]
     not_square = sum(record["width"] != record["height"] for record in images)

@@ -10,7 +10,6 @@ import warnings
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import requests
 from PIL import Image
@@ -53,13 +52,7 @@ def parse(source: str | os.PathLike) -> tuple[str, Path | None]:
     return word, Path(place).expanduser()
 
 
-def fetch(
-    source: str | os.PathLike,
-    raw_dir: str | os.PathLike,
-    n_phantoms: int = 256,
-    seed: int = 0,
-    csv: str | os.PathLike | None = None,
-) -> dict[str, Any]:
+def fetch(source, raw_dir, n_phantoms: int = 256, seed: int = 0, csv=None) -> dict:
     """Put a source of images into place for `preprocess`. What is here already is not fetched.
 
     `source` is a word of `WORDS`, ``"chestmnist:FILE.npz"``, ``"nih:PATH"`` of a folder with NIH's
@@ -91,19 +84,18 @@ def fetch(
     return shown | {"folder": folder, "attribution": ATTRIBUTIONS[note["kind"]]}
 
 
-def read_source(raw_dir: Path) -> dict[str, Any]:
+def read_source(raw_dir: Path) -> dict:
     """The note that `fetch` left in a folder; empty if there is none."""
     note = _json(raw_dir / "source.json")
     return note if isinstance(note, dict) and note.get("kind") in ATTRIBUTIONS else {}
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> dict:
     return paths.load_json(path) if path.is_file() else {}
 
 
 def find_images(folder: Path, needed: bool = True) -> tuple[list[str], list[str]]:
     """Relative paths (``/``) of the images in a folder and of its other files, without hidden ones.
-
     ValueError if it is no folder, or if there are no images and they are `needed`."""
     if not folder.is_dir():
         what = "is a file, not a folder: unpack it" if folder.exists() else "is not there"
@@ -130,7 +122,7 @@ def kind_of(images: Collection[str]) -> str:
     return "nih" if 2 * named > len(images) else "folder"
 
 
-def _note(folder: Path, origin: str, verified=_UNREAD, csv=None, needed=False) -> dict[str, Any]:
+def _note(folder: Path, origin: str, verified=_UNREAD, csv=None, needed=False) -> dict:
     """A note of a folder with images."""
     images, others = find_images(folder, needed)
     with warnings.catch_warnings(action="ignore"):  # 01_preprocess says which tables it cannot use
@@ -139,7 +131,7 @@ def _note(folder: Path, origin: str, verified=_UNREAD, csv=None, needed=False) -
     return note | {"csv": table and table.name, "origin": origin, "verified": verified}
 
 
-def _drawn(word: str, raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
+def _drawn(word: str, raw_dir: Path, n: int, seed: int) -> dict:
     """Phantoms or digits in Kaggle's layout, drawn anew beside `raw_dir` if it holds others."""
     kind, module = ("phantom", phantom) if word == "phantom" else ("digits", digits)
     # The generator is part of the identity: what an older version has drawn is drawn again.
@@ -174,7 +166,7 @@ def _drawn(word: str, raw_dir: Path, n: int, seed: int) -> dict[str, Any]:
     return note
 
 
-def _from_kaggle(name: str, expected: int, store: Path) -> dict[str, Any]:
+def _from_kaggle(name: str, expected: int, store: Path) -> dict:
     """A Kaggle data set. Its zip is unpacked while it is read and never lies on the disk."""
     origin = f"{name} from Kaggle"
     done = _json(store / _DONE)
@@ -230,7 +222,7 @@ def _kaggle_address(name: str) -> str:
     raise DownloadError(fault)
 
 
-def _from_chestmnist(given: Path | None, path: Path) -> dict[str, Any]:
+def _from_chestmnist(given: Path | None, path: Path) -> dict:
     """ChestMNIST's file, `given` or downloaded to `path`."""
     if given is None and not path.is_file():
         with paths.alone(path.parent):
@@ -244,7 +236,7 @@ def _from_chestmnist(given: Path | None, path: Path) -> dict[str, Any]:
     return note | {"csv": None, "origin": origin, "verified": verified}
 
 
-def _from_nih(folder: Path, store: Path) -> dict[str, Any]:
+def _from_nih(folder: Path, store: Path) -> dict:
     """NIH's own files: used where they lie if they are unpacked, else unpacked into `store`."""
     note = _note(folder, "NIH's own files")
     if not note["csv"]:

@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,9 +46,7 @@ _TOOLTIP = """
 """
 
 
-def gather(
-    images, metadata, runs: Mapping[str, Run], dataset_label, attribution, n_images=2000, seed=0
-) -> dict[str, Any]:
+def gather(images, metadata, runs, dataset_label, attribution, n_images=2000, seed=0) -> dict:
     """Compute what the page shows: plain values, and ``pixels``, uint8 (M, 64, 64).
 
     `images` are uint8 (N, 64, 64); `metadata` has image_id, findings, and patient_id,
@@ -124,9 +121,8 @@ def _distance(embedding: np.ndarray, assignments: np.ndarray) -> np.ndarray:
 
 
 def sprite(images: np.ndarray) -> tuple[bytes, int]:
-    """Images, uint8 (M, 64, 64), row by row in one JPEG, and how many are in a row.
-
-    64 is a multiple of the 8 pixels of a JPEG block: no image runs into its neighbour."""
+    """Images, uint8 (M, 64, 64), row by row in one JPEG, and how many are in a row. 64 is a
+    multiple of the 8 pixels of a JPEG block: no image runs into its neighbour."""
     sheet, out = montage(images, fill=0), io.BytesIO()
     Image.fromarray(sheet).save(out, "JPEG", quality=85, optimize=True)
     return out.getvalue(), sheet.shape[1] // images.shape[2]
@@ -156,7 +152,7 @@ def _map() -> Model:
     return plot
 
 
-def html(content: Mapping[str, Any]) -> str:
+def html(content: Mapping) -> str:
     """The page, from what `gather` computed."""
     sheet, columns = sprite(content["pixels"])
     payload = {key: value for key, value in content.items() if key != "pixels"}
@@ -170,13 +166,13 @@ def html(content: Mapping[str, Any]) -> str:
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], page)
 
 
-def _script_json(value: Any) -> str:
+def _script_json(value) -> str:
     """JSON for a script element: no text in it can end the element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def save(content: Mapping[str, Any], path: Path | str) -> Path:
+def save(content: Mapping, path: Path | str) -> Path:
     """Write the page, with a warning if it is larger than 15 MB."""
     path, text = Path(path), html(content)
     if len(text) > MOST_BYTES:

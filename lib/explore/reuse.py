@@ -6,7 +6,6 @@ safetensors, settings as JSON, embeddings and assignments as Parquet."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -67,7 +66,7 @@ class Model:
     """A finished run. Images are uint8 (M, 64, 64); others raise a ValueError that quotes them."""
 
     name: str
-    config: dict[str, Any]  # its settings
+    config: dict  # its settings
     network: Backbone
     whiten: PCAWhiten  # without scaling to length 1
     centroids: np.ndarray  # (K, d)
@@ -111,7 +110,7 @@ def _measures(whitened: np.ndarray, own_centroids: np.ndarray) -> tuple[np.ndarr
     return distance, np.sqrt((whitened**2).mean(axis=1))
 
 
-def _checked(images: Any) -> np.ndarray:
+def _checked(images) -> np.ndarray:
     """`images` if they are uint8 (M, 64, 64), M >= 1; else a ValueError that quotes them."""
     array = np.asarray(images)
     if array.dtype == np.uint8 and array.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE) and len(array):
@@ -124,7 +123,6 @@ def _checked(images: Any) -> np.ndarray:
 
 def load(run_dir: Path | str, device: str = "cpu") -> Model:
     """Read a finished run, ``data/runs/<dataset>/<arm>/seed<k>``, or what `export` made of one.
-
     FileNotFoundError or ValueError, which names the file, if there is neither or one is damaged."""
     run_dir = Path(run_dir)
     if (run_dir / WEIGHTS).exists():
@@ -205,7 +203,7 @@ def _write_parquet(path: Path, table: pd.DataFrame, notes: dict[str, str]) -> No
         pyarrow.parquet.write_table(columns, handle, compression="zstd")
 
 
-def assign_folder(source, model: Model, out_dir: Path | str, command="", **reading: Any) -> tuple:
+def assign_folder(source, model: Model, out_dir: Path | str, command="", **reading) -> tuple:
     """Assign a folder of X-rays, `source`, to the clusters of a finished run.
 
     `out_dir` gets the preprocessed images in ``images/``, ``assignments.csv`` and ``.parquet``, and

@@ -50,7 +50,6 @@ class Maps(ctypes.Structure):
 
 def build() -> Path:
     """Compile ``gfourier.c`` unless this processor's library is in the cache; return its path.
-
     OSError without a compiler, or if it fails; the message holds the first line it wrote."""
     if sys.platform != "linux":
         raise OSError(f"the kernel is built on Linux only, this is {sys.platform}")

@@ -5,7 +5,6 @@ and ``by_seed``."""
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,7 +17,7 @@ from lib.plots import style
 from lib.plots.style import CHANCE, DARK, LIGHT, LINES, NO_FINDING, PALETTE
 from lib.study.arms import Arm
 
-Arms = Mapping[str, Mapping[str, Any]]
+Arms = Mapping[str, Mapping]
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
 Tables = Mapping[str, pd.DataFrame]
 PRICES = {"tells_mirrored": "mirrored\nfilm", "tells_upside_down": "upside-down\nfilm"}
@@ -37,8 +36,18 @@ def _dots(axes: Axes, look: Arm, values: Sequence, mean: tuple, flat: bool) -> N
     axes.plot(*mean, **look.line, **edge)
 
 
+def _beside(axes: Axes, arms: Arms, names: Sequence, keys: Sequence, step: float, flat: bool):
+    """Measures `keys` one after the other, and in each the `_dots` of the arms side by side."""
+    for number, name in enumerate(names):
+        for at, key in enumerate(keys):
+            if entry := arms[name]["measures"].get(key):
+                place = at + step * (number - (len(names) - 1) / 2)
+                mean = (entry["mean"], place) if flat else (place, entry["mean"])
+                _dots(axes, style.arm(name), list(entry["by_seed"].values()), mean, flat)
+
+
 @style.context()
-def forest(result: Mapping[str, Any]) -> Figure:
+def forest(result: Mapping) -> Figure:
     """Paired differences of the deciding measures of at most 6 comparisons of the first one's arm,
     a panel per claim, in the measure's unit. `result` is of `lib.study.claims.overview`.
 
@@ -97,7 +106,7 @@ VERDICTS |= {"cannot tell": "#F2F2F2", "not supported": "#F6D9C4", "reversed": "
 
 
 @style.context()
-def verdict_matrix(result: Mapping[str, Any]) -> Figure:
+def verdict_matrix(result: Mapping) -> Figure:
     """Every comparison (rows) and claim (columns): verdict in words and colour, with the difference
     of the deciding measure. `result` as in `forest`."""
     comparisons, claims = result["comparisons"], result["claims"]
@@ -141,12 +150,7 @@ def follows(arms: Arms, names: Sequence[str], dataset_label: str) -> Figure:
     keys = [k for k in FOLLOWED if any(f"follows_{k}" in arms[n]["measures"] for n in names)]
     figure = style.new_figure(0.5 + 0.3 * max(len(keys), 1), "What do clusters follow?")
     axes = figure.subplots()
-    for number, name in enumerate(names):
-        for row, key in enumerate(keys):
-            if entry := arms[name]["measures"].get(f"follows_{key}"):
-                place = row + 0.12 * (number - (len(names) - 1) / 2)
-                each = list(entry["by_seed"].values())
-                _dots(axes, style.arm(name), each, (entry["mean"], place), flat=True)
+    _beside(axes, arms, names, [f"follows_{key}" for key in keys], 0.12, flat=True)
     axes.axvline(0, **CHANCE)
     axes.grid(axis="x")
     axes.set_xlabel("AMI of clusters with it (0: chance, 1: the same)")
@@ -271,12 +275,7 @@ def invariance(curves: Curves, arms: Arms, angles, dataset_label: str, n_images:
         axes.grid()
     axes = figure.add_subplot(grid[1, :], title="What a probe can still tell", ylim=(0.35, 1.04))
     prices = [key for key in PRICES if any(key in arms[name]["measures"] for name in names)]
-    for number, (name, look) in enumerate(zip(names, looks, strict=True)):
-        for at, key in enumerate(prices):
-            if entry := arms[name]["measures"].get(key):
-                place = at + 0.15 * (number - (len(names) - 1) / 2)
-                each = list(entry["by_seed"].values())
-                _dots(axes, look, each, (place, entry["mean"]), flat=False)
+    _beside(axes, arms, names, prices, 0.15, flat=False)
     axes.axhline(0.5, **CHANCE)
     axes.set_xticks(range(len(prices)), [PRICES[key] for key in prices])
     axes.set(xlim=(-0.5, max(len(prices), 1) - 0.5), ylabel="accuracy (0.5: chance)")
@@ -334,9 +333,7 @@ def enrichment_maps(tables: Tables, dataset_label: str) -> Figure:
 
 
 @style.context()
-def retrieval_panels(
-    images, queries, matches, findings, patients, lifts, dataset_label: str
-) -> Figure:
+def retrieval_panels(images, queries, matches, findings, patients, lifts, dataset_label) -> Figure:
     """Queries and the images nearest to them, a row per query and arm.
 
     `queries` are Q rows of `images`; `matches` map an arm to the rows nearest to each, nearest

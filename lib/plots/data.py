@@ -46,9 +46,8 @@ def cooccurrence(findings: Sequence[str], dataset_label: str) -> Figure:
 
 @style.context()
 def population(metadata: pd.DataFrame, dataset_label: str) -> Figure:
-    """Images per patient, ages, and views by sex.
-
-    `metadata` has ``patient_id, age, sex, view_position``; "" and NaN are not known."""
+    """Images per patient, ages, and views by sex. `metadata` has ``patient_id, age, sex,
+    view_position``; "" and NaN are not known."""
     figure = style.new_figure(2.1, "Who was imaged?", 2)
     patients, ages, views = figure.subplots(1, 3)
     bars = {"color": PALETTE[0], "edgecolor": "white", "linewidth": 0.3, "alpha": 1}

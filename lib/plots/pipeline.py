@@ -1,7 +1,6 @@
 """The method at a glance, drawn by hand: coordinates are inches from the lower left corner."""
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -48,12 +47,12 @@ ARROWS = (  # colour, corners
 STEPS = ("PCA", "whitening", "L2 norm", "K-means", "pseudo-labels", "cross-entropy")
 
 
-def _box(axes: Axes, x: float, y: float, width: float, height: float, edge: str, **look: Any):
+def _box(axes: Axes, x: float, y: float, width: float, height: float, edge: str, **look):
     style = {"boxstyle": "round,pad=0,rounding_size=0.07", "linewidth": 0.8, "facecolor": "white"}
     axes.add_patch(FancyBboxPatch((x, y), width, height, edgecolor=edge, **{**style, **look}))
 
 
-def _block(axes: Axes, x: float, y: float, width: float, height: float, color: str, **look: Any):
+def _block(axes: Axes, x: float, y: float, width: float, height: float, color: str, **look):
     axes.add_patch(Rectangle((x, y), width, height, facecolor=color, **{"zorder": 3, **look}))
 
 
@@ -63,12 +62,12 @@ def _arrow(axes: Axes, color: str, *corners: tuple[float, float], width: float =
     axes.add_patch(FancyArrowPatch(*corners[-2:], color=color, linewidth=width, zorder=4, **look))
 
 
-def _text(axes: Axes, x: float, y: float, words: str, **look: Any):
+def _text(axes: Axes, x: float, y: float, words: str, **look):
     middle = {"ha": "center", "va": "center", "fontsize": 6.5, "linespacing": 1.15, "zorder": 6}
     axes.text(x, y, words, **{**middle, **look})
 
 
-def _picture(axes: Axes, values: np.ndarray, x: float, y: float, side: float, **look: Any):
+def _picture(axes: Axes, values: np.ndarray, x: float, y: float, side: float, **look):
     look = {"cmap": "gray", "interpolation": "bicubic", "zorder": 3, **look}
     axes.imshow(values, extent=(x, x + side, y, y + side), **look)
 

@@ -78,7 +78,6 @@ def save(figure: Figure, path: Path | str, dpi: int = 300) -> list[Path]:
 
 def show_in_notebooks(dpi: int = 110, colors: int = 64) -> None:
     """Show figures that end a cell as PNGs of few colours, so that a saved notebook stays small.
-
     `dpi` is of a figure 7 in wide; narrower ones get up to 1.4 times as much. Only in IPython."""
     try:
         shell = get_ipython()  # a builtin in IPython
@@ -99,7 +98,6 @@ def show_in_notebooks(dpi: int = 110, colors: int = 64) -> None:
 
 def _few_colours(image: Image.Image, colors: int) -> Image.Image:
     """Half of the palette is grays, so that X-rays stay smooth; the rest are the picture's colours.
-
     Pillow's default cuts by numbers of pixels: thin coloured lines then lose their colour."""
     pixels, half = np.asarray(image), colors // 2  # (H, W, 3)
     coloured = np.ptp(pixels.astype(int), axis=2) > 12  # (H, W)
@@ -147,7 +145,7 @@ def finish(figure: Figure, dataset_label: str, *notes: str) -> Figure:
     return figure
 
 
-def legend_below(figure: Figure, keys: Mapping[str, Mapping], ncols: int = 2, **look: Any) -> None:
+def legend_below(figure: Figure, keys: Mapping[str, Mapping], ncols: int = 2, **look) -> None:
     """One legend for the whole figure, from labels and the looks of their lines."""
     keys = {label: {"color": DARK, **line} for label, line in keys.items()}
     handles = [Line2D([], [], label=label, **line) for label, line in keys.items()]
@@ -168,7 +166,7 @@ def epoch_panels(figure: Figure, names: Sequence[str]) -> dict[str, Axes]:
     return panels
 
 
-def blank_panels(figure: Figure, rows: int, columns: int, **look: Any) -> np.ndarray:
+def blank_panels(figure: Figure, rows: int, columns: int, **look) -> np.ndarray:
     """A grid (rows, columns) of panels without axes, for pictures."""
     grid = figure.subplots(rows, columns, squeeze=False, **look)
     for axes in grid.flat:
@@ -190,7 +188,7 @@ def absent(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, **look)
 
 
-def picture(axes: Axes, image: np.ndarray, title: str = "", **look: Any) -> Any:
+def picture(axes: Axes, image: np.ndarray, title: str = "", **look) -> Any:
     """A gray image (H, W), 0 to 255, without axes."""
     axes.set_axis_off()
     axes.set_title(title, loc="left", fontsize=6, pad=2)
@@ -234,13 +232,13 @@ def by_seed(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return table.pivot(index="epoch", columns="seed", values=column).dropna(how="all")
 
 
-def seed_lines(axes: Axes, table: pd.DataFrame, **look: Any) -> None:
+def seed_lines(axes: Axes, table: pd.DataFrame, **look) -> None:
     """Each seed of an epoch x seed table as a thin line, and their mean as a thick one."""
     if table.shape[1] > 1:
         axes.plot(table.index, table, **{**look, "marker": "", "linewidth": 0.5, "alpha": 0.6})
     mean_line(axes, table, **look)
 
 
-def mean_line(axes: Axes, table: pd.DataFrame, **look: Any) -> None:
+def mean_line(axes: Axes, table: pd.DataFrame, **look) -> None:
     """The mean over the seeds, of the epochs that all seeds have."""
     axes.plot(table.dropna().mean(axis=1), **look)

@@ -5,7 +5,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -165,7 +164,7 @@ def _apart(points: np.ndarray, labels: np.ndarray) -> str:
     return f"{word}, silhouette {value:.2f}"
 
 
-def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray, **dots: Any) -> None:
+def _outlines(axes: Axes, xy: np.ndarray, clusters: np.ndarray, **dots) -> None:
     """The dots of a map by cluster: its number, at the member next to the median, and a line around
     the half that is nearest to it. Clusters that are close differ in colour. Of more than 30, the
     largest are numbered whose numbers do not crowd."""

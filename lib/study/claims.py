@@ -5,7 +5,6 @@ smallest differences that would matter included. `lib.study.report` writes the t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -138,12 +137,12 @@ COMPARISONS: tuple[tuple[str, str, str], ...] = (
     ("alexnet", "alexnet-described", "the same for AlexNet"),
 )
 
-Results = Mapping[str, Any]  # contents of results.json, see lib.study.measure.gather
+Results = Mapping  # contents of results.json, see lib.study.measure.gather
 Answers = Mapping[str, np.ndarray]  # of the probes of a run, see lib.study.measure.answers
 ByArm = Mapping[str, Mapping[str, Answers]]  # by arm and seed
 
 
-def _seeds(results: Results, arm: str) -> Mapping[str, Any]:
+def _seeds(results: Results, arm: str) -> Mapping:
     return results["arms"][arm]["seeds"] if arm in results["arms"] else {}
 
 
@@ -179,7 +178,7 @@ def mean_curves(results: Results, name: str, part: str) -> dict[str, list[float]
     return found
 
 
-def overview(results: Results) -> dict[str, Any]:
+def overview(results: Results) -> dict:
     """What figures draw: ``dataset_label``, ``claims`` and ``measures`` (as dicts),
     ``comparisons``, and ``arms``: arm -> title, kind, ``seeds``, ``collapsed`` (seeds),
     ``measures``: key -> mean, low, high (95 % over seeds), n, by_seed."""
@@ -266,7 +265,7 @@ def _difference(results, measure: Measure, arms, answers: ByArm, n_boot, without
     return found | {"patient_se": extra, "p_holm": math.nan}
 
 
-def _decide(entries: Sequence[dict[str, Any]]) -> list[str]:
+def _decide(entries: Sequence[dict]) -> list[str]:
     """Correct p over the deciding measures, in place; a verdict for each."""
     larger = [np.fmax(e.get("p", math.nan), e.get("sign_flip_p", 0.0)) for e in entries]
     verdicts = []
@@ -280,7 +279,7 @@ def _decide(entries: Sequence[dict[str, Any]]) -> list[str]:
     return verdicts
 
 
-def compare(results: Results, *arms: str, purpose="", answers=None, n_boot=300) -> dict[str, Any]:
+def compare(results: Results, *arms: str, purpose="", answers=None, n_boot=300) -> dict:
     """Two `arms`, treatment and reference, on every measure of every claim, over the seeds that
     both have; a positive difference speaks for the claim about the first. `purpose` says what the
     comparison is for; `answers` are for the bootstrap over patients.

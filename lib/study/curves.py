@@ -22,9 +22,8 @@ def plateau(curve: ArrayLike) -> float:
 
 
 def settling_time(curve: ArrayLike, share: float = 0.9) -> float:
-    """Where a curve (T,) first reaches `share` of its own plateau, 0 to T - 1, interpolated.
-
-    Early is not good in itself: a network that never learns has settled from the start."""
+    """Where a curve (T,) first reaches `share` of its own plateau, 0 to T - 1, interpolated. Early
+    is not good in itself: a network that never learns has settled from the start."""
     curve = _checked(curve)
     least = share * plateau(curve)
     above = int(np.flatnonzero(curve >= least)[0]) if (curve >= least).any() else len(curve) - 1

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,7 @@ MEASURED = ("given", "metadata", "gaussian")
 SHOWN = ("structure", "stability", "transfer", "averages", "meaning", "retrieval")
 
 
-def gather(dataset: str, preset: Mapping[str, Any]) -> dict[str, Any]:
+def gather(dataset: str, preset: Mapping) -> dict:
     """Numbers of the embeddings in ``data/<dataset>``, which `lib.data.embeddings.preprocess`
     filled, for each seed; the dict is that of `lib.study.measure.gather`. What was measured before
     is read. `preset` has ``n_clusters, pca_dim, clusterer, seeds, n_map`` and what else a preset
@@ -37,15 +36,14 @@ def gather(dataset: str, preset: Mapping[str, Any]) -> dict[str, Any]:
             seeds[str(seed)] = measure.of_run(arm, folder, config, material)
         for seed, folder in runs.items() if arm == "given" else ():
             seeds[str(seed)]["values"]["ami_seeds"] = measure.with_other_seeds(runs, folder)
-        about = {"title": arms.ARMS[arm].title, "kind": "baseline", "backbone": ""}
-        about |= {"rotation": False, "pseudo_labels": "none", "parameters": 0, "flops": 0}
+        about = measure.about_arm(arm, config)
         found[arm] = about | {"feature_dim": points.shape[1], "seeds": seeds}
     facts = {"format": measure.FORMAT, "dataset": measure.dataset_facts(dataset, material)}
     settings = {n: getattr(config, n) for n in arms.PRESET} | {"effort": asdict(effort)}
     return facts | {"settings": settings, "code": [], "arms": found, "missing": []}
 
 
-def clusters_of(dataset: str, results: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def clusters_of(dataset: str, results: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Cluster of each row per seed (``image_id, seed0``, ...); and which findings, and which
     properties that should not matter, the first seed's clusters follow
     (`lib.study.clusters.enrichment`)."""
@@ -57,7 +55,7 @@ def clusters_of(dataset: str, results: Mapping[str, Any]) -> tuple[pd.DataFrame,
     return pd.DataFrame({"image_id": metadata["image_id"], **found}), table
 
 
-def page(results: Mapping[str, Any], enriched: pd.DataFrame, command: str) -> str:
+def page(results: Mapping, enriched: pd.DataFrame, command: str) -> str:
     """All tables as Markdown."""
     blocks = ["# Given embeddings", report.head(results, command)]
     blocks += ["## Are the images spread over the clusters?"]
@@ -69,7 +67,7 @@ def page(results: Mapping[str, Any], enriched: pd.DataFrame, command: str) -> st
     return "\n\n".join(blocks) + "\n"
 
 
-def measure_file(path: Path | str, dataset: str, preset: Mapping[str, Any]) -> str:
+def measure_file(path: Path | str, dataset: str, preset: Mapping) -> str:
     """Measure a file of embeddings (see `lib.data.embeddings`) and write ``given.md``,
     ``results.json``, ``clusters.csv`` and ``enrichment.csv`` into ``figures/<dataset>``.
 

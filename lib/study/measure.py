@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import joblib
 import numpy as np
@@ -41,7 +40,7 @@ BASELINE_SEEDS = 3  # they differ little
 PROCESS_BYTES = 900e6  # per process that measures: 0.6 GB measured, and room
 
 
-def of_run(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict[str, Any]:
+def of_run(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict:
     """Measure a finished run, or a baseline with the PCA size, K and seed of `config`; or read what
     was measured before: in `folder`, that of the run, ``measures.json`` keeps the numbers and
     ``scores.npz`` the answers of the probes, image by image.
@@ -71,7 +70,7 @@ def _measure(subject: Subject, material: Material, wanted: tuple[Callable, ...])
     return found
 
 
-def _identity(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict[str, Any]:
+def _identity(arm: str, folder: Path, config: TrainConfig, material: Material) -> dict:
     """What is measured, and how: if it is the same, so are the numbers."""
     if ARMS[arm].kind == "baseline":
         settings = [arm, config.n_clusters, config.pca_dim, config.seed, config.epochs]
@@ -86,7 +85,7 @@ def _identity(arm: str, folder: Path, config: TrainConfig, material: Material) -
     return {"format": FORMAT, "effort": effort, "sha256": digests}
 
 
-def _stored(folder: Path, of: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _stored(folder: Path, of: Mapping | None) -> dict | None:
     """What was measured before, if it is the same; of a kept run, whatever was measured."""
     try:
         found = paths.load_json(folder / NAME)
@@ -102,7 +101,7 @@ def _place(dataset: str, arm: str, seed: int | str) -> Path:
     return kept if is_kept(kept) and not (own / NAME).exists() else own
 
 
-def keep(results: Mapping[str, Any]) -> None:
+def keep(results: Mapping) -> None:
     """Copy settings and numbers of all measured runs to `lib.study.arms.kept_dir`."""
     dataset = results["dataset"]["name"]
     for arm, entry in results["arms"].items():
@@ -117,7 +116,7 @@ def keep(results: Mapping[str, Any]) -> None:
                 save(target / NAME, paths.load_json(source / NAME))
 
 
-def _store(folder: Path, of: Mapping[str, Any], found: Found) -> dict[str, Any]:
+def _store(folder: Path, of: Mapping, found: Found) -> dict:
     answers = {name: some for name, some in found.items() if isinstance(some, np.ndarray)}
     details = {name: some for name, some in found.items() if isinstance(some, dict)}
     values = {name: some for name, some in found.items() if name not in answers | details}
@@ -143,7 +142,7 @@ def turned_phantoms(dataset: str, pictures: np.ndarray) -> np.ndarray | None:
     return make_phantoms(len(pictures), source["seed"], "any")[0][order]
 
 
-def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, Any]:
+def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict:
     """Numbers of all finished runs of a data set and of the baselines; what was measured before is
     read. At most `jobs` processes measure; fewer if memory is limited.
 
@@ -169,10 +168,10 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict[str, An
     found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(of_run)(*task, material) for task in tasks)
     if jobs > 1:  # idle processes would keep their memory for five minutes
         get_reusable_executor().shutdown(wait=True)
-    arms: dict[str, dict[str, Any]] = {}
+    arms: dict[str, dict] = {}
     for (arm, folder, config), numbers in zip(tasks, found, strict=True):
         if arm not in arms:
-            arms[arm] = _about(arm, config) | {"seeds": {}}
+            arms[arm] = about_arm(arm, config) | {"seeds": {}}
         numbers.pop("of")
         if arm in runs:
             numbers["values"]["ami_seeds"] = with_other_seeds(runs[arm], folder)
@@ -192,7 +191,7 @@ def with_other_seeds(seeds: Mapping[int, Path], folder: Path) -> float | str:
     return float(np.mean(others)) if others else "one seed"
 
 
-def dataset_facts(dataset: str, material: Material) -> dict[str, Any]:
+def dataset_facts(dataset: str, material: Material) -> dict:
     """What a data set is, for tables and figures."""
     manifest = paths.load_json(paths.dataset_dir(dataset) / "manifest.json")
     source, n = manifest["source"], len(material.images)
@@ -203,7 +202,7 @@ def dataset_facts(dataset: str, material: Material) -> dict[str, Any]:
     return about | {"attribution": manifest["attribution"]}
 
 
-def _about(arm: str, config: TrainConfig) -> dict[str, Any]:
+def about_arm(arm: str, config: TrainConfig) -> dict:
     """What an arm is, for the table of arms."""
     about = {"title": ARMS[arm].title, "kind": ARMS[arm].kind}
     if not ARMS[arm].backbone:
@@ -215,7 +214,7 @@ def _about(arm: str, config: TrainConfig) -> dict[str, Any]:
     return about | cost(config.backbone, config.n_clusters, config.width)
 
 
-def save(path: Path | str, results: Mapping[str, Any]) -> dict[str, Any]:
+def save(path: Path | str, results: Mapping) -> dict:
     """Write results.json, numbers with six digits and lists on one line; returns what it holds."""
     paths.save_json(path, results)
     text = Path(path).read_text(encoding="utf-8")
@@ -226,7 +225,7 @@ def save(path: Path | str, results: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def load(dataset: str) -> dict[str, Any]:
+def load(dataset: str) -> dict:
     """Results of 04_evaluate, or those published in ``figures/<dataset>``; or FileNotFoundError."""
     places = [folder(dataset) / "results.json" for folder in (paths.runs_dir, paths.figures_dir)]
     found = next(filter(Path.exists, places), None)
@@ -235,11 +234,11 @@ def load(dataset: str) -> dict[str, Any]:
     return paths.load_json(found)
 
 
-def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+def answers(results: Mapping) -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """Answers of the probes by arm and seed: ``test`` (n,), rows of the images tested, ``clusters``
     (n,), right or not; ``labelled_test`` (m,), ``combinations`` (m,), right or not, ``findings``
     (m, F), log-odds, ``truth`` (m, F) bool; ``test_patients`` and ``labelled_test_patients``."""
-    found: dict[str, dict[str, Any]] = {arm: {} for arm in results["arms"]}
+    found: dict[str, dict] = {arm: {} for arm in results["arms"]}
     for arm, entry in results["arms"].items():
         for seed in entry["seeds"]:
             with np.load(_place(results["dataset"]["name"], arm, seed) / ANSWERS) as file:
@@ -247,7 +246,7 @@ def answers(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, np.ndar
     return found
 
 
-def curves(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+def curves(results: Mapping) -> dict[str, pd.DataFrame]:
     """Table of each trained arm, seeds below each other: ``seed, epoch, nmi_prev, loss``, ..."""
     found = {}
     for arm, entry in results["arms"].items():
@@ -259,10 +258,10 @@ def curves(results: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     return found
 
 
-def known(results: Mapping[str, Any]) -> dict[str, dict[str, pd.DataFrame]]:
+def known(results: Mapping) -> dict[str, dict[str, pd.DataFrame]]:
     """Factor (see `lib.study.parts.factors`) -> trained arm -> ``seed, epoch, ami``; ``epoch`` is
     how long the network behind the clusters was trained, 0 for the untrained one."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict] = {}
     for arm in curves(results):
         for seed, run in results["arms"][arm]["seeds"].items():
             for factor, amis in run["details"]["known"].items():
@@ -272,7 +271,7 @@ def known(results: Mapping[str, Any]) -> dict[str, dict[str, pd.DataFrame]]:
     return found
 
 
-def roc_curves(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+def roc_curves(results: Mapping) -> dict[str, dict[str, list[float]]]:
     """ROC curves of the probes of labels, means over seeds: arm -> ``macro, micro``, true positive
     rates at `lib.study.parts.RATES`; last ``guess``, which looks at no image."""
     found = {}

@@ -4,7 +4,6 @@ Each part returns what it found by name: a number, or a text that says why there
 curve (dict); answers image by image (array), which `lib.study.measure` keeps."""
 
 import math
-from typing import Any
 
 import numpy as np
 from scipy.special import expit
@@ -24,7 +23,7 @@ RATES = np.linspace(0, 1, 51)  # false positive rates at which ROC curves are re
 LEAST_SIDED = 10  # effusions of one side in training and in test
 FEW = "fewer than 2 classes"
 
-Found = dict[str, Any]
+Found = dict
 Subject = Network | Pixels | Metadata
 
 
@@ -164,9 +163,8 @@ def invariance(subject: Subject, material: Material) -> Found:
 
 
 def laterality(subject: Subject, material: Material) -> Found:
-    """The price of invariance: can a linear classifier tell left from right, and up from down?
-
-    An image and its moved copy are both in the data, so 0.5 is chance."""
+    """The price of invariance: can a linear classifier tell left from right, and up from down? An
+    image and its moved copy are both in the data, so 0.5 is chance."""
     index = material.sample(material.effort.n_moved, seed=1)
     chosen, test = np.array(material.images[index]), np.isin(index, material.rows(stated=False)[1])
     if test.all() or not test.any():
@@ -229,9 +227,8 @@ LEAST_LEARNT = 0.9  # last loss / ln K: above it nothing was learnt
 
 
 def training(subject: Network, material: Material) -> Found:
-    """Convergence and stability of a run, and its curves.
-
-    A network that has not learnt counts as never settled: one epoch more than it was trained."""
+    """Convergence and stability of a run, and its curves. A network that has not learnt counts as
+    never settled: one epoch more than it was trained."""
     table, config = subject.run.metrics, subject.run.config
     found: Found = {"curves": {name: table[name].tolist() for name in CURVES if name in table}}
     if len(table) < 2:

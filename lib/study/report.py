@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -117,7 +116,7 @@ def note(text: str) -> str:
     return f"{text}\n\n{COLLAPSED}" if "†" in text else text
 
 
-def _shown(results: Results, arms: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
+def _shown(results: Results, arms: Sequence[str] | None) -> dict[str, Mapping]:
     return {arm: of for arm, of in results["arms"].items() if arms is None or arm in arms}
 
 
@@ -167,7 +166,7 @@ BESIDE = {"patients_low": "low", "patients_high": "high", "baseline": "majority"
 BESIDE |= {"chance": "chance", "n_classes": "n_classes"}
 
 
-def linear_probe_table(results: Results, published: Mapping[str, Any]) -> pd.DataFrame:
+def linear_probe_table(results: Results, published: Mapping) -> pd.DataFrame:
     """Table 1: the probes of each arm over its seeds, beside majority and published value.
 
     Columns are ``target, arm, n_seeds, accuracy`` (or mean AUROC); ``seeds_low, seeds_high`` (95 %,

@@ -4,7 +4,6 @@
 test images have is NaN. Arrays that do not fit raise a ValueError."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from scipy.spatial.distance import pdist
@@ -33,7 +32,7 @@ def finding_scores(features, targets, train, test, groups=None, seed: int = 0) -
     return scores
 
 
-def findings_auroc(features, targets, train, test, **options: Any) -> np.ndarray:
+def findings_auroc(features, targets, train, test, **options) -> np.ndarray:
     """Area under the ROC curve (F,) of each finding, by the classifiers of `finding_scores`.
 
     The area is the probability that an image with the finding scores higher than one without (ties

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping
-from typing import Any
 
 from lib.study import report
 from lib.study.arms import ARMS
@@ -17,7 +16,7 @@ MEANING |= {"no difference that matters": "the arms are alike here"}
 MEANING |= {"not supported": "no advantage of a size that matters"}
 
 
-def verdict_text(results: Results, comparison: Mapping[str, Any], decided: Mapping) -> str:
+def verdict_text(results: Results, comparison: Mapping, decided: Mapping) -> str:
     """``"supported"``, ``"cannot tell at n = 3; 12 seeds would"``, ``"not defined: no labels"``."""
     sides = [comparison[side] for side in SIDES]
     if not decided["n"]:
@@ -31,7 +30,7 @@ def verdict_text(results: Results, comparison: Mapping[str, Any], decided: Mappi
     return text + " †" * bool(comparison["collapsed"])
 
 
-def _decided(comparison: Mapping[str, Any]) -> list[tuple[Any, Mapping, Mapping]]:
+def _decided(comparison: Mapping) -> list[tuple]:
     """Claim, verdict and numbers of the measure that decides."""
     entries = {entry["measure"]: entry for entry in comparison["measures"]}
     pairs = zip(CLAIMS, comparison["verdicts"], strict=True)
