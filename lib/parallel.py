@@ -207,20 +207,18 @@ def run_process(command: Sequence[str], *, env=None, log: Path | None = None, ec
 
 
 def run_processes(jobs: Mapping, at_once: int, log_of: Callable, on_end: Callable) -> None:
-    """`run_process` for each of `jobs` (name -> command), `at_once` at a time; cores are shared
-    out evenly. The output of a job goes to the file ``log_of(name)``.
-
-    A job that fails does not stop the others; ``on_end(name, error)`` is called with None if all
-    went well."""
+    """`run_process` for each of `jobs`, commands by name, `at_once` at a time; cores are shared out
+    evenly. Output goes to the file ``log_of(name)``. A job that fails does not stop the others:
+    ``on_end(name, error)`` gets its error, else None."""
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // at_once))}
 
     def one(name: str) -> None:
-        failed = None
+        error = None
         try:
             run_process(jobs[name], env=threads, log=log_of(name))
-        except ProcessFailed as error:
-            failed = error
-        on_end(name, failed)
+        except ProcessFailed as failed:
+            error = failed
+        on_end(name, error)
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(one, jobs))  # raises what `on_end` raises, and begins no other job then

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -63,8 +62,7 @@ def of_run(arm: str, folder: Path, config: TrainConfig, material: Material) -> d
 def _measure(subject: Subject, material: Material, wanted: tuple[Callable, ...]) -> Found:
     final = getattr(subject, "assignments", None)  # as small as they can be
     found: Found = {} if final is None else {"final": final.astype(np.min_scalar_type(final.max()))}
-    with threadpool_limits(limits=1, user_api="blas"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the linear probe did not converge", RuntimeWarning)
+    with threadpool_limits(limits=1, user_api="blas"):
         for part in wanted:
             found |= part(subject, material)
     return found
