@@ -7,9 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.base import clone
 from sklearn.decomposition import PCA
-from sklearn.pipeline import make_pipeline
 from torch import nn
 
 from lib.features import PCAWhiten, estimate_statistics, extract
@@ -143,12 +141,6 @@ def test_whitening_agrees_with_scikit_learn(kind, n, d, dtype):
     np.testing.assert_allclose(axes, signs[:, None] * theirs.components_, atol=1e-7)
     expected = signs * theirs.transform(x.astype(np.float64))
     np.testing.assert_allclose(np.asarray(z), expected, atol=1e-5 if dtype == np.float32 else 1e-8)
-
-
-def test_it_is_an_estimator():
-    pipeline = clone(make_pipeline(PCAWhiten(3)))
-    assert pipeline.fit_transform(mixed(50, 6)).shape == (50, 3)
-    assert pipeline.get_params()["pcawhiten__n_components"] == 3
 
 
 def test_whitened_components_have_unit_variance_far_from_the_origin():

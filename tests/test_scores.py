@@ -7,11 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from lib.study import scores
-
-
-def halves(n):
-    """Index sets of the first 70 % and of the rest."""
-    return np.arange(int(0.7 * n)), np.arange(int(0.7 * n), n)
+from tests.test_metrics import halves
 
 
 def test_a_probe_s_penalty_means_the_same_for_repeated_features():
@@ -61,11 +57,7 @@ def test_findings_auroc_of_planted_random_and_missing_findings():
     assert found[0] > 0.97
     assert found[1] == pytest.approx(0.5, abs=0.15)
     assert np.isnan(found[2:]).all()
-
-
-def test_findings_auroc_without_any_usable_finding_is_nan():
-    found = scores.findings_auroc(np.eye(10), np.zeros((10, 3), dtype=bool), *halves(10))
-    assert np.isnan(found).all()
+    assert np.isnan(scores.findings_auroc(x, targets[:, 2:], train, test)).all()
     with pytest.raises(ValueError, match="bool"):
         scores.findings_auroc(np.eye(10), np.zeros((10, 3)), *halves(10))
 
