@@ -52,26 +52,31 @@ def verdicts(values):
     return {v["claim"]: v["verdict"] for v in compare(values, "a", "b")["verdicts"]}
 
 
+@pytest.fixture
+def many(monkeypatch):
+    """Verdicts of many studies, without the number of seeds that would tell, which takes long."""
+    monkeypatch.setattr(claims, "seeds_to_tell", lambda *_: math.inf)
+    return lambda n, *args, **more: [verdicts(simulated_study(*args, **more)) for _ in range(n)]
+
+
 @pytest.mark.slow
-def test_a_planted_null_is_not_called():
-    """2,000 studies of the planned size without any difference: one in which any claim is called
+def test_a_planted_null_is_not_called(many):
+    """500 studies of the planned size without any difference: one in which any claim is called
     supported or reversed is a false positive, of at most 6 %.
     """
-    rng, called = np.random.default_rng(11), []
-    for noise in (stats.norm, stats.t(3)):  # the latter: long tails
-        studies = (verdicts(simulated_study(rng, N_SEEDS, noise=noise)) for _ in range(1000))
-        called += [not CALLED.isdisjoint(study.values()) for study in studies]
-    assert np.mean(called) <= 0.06
+    rng, tails = np.random.default_rng(11), (stats.norm, stats.t(3))  # the latter: long ones
+    studies = [s for noise in tails for s in many(250, rng, N_SEEDS, noise=noise)]
+    assert np.mean([not CALLED.isdisjoint(study.values()) for study in studies]) <= 0.06
 
 
 @pytest.mark.slow
-def test_a_planted_effect_is_found_with_the_stated_power():
+def test_a_planted_effect_is_found_with_the_stated_power(many):
     """An effect of the size that `detectable` states is found in about 80 % of studies, an opposite
     one is called reversed, and claims without an effect are still not called.
     """
     rng, size = np.random.default_rng(12), detectable(N_SEEDS)
     effects = {"ami_free": size, "map_silhouette": -size}
-    found = [verdicts(simulated_study(rng, N_SEEDS, effects)) for _ in range(300)]
+    found = many(150, rng, N_SEEDS, effects)
     assert 0.7 < np.mean([f["invariance"] == "supported" for f in found]) < 0.95
     assert 0.7 < np.mean([f["structure"] == "reversed" for f in found]) < 0.95
     without = [{f[c] for c in ("convergence", "stability", "transfer")} for f in found]
@@ -79,11 +84,10 @@ def test_a_planted_effect_is_found_with_the_stated_power():
 
 
 @pytest.mark.slow
-def test_twice_the_smallest_difference_is_found_at_the_planned_size():
-    rng = np.random.default_rng(13)
+def test_twice_the_smallest_difference_is_found_at_the_planned_size(many):
     sds = {key: sd * math.sqrt(2) for key, (_, sd) in TYPICAL.items()}
     effects = {key: 2 * MEASURE[key].smallest / sd for key, sd in sds.items()}
-    found = [verdicts(simulated_study(rng, N_SEEDS, effects)) for _ in range(300)]
+    found = many(150, np.random.default_rng(13), N_SEEDS, effects)
     assert np.mean([v == "supported" for f in found for v in f.values()]) >= 0.8
 
 

@@ -40,14 +40,12 @@ def changes(model, x):
 @pytest.mark.parametrize("width", [None, "narrow"])
 def test_shapes(backbone, width):
     model = build(backbone, 7, NARROW[backbone] if width else None).eval()
-    features = model.features(images(2))
-    logits = model(images(2))
-    assert features.shape == (2, model.feature_dim)
-    assert logits.shape == (2, 7)
-    torch.testing.assert_close(
-        logits, model.top_layer(model.standardise(model.activated(features)))
-    )
-    maps = model.maps(images(2))
+    x = images(1 if width is None else 2)
+    features, logits, maps = model.features(x), model(x), model.maps(x)
+    assert features.shape == (len(x), model.feature_dim)
+    assert logits.shape == (len(x), 7)
+    read = model.standardise(model.activated(features))
+    torch.testing.assert_close(logits, model.top_layer(read))
     assert maps.ndim == 4
     assert min(maps.shape[2:]) > 1
     assert maps.min() >= 0
