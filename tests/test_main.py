@@ -385,14 +385,6 @@ def checkout(project):
     return project
 
 
-@pytest.fixture
-def first(checkout):
-    """The first notebook of a checkout that has no other: there is one kernel to wait for."""
-    for path in notebooks.find_notebooks("01"):
-        path.unlink()
-    return checkout / "notebooks" / "00_get.ipynb"
-
-
 def shell(script, *arguments, cwd=None, **environment):
     """Call a run_all.sh."""
     named = {"PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH"}
@@ -420,22 +412,39 @@ def test_notebooks_run_in_earnest(checkout, tmp_path):
     assert "already done" in shell(*words, **where).stdout
 
 
+@pytest.fixture
+def beside(checkout):
+    """Start run_all.sh with presets `smoke`, `quick`, ... beside each other, their n is 1, 2, ...:
+    one kernel each to wait for, that of the first notebook."""
+    for path in notebooks.find_notebooks("01"):
+        path.unlink()
+    calls, environment = [], os.environ | {"PYTHON": sys.executable}
+    options = {"env": environment, "text": True, "stdout": subprocess.PIPE}
+
+    def start(many, *cells):
+        write_notebook(checkout / "notebooks" / "00_get.ipynb", TRAIN + "\nn = 1", *cells)
+        for preset in ("smoke", "quick", "paper")[:many]:
+            words = ["bash", checkout / "run_all.sh", "--preset", preset]
+            calls.append(subprocess.Popen(words, stderr=subprocess.PIPE, **options))
+        return calls
+
+    yield start
+    for call in calls:
+        call.kill()
+        call.communicate()
+
+
 @posix
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cells", "what"),
-    [
-        (["def deep():\n    raise ValueError('no images')", "deep()"], r"In \[\d\]: .*no images"),
-        (["import os\nos._exit(1)"], "the kernel died"),
-    ],
-)
-def test_a_failing_notebook_ends_in_a_few_lines(checkout, first, cells, what):
-    write_notebook(first, TRAIN + "\nn = 1", *cells)
-    done = shell(checkout / "run_all.sh", PYTHON=sys.executable)
-    assert done.returncode == 1
-    assert "[1/1] 00_get ... failed" in done.stdout
-    assert re.search(f"^error: 00_get: {what}", done.stderr, re.MULTILINE)
-    assert done.stderr.count("\n") <= 4
+def test_a_failing_notebook_ends_in_a_few_lines(beside):
+    deep = "import os\ndef deep():\n    raise ValueError('no images')"
+    calls = beside(2, deep, "os._exit(1) if n == 2 else deep()")
+    for call, what in zip(calls, (r"In \[\d\]: .*no images", "the kernel died"), strict=True):
+        out, error = call.communicate(timeout=120)
+        assert call.returncode == 1
+        assert "[1/1] 00_get ... failed" in out
+        assert re.search(f"^error: 00_get: {what}", error, re.MULTILINE)
+        assert error.count("\n") <= 4
 
 
 def test_a_kernel_that_dies_at_its_start_ends_in_one_line(project, monkeypatch, capsys):
@@ -470,24 +479,19 @@ def is_alive(pid):
 
 @posix
 @pytest.mark.slow
-@pytest.mark.parametrize(("by", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
-def test_nothing_runs_on_when_it_is_ended(checkout, first, by, status):
-    code = "import os, time\nfrom pathlib import Path\nPath('pid').write_text(str(os.getpid()))"
-    write_notebook(first, TRAIN + "\nn = 1", code + "\ntime.sleep(90)")
-    environment = os.environ | {"PYTHON": sys.executable}
-    options = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(["bash", checkout / "run_all.sh"], text=True, **options) as process:
-        try:
-            pid = checkout / "notebooks" / "pid"
-            wait_until(lambda: pid.exists() and pid.read_text())
-            process.send_signal(getattr(signal, by))
-            error = process.communicate(timeout=60)[1]
-        finally:
-            process.kill()
-    assert process.returncode == status
-    assert ("interrupted" in error) is (by == "SIGINT")
-    assert "Traceback" not in error
-    wait_until(lambda: not is_alive(int(pid.read_text())))
+def test_nothing_runs_on_when_it_is_ended(checkout, beside):
+    code = "import os, time\nfrom pathlib import Path\n"
+    calls = beside(3, code + "Path(f'pid{n}').write_text(str(os.getpid()))\ntime.sleep(300)")
+    ends = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
+    for n, (call, (by, status)) in enumerate(zip(calls, ends.items(), strict=True), 1):
+        pid = checkout / "notebooks" / f"pid{n}"
+        wait_until(lambda pid=pid: pid.exists() and pid.read_text())
+        call.send_signal(getattr(signal, by))
+        error = call.communicate(timeout=60)[1]
+        assert call.returncode == status
+        assert ("interrupted" in error) is (by == "SIGINT")
+        assert "Traceback" not in error
+        wait_until(lambda pid=pid: not is_alive(int(pid.read_text())))
 
 
 # --- run_all.sh on the way to an environment; a stand-in for Python makes and fills .venv at once
