@@ -11,6 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 SIGNATURE = "SIGNEDsignature"
 
 
+def make_folder(folder, files):
+    """A folder of `files`, content by name."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def packed(files, compression=zipfile.ZIP_DEFLATED):
     """A zip of `files`, content by name."""
     buffer = io.BytesIO()

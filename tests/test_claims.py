@@ -139,6 +139,8 @@ def test_verdict_rule(numbers, wanted):
 
 
 def test_seeds_that_would_tell():
+    assert detectable(3) > detectable(5) > detectable(10) > 0.8
+    assert math.isnan(detectable(2))
     assert seeds_to_tell(0.0, 1.0) == 8
     enough = seeds_to_tell(1.0, 0.5)
     assert detectable(int(enough)) <= 0.5 < detectable(int(enough) - 1)
@@ -175,11 +177,6 @@ def test_holm_against_the_definition():
     adjusted = holm([0.01, math.nan])
     assert adjusted[0] == pytest.approx(0.02)
     assert math.isnan(adjusted[1])
-
-
-def test_detectable_falls_with_seeds():
-    assert detectable(3) > detectable(5) > detectable(10) > 0.8
-    assert math.isnan(detectable(2))
 
 
 def planted_answers(rng, quality, patients):
@@ -245,13 +242,10 @@ def test_overview_is_what_figures_draw():
     assert found["arms"]["a"]["seeds"] == ["0", "1", "2", "3"]
 
 
-def test_every_claim_has_one_measure_that_decides():
+def test_every_claim_has_one_measure_that_decides_and_comparisons_are_of_arms_that_are_there():
     assert [m.claim for m in PRIMARY] == [claim.key for claim in CLAIMS]
     assert len(MEASURE) == len(MEASURES)
     assert all(m.smallest > 0 for m in MEASURES)
-
-
-def test_comparisons_are_of_arms_that_are_there():
     assert all({a, b} <= set(ARMS) for a, b, _ in claims.COMPARISONS)
     results = simulated_study(np.random.default_rng(3), 3)
     results["arms"] = {"p4m": results["arms"]["a"], "p4": results["arms"]["b"]}

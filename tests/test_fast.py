@@ -32,8 +32,7 @@ def close(value, expected, tolerance):
 
 @pytest.mark.parametrize("order", [4, 8])
 def test_bilinear_algorithm_is_the_group_correlation(order):
-    into, filters, out = gfourier.bilinear_algorithm(order)
-    group = P4 if order == 4 else P4M
+    (into, filters, out), group = gfourier.bilinear_algorithm(order), {4: P4, 8: P4M}[order]
     expected = np.zeros((order, order, order))  # (g, u, h): y(g) takes P(u) phi(h) if h = g^-1 u
     for g, u in itertools.product(range(order), range(order)):
         expected[g, u, group.product(group.inverse(g), u)] = 1

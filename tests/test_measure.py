@@ -70,13 +70,11 @@ def test_what_must_hold_by_construction(results):
     assert all(set(entry["seeds"]) == {"0", "1"} for entry in results["arms"].values())
     names = ("p4m", "p4m-index", "alexnet", "pixels", "random")
     p4m, index, alexnet, pixels, chance = (values_of(results, name) for name in names)
-    assert p4m["kept_lattice"] == 1
+    assert alexnet["kept_lattice"] < p4m["kept_lattice"] == 1
     assert p4m["distance_lattice"] < 1e-3
     assert p4m["tells_mirrored"] == p4m["tells_upside_down"] == 0.5
-    assert alexnet["kept_lattice"] < 1
     assert 0 <= p4m["kept_drawn"] <= 1
-    assert "nmi_sd" not in pixels
-    assert "auroc_macro" in pixels
+    assert {"nmi_sd", "auroc_macro"} & set(pixels) == {"auroc_macro"}
     assert "auroc_macro" not in chance
     assert abs(chance["ami_final"]) < 0.2
     assert 2 <= index["settled_ami"] <= 3
@@ -107,17 +105,14 @@ def test_kept_numbers_stand_in_for_runs_that_are_gone(results, tmp_path, monkeyp
     monkeypatch.setattr(parts, "PARTS", None)
     measure.keep(results)
     root = tmp_path / "data"
-    shutil.copytree(paths.data_root() / "tiny", root / "tiny")
-    shutil.copytree(
-        paths.run_dir("tiny", "alexnet", 0), root / "runs" / "tiny" / "alexnet" / "seed0"
-    )
+    for part in ("tiny", "runs/tiny/alexnet/seed0"):
+        shutil.copytree(paths.data_root() / part, root / part)
     monkeypatch.setenv("CXR_DATA_DIR", str(root))
     again = measure.gather("tiny", effort=EFFORT)
     again["comparisons"] = claims.compare_all(again, measure.answers(again), n_boot=20)
     assert set(again["arms"]) == set(results["arms"])
-    for ours, theirs in zip(again["comparisons"], results["comparisons"], strict=True):
-        for one, other in zip(ours["verdicts"], theirs["verdicts"], strict=True):
-            assert one["n"] == other["n"]
+    ours, theirs = ([c["verdicts"] for c in some["comparisons"]] for some in (again, results))
+    assert [[v["n"] for v in of] for of in ours] == [[v["n"] for v in of] for of in theirs]
     silhouettes = (claims.values_of(some, "p4m", "silhouette") for some in (again, results))
     assert next(silhouettes) == pytest.approx(next(silhouettes), rel=1e-5)
 

@@ -70,17 +70,12 @@ def test_they_are_numbered_without_a_gap():
 
 
 @each_notebook
-def test_is_valid_and_has_the_kernel_that_everyone_has(path):
+def test_is_valid_and_begins_with_title_question_and_badges(path):
     notebook = read(path)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
     assert "papermill" not in notebook.metadata, "this is an executed copy"
-
-
-@each_notebook
-def test_begins_with_title_question_and_badges(path):
-    cells = read(path).cells
-    header = cells[0].source
+    header = notebook.cells[0].source
     number = path.name[:2] if path.name[:2].isdigit() else ""
     assert re.match(rf"# {number}\b", header)
     assert "?**" in header, "the header asks the one question that the notebook answers"
@@ -93,14 +88,10 @@ def test_begins_with_title_question_and_badges(path):
 
 
 @each_notebook
-def test_parameters_are_the_third_code_cell_and_literals(path):
+def test_is_short_has_parameters_and_checks_its_results(path):
     tags = [cell.metadata.get("tags", []) for cell in code_cells(path)]
     assert [i for i, tag in enumerate(tags) if "parameters" in tag] == [2]
-    assert "dataset" in read_parameters(path)
-
-
-@each_notebook
-def test_is_short_and_checks_its_results(path):
+    assert "dataset" in read_parameters(path)  # literals, or it raises
     for cell in code_cells(path):
         assert len(list(filter(str.strip, cell.source.splitlines()))) <= 25
     assert path.stat().st_size <= 500_000

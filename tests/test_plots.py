@@ -73,7 +73,9 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_names_its_data_and_no_text_is_cut_off_or_overlaps(name):
+    before = dict(matplotlib.rcParams)
     figure = FIGURES[name]()
+    assert dict(matplotlib.rcParams) == before, "the settings are the user's"
     assert LABEL in said(figure)
     assert figure.get_figwidth() in style.COLUMN_INCHES.values()
     shown = list(drawn_texts(figure).items())
@@ -85,8 +87,8 @@ def test_a_figure_names_its_data_and_no_text_is_cut_off_or_overlaps(name):
 
 
 def test_an_arm_looks_the_same_in_every_figure():
-    assert style.arm("alexnet").line == {"color": "#0072B2", "marker": "o"}
-    assert style.arm("p4m").line == {"color": "#D55E00", "marker": "s"}
+    for name, (color, marker) in {"alexnet": ("#0072B2", "o"), "p4m": ("#D55E00", "s")}.items():
+        assert style.arm(name).line == {"color": color, "marker": marker}
     assert style.arm("my_arm-wide").title == "my arm, wide"
     assert style.arm_order(["p4", "p4m", "alexnet"]) == ["alexnet", "p4m", "p4"]
     assert len({style.arm(name) for name in made.arms()}) == len(made.arms())
@@ -135,13 +137,6 @@ def test_save_keeps_the_old_file_when_drawing_fails(tmp_path, monkeypatch):
         style.save(FIGURES["probes"](), tmp_path / "fig")
     assert (tmp_path / "fig.png").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["fig.png"]
-
-
-def test_drawing_leaves_the_settings_of_the_user_alone():
-    before = dict(matplotlib.rcParams)
-    FIGURES["atlas"]()
-    FIGURES["loss"]()
-    assert dict(matplotlib.rcParams) == before
 
 
 @pytest.mark.parametrize("name", ["nmi", "sobel"])

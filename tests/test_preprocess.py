@@ -103,7 +103,7 @@ def test_a_table_that_matches_few_images_or_none_is_no_success(tmp_path):
         assert run(folder)[1].loc["a.png", "findings"] == "Hernia"
 
 
-def test_repeated_names(tmp_path):
+def test_names_that_are_repeated_or_that_no_csv_can_hold(tmp_path):
     folder = make_folder(tmp_path / "in", 4)
     ramps(folder, "images_002/00000001_000.png", "p1/frontal.png", "p2/frontal.png")
     with pytest.warns(UserWarning, match="1 images were left out"):
@@ -112,11 +112,7 @@ def test_repeated_names(tmp_path):
     assert metadata["image_id"].tolist()[-2:] == ["p1/frontal.png", "p2/frontal.png"]
     first = gray(folder / "images_001/images/00000001_000.png")
     np.testing.assert_array_equal(data.load_images(tmp_path / "out")[0], first)
-
-
-def test_names_that_no_csv_can_hold_are_escaped(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
+    (folder := tmp_path / "odd").mkdir()
     try:
         for name in (b"line\nbreak.png", b"latin-\xe9.png", "äö, \"'.png".encode()):
             Image.fromarray(RAMP).save(os.fsdecode(os.path.join(os.fsencode(folder), name)))
@@ -239,6 +235,8 @@ def test_killed_at_any_rename_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
 
 def test_done_work_is_not_done_again(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "in", 4)
+    with paths.alone(tmp_path / "out"), pytest.raises(paths.BusyError):  # another process's
+        run(folder)
     manifest, _ = run(folder)
     with monkeypatch.context() as patched:
         patched.setattr(decode, "decode", lambda *a, **k: pytest.fail("decoded again"))
@@ -272,12 +270,6 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(tmp_path):
     assert "could not write" in done.stdout
     assert not any((tmp_path / "out" / name).exists() for name in FILES)
     assert run(folder)[0]["images"] == 40
-
-
-def test_a_folder_in_which_another_process_works(tmp_path):
-    folder = make_folder(tmp_path / "in", 4)
-    with paths.alone(tmp_path / "out"), pytest.raises(paths.BusyError):
-        run(folder)
 
 
 @needs_sample

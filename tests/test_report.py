@@ -38,24 +38,17 @@ def test_captions_stand_once_however_often_they_are_written(summary):
 
 
 def test_a_new_summary_keeps_the_captions_of_the_others(summary):
-    report.save_summary(summary, "# Summary: old\n")
-    add(summary, "06_claims", {"fig5_claims": "Differences."})
-    report.save_summary(summary, "# Summary: new\n")
-    text = summary.read_text(encoding="utf-8")
+    text = add(summary, "06_claims", {"fig5_claims": "Differences."})
     begin = "<!-- figures of 06_claims -->\n## Figures of 06_claims\n"
-    assert text.startswith(f"# Summary: new\n\n{begin}")
+    assert text.startswith(f"# Figures: {LABEL}\n\n{ATTRIBUTION}\n\n{begin}")
+    for title in ("old", "new"):
+        report.save_summary(summary, f"# Summary: {title}\n")
+        text = summary.read_text(encoding="utf-8")
+        assert text.startswith(f"# Summary: {title}\n\n{begin}")
+        assert "**fig5_claims**" in text
+        assert ATTRIBUTION not in text
     assert "old" not in text
     assert text == add(summary, "06_claims", {"fig5_claims": "Differences."})
-
-
-def test_without_a_summary_there_are_captions_and_the_attribution(summary):
-    text = add(summary, "06_claims", {"fig5_claims": "Differences."})
-    head = f"# Figures: {LABEL}\n\n{ATTRIBUTION}\n\n"
-    assert text.startswith(f"{head}<!-- figures of 06_claims -->\n")
-    report.save_summary(summary, "# Summary: x\n")
-    text = summary.read_text(encoding="utf-8")
-    assert ATTRIBUTION not in text
-    assert "**fig5_claims**" in text
 
 
 def page_comparison(n_seeds, effects=None):
@@ -84,13 +77,10 @@ def rows_of(text, first):
     return [line for line in text.splitlines() if line.startswith(f"| {first}")]
 
 
-def test_numbers_and_spans():
+def test_numbers_spans_and_cells_of_a_table():
     assert [report.number(x) for x in (0.1234, None, math.inf)] == ["0.123", "–", "–"]
     assert report.span(0.1, 0.25, 2) == "0.10 to 0.25"
     assert report.span(math.nan, math.nan) == report.span(None, None) == "–"
-
-
-def test_a_table_has_as_many_cells_as_columns():
     text = report.table(["a", "b"], [["1", "x|y"], ["2", ""]], figures=True)
     assert {line.count("|") for line in text.splitlines()} == {3}
     assert text.splitlines()[1] == "|---|---:|"

@@ -2,7 +2,7 @@
 plain network of the same real channels.
 
     python tests/bench/gconv.py [--widths 64,128,256 ...] [--repeats 7] [--threads 2] [--batch 8]
-                                [--give-back] [--device cpu] [--layers]
+                                [--give-back] [--layers]
 
 Networks: lifting 5x5, then two group convolutions 3x3, each with batch norm, ReLU and pool of
 stride 2; group max-pool, mean, linear layer. If escnn (Cesa, Lang and Weiler 2022) is installed,
@@ -14,7 +14,7 @@ round). "step" is forward, backward and an SGD update. Peak memory is that of tr
 the start's, each variant in a process of its own. Freed memory is kept for the next array, as in
 this project's training; with --give-back, and for peak memory, the C library returns it. --layers
 compares the Fourier transform with the dense way layer by layer instead, in bold what "auto" takes.
-"""
+All of it is on the CPU: tests/bench/gpu.py is for a GPU."""
 
 import argparse
 import importlib.util
@@ -125,12 +125,11 @@ class Bench:
 
     def __init__(self, variant: str, widths: tuple[int, ...], options: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        self.variant, self.device = variant, options.device
+        self.variant = variant
         last = torch.channels_last if "last" in variant else torch.contiguous_format
-        self.net = network(variant, widths).to(options.device, memory_format=last)
-        images = torch.randn(options.batch, 1, 64, 64, device=options.device)
-        self.images = images.contiguous(memory_format=last)
-        self.labels = torch.randint(0, 200, (options.batch,), device=options.device)
+        self.net = network(variant, widths).to(memory_format=last)
+        self.images = torch.randn(options.batch, 1, 64, 64).contiguous(memory_format=last)
+        self.labels = torch.randint(0, 200, (options.batch,))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3)
 
     def forward(self) -> None:
@@ -146,23 +145,14 @@ class Bench:
 
     def run(self, phase: str) -> float:
         """Seconds of one pass."""
-        wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
         with compiler(self.variant):
-            wait()
             start = time.perf_counter()
             getattr(self, phase)()
-            wait()
-        return time.perf_counter() - start
+            return time.perf_counter() - start
 
 
 def peak_memory(bench: Bench) -> int:
     """Largest memory during three training steps above that before them, in bytes."""
-    if bench.device == "cuda":
-        start = torch.cuda.memory_allocated()
-        bench.run("step")
-        torch.cuda.reset_peak_memory_stats()
-        bench.run("step")
-        return torch.cuda.max_memory_allocated() - start
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -246,7 +236,6 @@ def layers(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
@@ -261,9 +250,8 @@ def main() -> None:
         bench = Bench(options.memory_of, tuple(map(int, options.widths[0].split(","))), options)
         print(peak_memory(bench))
         return
-    where = f"{platform.machine()}, {options.threads} threads"
     kernel = "compiled kernel" if gkernel.available() else "no compiler"
-    where = f"{options.device}, {where}, batch {options.batch}, {kernel}"
+    where = f"{platform.machine()}, {options.threads} threads, batch {options.batch}, {kernel}"
     print(f"PyTorch {torch.__version__}, {where}")
     print(f"{options.repeats} rounds\n")
     with nullcontext() if options.give_back else freed_memory_kept():

@@ -35,9 +35,7 @@ from lib.data.digits import make_digits
 
 WIDTHS = {"alexnet": (24, 48, 64, 64, 48, 192), "p4m": (4, 8, 32), "cnn_params": (4, 8, 32)}
 SETTINGS = {"n_clusters": 20, "pca_dim": 16, "batch_size": 32, "device": "cpu"}
-COLUMNS = (
-    "NMI with the classes, untrained | trained | last loss / ln K | NMI(t, t - 1) | perplexity"
-)
+COLUMNS = "NMI with the classes, untrained | trained | last loss / ln K | NMI(t, t-1) | perplexity"
 MEASURES = ("untrained", "trained", "loss", "nmi_prev", "perplexity")
 
 
