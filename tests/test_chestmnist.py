@@ -56,20 +56,19 @@ class Boom:
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("name", "array"),
     [
-        {"val_labels": None},
-        {"train_images": np.zeros((7, 28, 28), np.uint8)},
-        {"train_images": np.zeros((7, 64, 64, 3), np.uint8)},
-        {"train_images": np.zeros((7, 64, 64), np.float32)},
-        {"test_labels": np.zeros((4, 14), np.uint8)},
-        {"test_labels": np.full((3, 14), 2, np.uint8)},
-        {"test_labels": np.array([[Boom()] * 14] * 3, object)},
+        ("val_labels", None),
+        ("train_images", np.zeros((7, 28, 28), np.uint8)),
+        ("train_images", np.zeros((7, 64, 64), np.float32)),
+        ("test_labels", np.zeros((4, 14), np.uint8)),
+        ("test_labels", np.full((3, 14), 2, np.uint8)),
+        ("test_labels", np.array([[Boom()] * 14] * 3, object)),
     ],
 )
-def test_another_file_is_refused(changed, tmp_path, monkeypatch):
+def test_another_file_is_refused(name, array, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    medmnist(tmp_path / "x.npz", **changed)
+    medmnist(tmp_path / "x.npz", **{name: array})
     with pytest.raises(ValueError, match=r"x\.npz is not ChestMNIST at 64x64"):
         chestmnist.check(tmp_path / "x.npz")
     assert not (tmp_path / "unpickled").exists()

@@ -120,14 +120,6 @@ def test_clusters_are_described_the_largest_first():
     assert q < 1e-6
 
 
-def test_findings_by_chance_are_not_named():
-    images, embedding, assignments, _ = planted((100, 100, 100))
-    random, known = np.random.default_rng(1).random((14, 300)) < 0.3, np.ones(300, bool)
-    properties = {f"f{i}": (CLINICAL, has, known) for i, has in enumerate(random)}
-    found = clusters.atlas(images, embedding, assignments, properties)
-    assert sum(len(c.enriched) for c in found) <= 1
-
-
 def test_a_medoid_of_many_points_is_that_of_the_definition():
     # skew: the medoid is not the point nearest to the mean
     points = np.random.default_rng(0).normal(size=(1500, 2)) ** 3

@@ -82,16 +82,12 @@ def test_only_embeddings_are_needed_and_a_split_is_kept(file):
         ({"ids": ["same"] * N}, "'same'"),
         ({"ids": [""] + ["x"] * (N - 1)}, "unique"),
         ({"labels": ["Mass"]}, r"labels.*\(1,\)"),
+        ({"labels": np.array(["Mass"] * N, dtype=object)}, "pickle"),
     ],
 )
 def test_what_cannot_be_read_is_named(file, changes, message):
     with pytest.raises(ValueError, match=message):
         read(file(**changes))
-
-
-def test_text_that_is_pickled_is_not_read(file):
-    with pytest.raises(ValueError, match="pickle"):
-        read(file(labels=np.array(columns()["labels"], dtype=object)))
 
 
 @pytest.mark.slow

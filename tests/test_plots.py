@@ -125,20 +125,6 @@ def test_save_writes_300_dpi_and_self_contained_svg(tmp_path):
     assert sorted(p.name for p in png.parent.iterdir()) == [png.name, svg.name]
 
 
-def test_save_keeps_the_old_file_when_drawing_fails(tmp_path, monkeypatch):
-    (tmp_path / "fig.png").write_bytes(b"old")
-
-    def half(self, handle, **kwargs):
-        handle.write(b"half of a picture")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", half)
-    with pytest.raises(OSError, match=r"fig\.png"):
-        style.save(FIGURES["probes"](), tmp_path / "fig")
-    assert (tmp_path / "fig.png").read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["fig.png"]
-
-
 @pytest.mark.parametrize("name", ["nmi", "sobel"])
 def test_notebooks_show_all_figures_alike_and_thin_lines_in_colour(name, monkeypatch):
     kept = {}

@@ -78,14 +78,11 @@ def test_nih_2017_quirks(tmp_path):
     assert [tables.clean_age(text) for text in texts.split()] == [*years.split(), "", "", ""]
 
 
-def test_columns_named_by_the_user(tmp_path):
+def test_columns_named_by_the_user_and_those_that_are_not_there(tmp_path):
     text = 'id;Scan;DX\n1;x/a.png;"Mass ; rib fracture, infiltrate"\n2;b;\n'
     found = rows(write(tmp_path / "t.csv", text), "scan", "DX")
     assert [row["path"] for row in found] == ["x/a.png", "b"]
     assert [row["findings"] for row in found] == ["Mass|rib fracture|Infiltration", ""]
-
-
-def test_columns_that_are_not_there_are_named_with_those_that_are(tmp_path):
     table = write(tmp_path / "t.csv", "id,where,file,what\n1,x,a.png,Mass\n")
     for columns, word in (
         (("Scan", "what"), "'Scan'.*--image-column"),

@@ -84,13 +84,12 @@ def dicom(path, values=V, syntax=None, meta=True, implicit=False, **elements):
     dataset.file_meta = head
     bits = {1: 8, 2: 12, 4: 32}[values.itemsize]
     known = {
-        "SOPClassUID": head.MediaStorageSOPClassUID, "SOPInstanceUID": "1.2.3",
+        "SOPClassUID": head.MediaStorageSOPClassUID, "SOPInstanceUID": "1.2.3", "Rows": len(values),
         "PatientName": "Secret^Name", "PatientID": "ID-4711", "PatientBirthDate": "19500101",
-        "Rows": values.shape[0], "Columns": values.shape[1], "SamplesPerPixel": 1,
-        "PhotometricInterpretation": "MONOCHROME2",
+        "Columns": values.shape[1], "PixelData": values.tobytes(), "SamplesPerPixel": 1,
         "PixelRepresentation": int(values.dtype.kind == "i"), "BitsAllocated": 8 * values.itemsize,
         "BitsStored": bits, "HighBit": elements.get("BitsStored", bits) - 1,
-        "PixelData": values.tobytes(),
+        "PhotometricInterpretation": "MONOCHROME2",
     }  # fmt: skip
     for name, value in (known | elements).items():
         if value is not None:

@@ -222,9 +222,8 @@ def layers(options: argparse.Namespace) -> None:
                 cells = []
                 for step in (False, True):
                     x.requires_grad_(step and not kind.lifting)
-                    options = {"padding": k // 2, "algorithm": "dense"}
-                    dense = kind(*fields, k, **options)
-                    ours = kind(*fields, k, **options | {"algorithm": "fourier"})
+                    dense = kind(*fields, k, padding=k // 2, algorithm="dense")
+                    ours = kind(*fields, k, padding=k // 2, algorithm="fourier")
                     with compiler(variant):
                         taken, shares = fast.faster(ours, x), []
                         for _ in range(options.repeats + 1):
