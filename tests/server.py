@@ -47,8 +47,7 @@ class Server:
     """Serves `files` (content by path), and notes method, path and headers in `log`.
 
     `faults` are what the next GETs do instead: nothing (None), (status, headers), or a number of
-    bytes after which the answer breaks off. `refusals` are the next answers of Kaggle's API.
-    """
+    bytes after which the answer breaks off. `refusals` are the next answers of Kaggle's API."""
 
     def __init__(self):
         self.files, self.faults, self.refusals, self.log = {}, [], [], []

@@ -50,12 +50,8 @@ def values_and_gradients(conv, x):
 @pytest.mark.parametrize(
     ("channels", "fields", "kernel_size", "stride", "padding", "size"),
     [
-        (3, 5, 3, 1, 1, (9, 8)),
-        (19, 33, 3, 2, 1, (9, 9)),
-        (2, 3, 5, 1, 2, (20, 150)),
-        (1, 17, 5, 1, 0, (12, 12)),
-        (2, 3, 3, 3, 4, (5, 6)),
-        (40, 2, 1, 1, 0, (1, 1)),
+        *((3, 5, 3, 1, 1, (9, 8)), (19, 33, 3, 2, 1, (9, 9)), (2, 3, 5, 1, 2, (20, 150))),
+        *((1, 17, 5, 1, 0, (12, 12)), (2, 3, 3, 3, 4, (5, 6)), (40, 2, 1, 1, 0, (1, 1))),
         (2, 2, 3, 1, 3, (2, 3)),
     ],
 )
@@ -184,8 +180,8 @@ def test_when_a_block_is_fused(monkeypatch):
     assert ways(module.eval(), x) == ["ReluPool"]
     module[1].train()  # the norm's own mode counts
     assert ways(module, x) == ["Block"]
-    assert ways(module, x[:0]) == []
-    assert ways(copy.deepcopy(module).double(), x.double()) == []
+    for other, maps in ((module, x[:0]), (copy.deepcopy(module).double(), x.double())):
+        assert ways(other, maps) == []
     seen = []
     handle = module[2].register_forward_hook(lambda *_: seen.append(1))
     assert ways(module, x) == []
@@ -246,21 +242,16 @@ def test_operator_is_sound_for_pytorch(layer, dtype):
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_and_export(algorithm, training):
     torch.manual_seed(0)
-    net = nn.Sequential(
-        P4MConvZ2(1, 8, 3, padding=1, algorithm=algorithm),
-        nn.ReLU(),
-        GroupAvgBlurPool(),
-        block(False, P4M, 8, 16, 3),
-    ).train(training)
-    net[3][0].algorithm = algorithm
+    lifting = P4MConvZ2(1, 8, 3, padding=1, algorithm=algorithm)
+    net = nn.Sequential(lifting, nn.ReLU(), GroupAvgBlurPool(), block(False, P4M, 8, 16, 3))
+    net.train(training)[3][0].algorithm = algorithm
     x = torch.randn(2, 1, 8, 8)
-    close = {"rtol": 1e-4, "atol": 1e-4}
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), net(x), **close)
     exported = torch.export.export(net, (x,))
-    torch.testing.assert_close(exported.module()(x), net(x), **close)
-    ours = "cxr" in str(exported.graph)
-    assert ours == (algorithm == "fourier")  # else the program needs PyTorch alone
+    for program in (compiled, exported.module()):
+        torch.testing.assert_close(program(x), net(x), rtol=1e-4, atol=1e-4)
+    # without the Fourier operator, the program needs PyTorch alone
+    assert ("cxr" in str(exported.graph)) == (algorithm == "fourier")
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, about its older exporter

@@ -1,6 +1,5 @@
 """Features keep rows and images together, batch-norm statistics follow the weights, and
-PCA-whitening agrees with scikit-learn.
-"""
+PCA-whitening agrees with scikit-learn."""
 
 import copy
 
@@ -164,8 +163,7 @@ def test_the_largest_loading_of_each_axis_is_positive():
 @pytest.mark.filterwarnings("ignore:PCA keeps")
 def test_exactly_the_directions_that_vary_are_kept(n, d, rank, offset, scale, seed):
     """Float32 rounding spreads a low-rank matrix over all directions; none of those may be blown up
-    to unit variance.
-    """
+    to unit variance."""
     rank = min(rank, d)
     rng = np.random.default_rng(seed)
     axes = np.linalg.qr(rng.normal(size=(d, rank)))[0].T

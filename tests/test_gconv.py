@@ -1,6 +1,5 @@
 """The layers against the definition written out pixel by pixel, under all elements of the group,
-with controls that must fail.
-"""
+with controls that must fail."""
 
 import copy
 import importlib.util

@@ -1,6 +1,5 @@
 """The groups against their axioms, against matrices, and against GrouPy's parametrisation written
-out by hand.
-"""
+out by hand."""
 
 import itertools
 import math

@@ -1,6 +1,5 @@
 """Clusterers by name: all find planted clusters and give what the loop asks of them. The estimators
-pass scikit-learn's own checks: clone, get_params, pipelines, odd input.
-"""
+pass scikit-learn's own checks: clone, get_params, pipelines, odd input."""
 
 import numpy as np
 import pytest

@@ -126,20 +126,14 @@ def test_other_commands(project, words, expected):
 @pytest.mark.parametrize(
     ("words", "what", "valid"),
     [
-        ("--prest quick", "--prest", ""),
-        ("--preset big", "'big'", "paper"),
-        ("--from 7", "'07'", "02"),
-        ("--seeds 0;1", "'0;1'", "0,1,2"),
-        ("--seeds 1,1", "'1,1'", "different"),
-        ("--nproc 0", "--nproc 0", "from 1"),
-        ("--data nowhere", "'nowhere'", "chestmnist, kaggle"),
-        ("--data nih:", "'nih:'", "nih:PATH"),
+        *(("--prest quick", "--prest", ""), ("--preset big", "'big'", "paper")),
+        *(("--from 7", "'07'", "02"), ("--seeds 0;1", "'0;1'", "0,1,2")),
+        *(("--seeds 1,1", "'1,1'", "different"), ("--nproc 0", "--nproc 0", "from 1")),
+        *(("--data nowhere", "'nowhere'", "kaggle"), ("--data nih:", "'nih:'", "nih:PATH")),
         ("--data chestmnist:notebooks", "'chestmnist:notebooks'", "FILE.npz"),
-        ("--csv x.csv", "--csv", "--data PATH"),
-        ("--data . --csv x.csv", "'x.csv'", ""),
-        ("--study --jobs 0", "--jobs 0", "from 1"),
+        *(("--csv x.csv", "--csv", "--data PATH"), ("--data . --csv x.csv", "'x.csv'", "")),
+        *(("--study --jobs 0", "--jobs 0", "from 1"), ("--reuse x", "--export", "")),
         ("--reuse x --data phantom", "phantom", "folder"),
-        ("--reuse x", "--export", ""),
     ],
 )
 def test_a_bad_option_ends_in_one_line(project, words, what, valid, capsys):
@@ -154,14 +148,10 @@ def test_a_bad_option_ends_in_one_line(project, words, what, valid, capsys):
 @pytest.mark.parametrize(
     ("source", "preset", "name"),
     [
-        ("phantom", "quick", "phantom"),
-        ("digits-turned", "smoke", "digits-turned-smoke"),
-        ("/x/NIH Sample (1)", "quick", "nih-sample-1"),
-        ("/x/runs", "quick", "my-runs"),  # data/runs is taken
-        ("/x/胸部", "quick", "images"),
-        ("/x/" + "a" * 200, "paper", "a" * 48 + "-paper"),
-        ("/x/kaggle", "quick", "my-kaggle"),
-        ("nih:/x/CXR8", "quick", "cxr8"),
+        *(("phantom", "quick", "phantom"), ("digits-turned", "smoke", "digits-turned-smoke")),
+        *(("/x/NIH Sample (1)", "quick", "nih-sample-1"), ("/x/胸部", "quick", "images")),
+        *(("/x/runs", "quick", "my-runs"), ("/x/kaggle", "quick", "my-kaggle")),  # they are taken
+        *(("/x/" + "a" * 200, "paper", "a" * 48 + "-paper"), ("nih:/x/CXR8", "quick", "cxr8")),
         ("chestmnist:/x/chestmnist_64.npz", "quick", "chestmnist_64"),
     ],
 )
@@ -182,12 +172,9 @@ def test_options_need_no_package_and_know_the_words_of_lib():
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("n_clusters: 2", "valid: dataset, device, lr"),
-        ("seed: [0]", "valid: seeds$"),
-        ("lr: 1e-3", "write 1.0e-3"),
-        ("seeds: 0", r"not like \[0\]"),
-        ("restart: 1", "not like False"),
-        ("- n", "name: value"),
+        *(("n_clusters: 2", "valid: dataset, device, lr"), ("seed: [0]", "valid: seeds$")),
+        *(("lr: 1e-3", "write 1.0e-3"), ("seeds: 0", r"not like \[0\]")),
+        *(("restart: 1", "not like False"), ("- n", "name: value")),
     ],
 )
 def test_bad_presets(project, text, what):
@@ -568,10 +555,8 @@ def test_an_environment_that_has_what_is_needed_is_used(bare, checkout, tmp_path
     [
         ("", {"PYTHON": "nosuchpython"}, 1, "PYTHON"),
         ("", {"PYTHON": "mine", "OLD": "1"}, 1, "3.11"),
-        ("", {"OLD": "1"}, 1, "3.11"),
-        ("", {"NO_VENV": "1"}, 1, "venv"),
-        ("--preset qick", {}, 2, "qick"),
-        ("-x", {}, 2, "-x"),
+        *(("", {"OLD": "1"}, 1, "3.11"), ("", {"NO_VENV": "1"}, 1, "venv")),
+        *(("--preset qick", {}, 2, "qick"), ("-x", {}, 2, "-x")),
     ],
 )
 def test_an_error_costs_no_install(bare, checkout, words, environment, status, what):

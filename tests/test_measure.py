@@ -1,6 +1,5 @@
 """Runs are measured once, and what is measured ends in one file that claims, tables and figures
-read.
-"""
+read."""
 
 import json
 import shutil

@@ -1,6 +1,5 @@
 """Shapes, layout, and the property the paper rests on: P4M's features do not change under the
-symmetries of the square, AlexNet's do.
-"""
+symmetries of the square, AlexNet's do."""
 
 import copy
 

@@ -1,6 +1,5 @@
 """Planted answers are found, what cannot be known stands at chance, and what is not defined says
-why.
-"""
+why."""
 
 from types import SimpleNamespace
 
@@ -161,8 +160,7 @@ def test_only_a_code_that_cannot_change_keeps_its_clusters():
 
 def effusions(n=80, seed=0):
     """Films with one bright corner, left or right; more of one side than of the other, and brighter
-    there.
-    """
+    there."""
     rng = np.random.default_rng(seed)
     left = rng.random(n) < 0.7
     images = rng.integers(40, 60, (n, 64, 64), dtype=np.uint8)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,9 +137,8 @@ def test_a_folder_as_on_a_hospitals_disc(tmp_path):
     with pytest.warns(UserWarning, match="describes 1 of 5"):
         manifest, metadata = run(folder)
     assert list(metadata.index) == ["1.2.840.7", "IM0001", "b.jpg", "wrong.png"]
-    known = ["findings", "age", "sex", "view_position"]
-    assert metadata.loc["IM0001", known].tolist() == ["Mass", 50.0, "F", "PA"]
-    assert metadata.loc["wrong.png", known].tolist() == ["", 60.0, "F", "PA"]
+    known = metadata.loc[["IM0001", "wrong.png"], ["findings", "age", "sex", "view_position"]]
+    assert known.to_numpy().tolist() == [["Mass", 50.0, "F", "PA"], ["", 60.0, "F", "PA"]]
     ids = metadata["patient_id"]
     assert ids["IM0001"] == ids["wrong.png"] != ids["1.2.840.7"]
     assert manifest["image_modes"] == {"DICOM MONOCHROME2": 3, "L": 1}
@@ -160,9 +160,9 @@ def test_one_patient_named_for_all_images(tmp_path):
         dicom(tmp_path / "in" / f"{number}.dcm", PatientID="ANONYMOUS")
     with pytest.warns(UserWarning, match="one patient"):
         manifest, metadata = run(tmp_path / "in")
-    assert (manifest["split"]["train"], manifest["split"]["test"]) == (8, 2)
-    assert "one patient" in manifest["split"]["method"]
-    assert manifest["patients"] == 0
+    split = manifest["split"]
+    assert (split["train"], split["test"], manifest["patients"]) == (8, 2, 0)
+    assert "one patient" in split["method"]
     assert len(set(data.patient_groups(metadata))) == 10
 
 
@@ -202,8 +202,7 @@ def test_outliers_are_counted_and_dropped_if_asked(tmp_path):
     for name, image in values.items():
         Image.fromarray(image.astype(np.uint8)).save(folder / f"{name}.png")
     manifest, _ = run(folder)
-    odd = manifest["outliers"]
-    assert odd["too dark"] == odd["too bright"] == odd["constant"] == 1
+    assert {"too dark": 1, "too bright": 1, "constant": 1}.items() <= manifest["outliers"].items()
     with_all = np.array(data.load_images(tmp_path / "out"))
     manifest, _ = run(folder, drop_outliers=True)
     assert [item["file"] for item in manifest["dropped"]] == ["bright.png", "dark.png", "flat.png"]
@@ -266,8 +265,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(tmp_path):
     command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=False)
     assert done.returncode == 3, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert "could not write" in done.stdout
+    assert re.fullmatch(".*could not write.*\n", done.stdout)
     assert not any((tmp_path / "out" / name).exists() for name in FILES)
     assert run(folder)[0]["images"] == 40
 

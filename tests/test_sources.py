@@ -81,11 +81,8 @@ def api_calls(server):
 def test_words_and_paths():
     assert all(sources.parse(word) == (word, None) for word in sources.WORDS)
     for source, word, place in (
-        ("chestmnist:a.npz", "chestmnist", "a.npz"),
-        ("a/b.NPZ", "chestmnist", "a/b.NPZ"),
-        ("nih:/x", "nih", "/x"),
-        ("nih:", "folder", "nih:"),
-        ("./kaggle", "folder", "kaggle"),
+        *(("chestmnist:a.npz", "chestmnist", "a.npz"), ("a/b.NPZ", "chestmnist", "a/b.NPZ")),
+        *(("nih:/x", "nih", "/x"), ("nih:", "folder", "nih:"), ("./kaggle", "folder", "kaggle")),
     ):
         assert sources.parse(source) == (word, Path(place))
 

@@ -54,8 +54,7 @@ def chunk(kind, body):
 
 def png(values, bits, colour_type=0, extra=b""):
     """A PNG of any depth and colour type of samples (H, W * channels), which Pillow cannot write;
-    `extra` bytes follow the pixels.
-    """
+    `extra` bytes follow the pixels."""
     rows = np.asarray(values)
     if bits < 8:
         unpacked = (rows[..., None] >> np.arange(bits)[::-1]) & 1
@@ -71,8 +70,7 @@ def png(values, bits, colour_type=0, extra=b""):
 
 def dicom(path, values=V, syntax=None, meta=True, implicit=False, **elements):
     """A DICOM file of gray, 12 bits stored in 16, with other elements as named (None: without it);
-    without `meta` only the bare data set.
-    """
+    without `meta` only the bare data set."""
     import pydicom
     from pydicom.dataset import Dataset, FileMetaDataset
 

@@ -5,8 +5,7 @@
     python tests/bench/digits.py
 
 ARMS are alexnet-plain,p4m,cnn_params. Prints NMI with the classes, untrained and trained, mean over
-seeds with its 95 % interval, and writes fig13_digits and known.csv (per run and epoch).
-"""
+seeds with its 95 % interval, and writes fig13_digits and known.csv (per run and epoch)."""
 
 import sys
 from pathlib import Path

@@ -42,13 +42,7 @@ from lib.parallel import freed_memory_kept  # noqa: E402
 PLAIN = ("plain", "plain, channels last")
 VARIANTS = (*PLAIN, "dense", "auto", "auto, no compiler")
 VARIANTS += ("escnn",) if importlib.util.find_spec("escnn") else ()
-BARS = {  # fields -> forward, step: largest shares of plain, with and without a compiler
-    (64, 128, 256): ((0.26, 0.23), (0.40, 0.33)),
-    (16, 32, 64): ((0.34, 0.30), None),
-    (8, 16, 32): ((0.42, 0.42), None),
-    (4, 8, 32): ((0.50, 0.50), None),
-}
-MEMORY_BAR = 0.8
+WIDTHS = ["64,128,256", "16,32,64", "8,16,32", "4,8,32"]
 INITIALISE = False  # escnn's own initialisation of the weights
 FIELDS = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (16, 16), (4, 64), (64, 4), (64, 64))
 LIFTED = ((1, 1), (1, 2), (1, 4), (1, 16), (1, 64), (3, 16), (16, 16))
@@ -56,8 +50,7 @@ LIFTED = ((1, 1), (1, 2), (1, 4), (1, 16), (1, 64), (3, 16), (16, 16))
 
 class EscnnConv(nn.Module):
     """escnn's convolution of regular fields of D4, from and to tensors (N, C, 8, H, W) or, first
-    layer, from (N, 1, H, W).
-    """
+    layer, from (N, 1, H, W)."""
 
     def __init__(self, fields_in: int, fields_out: int, kernel_size: int, lifting: bool) -> None:
         super().__init__()
@@ -176,12 +169,12 @@ def peak_memory(bench: Bench) -> int:
 
 def networks(options: argparse.Namespace) -> None:
     """Print the table of the networks."""
-    columns = ["fields", "pass", "plain, ms", *VARIANTS[2:], "bar", "bar, no compiler"]
+    columns = ["fields", "pass", "plain, ms", *VARIANTS[2:]]
     print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
     for text in options.widths:
         widths = tuple(map(int, text.split(",")))
         benches = [Bench(variant, widths, options) for variant in VARIANTS]
-        for number, phase in enumerate(("forward", "step")):
+        for phase in ("forward", "step"):
             for bench in benches:
                 bench.run(phase)
             rounds = [[bench.run(phase) for bench in benches] for _ in range(options.repeats)]
@@ -189,15 +182,14 @@ def networks(options: argparse.Namespace) -> None:
             best = min(range(len(PLAIN)), key=lambda i: medians[i])
             others = range(len(PLAIN), len(VARIANTS))
             shares = [statistics.median(t[i] / t[best] for t in rounds) for i in others]
-            bars = [f"{bar[number]:.2f}" if bar else "" for bar in BARS.get(widths, (None, None))]
-            cells = [f"{medians[best] * 1e3:.1f}", *(f"{share:.2f}" for share in shares), *bars]
+            cells = [f"{medians[best] * 1e3:.1f}", *(f"{share:.2f}" for share in shares)]
             print(f"| {text} | {phase} | {' | '.join(cells)} |", flush=True)
         del benches
         command = [sys.executable, __file__, *sys.argv[1:], "--widths", text, "--memory-of"]
         peaks = [int(subprocess.check_output([*command, name], text=True)) for name in VARIANTS]
         least = min(peaks[: len(PLAIN)])
         cells = [f"{least / 2**20:.0f} MiB", *(f"{peak / least:.2f}" for peak in peaks[2:])]
-        print(f"| {text} | peak memory | {' | '.join(cells)} | {MEMORY_BAR} | |", flush=True)
+        print(f"| {text} | peak memory | {' | '.join(cells)} |", flush=True)
 
 
 def seconds(layer: nn.Module, x: torch.Tensor, step: bool) -> float:
@@ -238,8 +230,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
-    widths = [",".join(map(str, widths)) for widths in BARS]
-    parser.add_argument("--widths", nargs="+", default=widths)
+    parser.add_argument("--widths", nargs="+", default=WIDTHS)
     parser.add_argument("--give-back", action="store_true")
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)

@@ -6,8 +6,7 @@
 Five parts: the CPU's numbers again; speed beside a plain network; clustering; images per second of
 both arms at the paper's settings; a whole epoch of both arms. What fails or has no time left says
 so in the table, and the rest goes on. Rounds of all networks are interleaved; a ratio is the median
-over rounds of (network / plain, same round).
-"""
+over rounds of (network / plain, same round)."""
 
 import argparse
 import gc
@@ -308,13 +307,8 @@ def epoch(bench: Bench) -> None:
         bench.add(f"{arm}: 1 epoch of {n:,} phantoms", text, seconds=took, peak_gib=peak, **steps)
 
 
-PARTS = (  # minutes of eight; what a part leaves over is the next one's
-    ("1 numbers", 0.6, numbers),
-    ("2 speed", 3.6, speed),
-    ("3 clustering", 1.2, clustering),
-    ("4 rates", 1.0, rates),
-    ("5 epoch", 1.6, epoch),
-)
+# minutes of eight; what a part leaves over is the next one's
+PARTS = {numbers: 0.6, speed: 3.6, clustering: 1.2, rates: 1.0, epoch: 1.6}
 
 
 def write(bench: Bench, place: str) -> None:
@@ -345,7 +339,8 @@ def main() -> int:
     place = f"{card}, PyTorch {torch.__version__}, torch.compile by {options.backend}"
     place += f", {date.today()}, commit {commit or 'not known'}"
     print(place)
-    for bench.part, minutes, work in PARTS:
+    for number, (work, minutes) in enumerate(PARTS.items(), 1):
+        bench.part = f"{number} {work.__name__}"
         print(bench.part, flush=True)
         bench.until += 60 * minutes * options.minutes / 8
         try:

@@ -6,8 +6,7 @@
 The classes of the digits are known, so a loop that learns must come closer to them than its own
 untrained network (docs/learning.md). A run trains on all 1,797: K = 20, 10 epochs of 57 steps of
 32, the widths of the preset `quick`, 16 components, no image turned. Each result is a line of the
-file --out; a call that was stopped goes on with what is missing.
-"""
+file --out; a call that was stopped goes on with what is missing."""
 
 import argparse
 import json

@@ -7,8 +7,7 @@ The networks are those of tests/bench/gconv.py in evaluation mode; images are (2
 "constructed with weights" runs the library's own initialisation. Bytes are those of parameters and
 buffers. Time is that of the processor, which other programs disturb less; of "compiled" it is the
 clock's, since compilers are programs of their own. The least of the repeats counts. escnn (Cesa,
-Lang and Weiler 2022) is measured if it is installed.
-"""
+Lang and Weiler 2022) is measured if it is installed."""
 
 from __future__ import annotations
 
