@@ -383,8 +383,8 @@ def test_notebooks_run_in_earnest(checkout, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"\[1/3\] 00_get \.\.\. done in \d+ s\n\[2/3\] 01_train", done.stdout)
     data = tmp_path / "kept here"
-    images = paths.load_json(data / "x-rays-smoke" / "images.json")
-    assert images == [1, str(tmp_path / "x rays ü")]
+    found = paths.load_json(data / "x-rays-smoke" / "images.json")
+    assert found == [1, str(tmp_path / "x rays ü")]
     copy = data / "runs" / "x-rays-smoke" / "notebooks" / "01_train.ipynb"
     assert nbformat.read(copy, as_version=4).cells[-1].execution_count
     assert "already done" in shell(*words, **where).stdout

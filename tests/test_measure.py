@@ -84,13 +84,10 @@ def test_what_must_hold_by_construction(results):
     assert any(line.startswith("cnn_flops: no finished run") for line in results["missing"])
 
 
-def test_the_file_is_small_json_and_is_what_was_returned(results):
+def test_what_was_measured_is_a_small_file_and_is_not_measured_again(results, monkeypatch):
     path = paths.runs_dir("tiny") / "results.json"
     assert paths.load_json(path) == json.loads(path.read_text()) == results
     assert path.stat().st_size < 25_000 * len(TRAINED) * 2 + 100_000
-
-
-def test_what_was_measured_is_read_and_not_measured_again(results, monkeypatch):
     monkeypatch.setattr(parts, "PARTS", None)
     monkeypatch.setattr(measure, "turned_phantoms", None)
     again = measure.gather("tiny", effort=EFFORT)

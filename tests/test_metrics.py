@@ -46,12 +46,9 @@ def test_occupancy_of_known_sizes():
     assert even == {"clusters_used": 4, "largest_cluster": 0.25, "perplexity": pytest.approx(4)}
     skew = metrics.occupancy([0, 0, 2, 3], 5)  # entropy 1.5 ln 2
     assert skew == {"clusters_used": 3, "largest_cluster": 0.5, "perplexity": pytest.approx(2**1.5)}
-
-
-@pytest.mark.parametrize("labels", [[0, 4], [-1, 0], [], [[0, 1]]])
-def test_occupancy_refuses_assignments_outside_the_clusters(labels):
-    with pytest.raises(ValueError, match="assignments"):
-        metrics.occupancy(labels, 4)
+    for labels in ([0, 4], [-1, 0], [], [[0, 1]]):
+        with pytest.raises(ValueError, match="assignments"):
+            metrics.occupancy(labels, 4)
 
 
 def test_kept_share_counts_by_transformation():

@@ -97,10 +97,12 @@ def test_an_arm_looks_the_same_in_every_figure():
         assert style.arm("p4m").colour in colours, name
 
 
-def test_labels_are_any_with_no_finding_first():
+def test_labels_are_any_with_no_finding_first_and_an_epoch_that_is_there_twice_is_refused():
     assert style.label_names(["b|a", "No Finding", "", "a"]) == ["No Finding", "a", "b"]
     assert len(style.label_names([str(i) for i in range(30)])) == 24
     assert style.label_names([""]) == []
+    with pytest.raises(ValueError, match="duplicate"):
+        style.by_seed(pd.concat([RUNS["p4m"], RUNS["p4m"]]), "nmi_prev")
 
 
 @pytest.mark.parametrize("name", ["pipeline", "nmi", "cooccurrence", "brightness", "atlas"])
@@ -137,8 +139,3 @@ def test_notebooks_show_all_figures_alike_and_thin_lines_in_colour(name, monkeyp
     pixels = np.asarray(image).reshape(-1, 3).astype(int)
     for color in style.PALETTE[:2] if name == "nmi" else ():
         assert np.abs(pixels - 255 * np.array(to_rgb(color))).max(axis=1).min() <= 24, color
-
-
-def test_an_epoch_that_is_there_twice_is_refused():
-    with pytest.raises(ValueError, match="duplicate"):
-        style.by_seed(pd.concat([RUNS["p4m"], RUNS["p4m"]]), "nmi_prev")
