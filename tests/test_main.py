@@ -443,7 +443,7 @@ def test_a_kernel_that_dies_at_its_start_ends_in_one_line(project, monkeypatch, 
     assert not any(kernel.has_kernel for kernel in kernels)
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
