@@ -21,7 +21,11 @@ def done(tmp_path):
 
 def test_training_opens_the_images_and_nothing_else(done, monkeypatch):
     opened, real = [], builtins.open
-    watched = lambda *a, **k: opened.append(Path(a[0])) or real(*a, **k)  # noqa: E731
+
+    def watched(*args, **options):
+        opened.append(Path(args[0]))
+        return real(*args, **options)
+
     monkeypatch.setattr(builtins, "open", watched)
     images = data.load_images(done)
     assert {path.name for path in opened} == {"images.npy"}

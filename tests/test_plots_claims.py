@@ -28,7 +28,7 @@ def test_forest_draws_differences_in_the_unit_of_the_measure(n_seeds):
 
 
 def test_verdict_matrix_has_a_cell_per_comparison_and_claim():
-    (axes,) = claims.verdict_matrix(result()).axes
+    axes = claims.verdict_matrix(result()).axes[0]
     assert len(axes.patches) == len(axes.texts) == 4
     assert {text.get_text() for text in axes.texts} == {"cannot tell\n+0.100"}
     assert rows(axes)[1] == "P4M, no augmentation\nagainst plain CNN, P4M's parameters (3)"
