@@ -10,8 +10,7 @@ WIDTHS = {"alexnet": (4, 4, 4, 4, 4, 8), "p4m": (1, 2, 4)}
 
 def make(n=72, epochs=2, n_clusters=4):
     """Write ``data/phantom-tiny`` and a run of each arm; CXR_DATA_DIR must point to a folder that
-    may be written.
-    """
+    may be written."""
     raw, out = paths.raw_dir(DATASET), paths.dataset_dir(DATASET)
     sources.fetch("phantom", raw, n, 0)
     preprocess.preprocess(raw, out)

@@ -20,7 +20,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 STARTS = r"(?:uv |\./run_all\.sh|\.venv/bin/|python |pip |conda |torchrun |srun |git |PYTHON=|%)"
 SMOKE = "./run_all.sh --preset smoke"
 OWN = "--data data/raw/phantom-smoke"
-RUNS = "data/runs/phantom-smoke"
+RUNS, P4M = "data/runs/phantom-smoke", "phantom-smoke/p4m/seed0"
+REDRAW = "./run_all.sh --study --redraw --dataset nih-9k"
+CHOSEN = "./run_all.sh --test tests/test_gconv.py -k equivariant"
 TORCHRUN = "PYTHON -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --standalone -m lib train"
 STUDY = f"./run_all.sh --study --preset smoke {OWN} --arms alexnet,p4m --seeds 0"
 NOT = "not run: "
@@ -31,16 +33,10 @@ COMMANDS: dict[str, str] = {
     "&& cd equivariant-cxr-clustering": NOT + "this script clones this repository instead",
     "./run_all.sh": SMOKE,
     "./run_all.sh --data PATH": f"{SMOKE} {OWN} --fit pad",
-    "./run_all.sh --data PATH --reuse phantom/p4m/seed0": (
-        f"./run_all.sh {OWN} --reuse phantom-smoke/p4m/seed0"
-    ),
-    "python -m lib reuse RUN --export DIR": (
-        "PYTHON -m lib reuse phantom-smoke/p4m/seed0 --export exported"
-    ),
+    "./run_all.sh --data PATH --reuse phantom/p4m/seed0": f"./run_all.sh {OWN} --reuse {P4M}",
+    "python -m lib reuse RUN --export DIR": f"PYTHON -m lib reuse {P4M} --export exported",
     "./run_all.sh --data embeddings.npz": NOT + "tests/test_embeddings.py makes a file and does",
-    "./run_all.sh --study --redraw --dataset nih-9k": (
-        "./run_all.sh --study --redraw --dataset nih-9k"
-    ),
+    REDRAW: REDRAW,
     "./run_all.sh --study --preset xrays --data PATH/nih-9k --dataset nih-9k --jobs 2": (
         NOT + "hours, and the X-rays"
     ),
@@ -53,9 +49,7 @@ COMMANDS: dict[str, str] = {
         f"{TORCHRUN} --config {RUNS}/settings.json --images data/phantom-smoke/images.npy "
         "--run-dir data/runs/two"
     ),
-    "./run_all.sh --test tests/test_gconv.py -k equivariant": (
-        "./run_all.sh --test tests/test_gconv.py -k equivariant"
-    ),
+    CHOSEN: CHOSEN,
     "./run_all.sh --test": NOT + "it is what continuous integration runs",
     "python -m pytest": NOT + "it is a part of ./run_all.sh --test",
     "./run_all.sh --data chestmnist": NOT + "0.4 GB; tests/test_sources.py has its own server",

@@ -11,6 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 SIGNATURE = "SIGNEDsignature"
 
 
+def make_folder(folder, files):
+    """A folder of `files`, content by name."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def packed(files, compression=zipfile.ZIP_DEFLATED):
     """A zip of `files`, content by name."""
     buffer = io.BytesIO()
@@ -39,8 +47,7 @@ class Server:
     """Serves `files` (content by path), and notes method, path and headers in `log`.
 
     `faults` are what the next GETs do instead: nothing (None), (status, headers), or a number of
-    bytes after which the answer breaks off. `refusals` are the next answers of Kaggle's API.
-    """
+    bytes after which the answer breaks off. `refusals` are the next answers of Kaggle's API."""
 
     def __init__(self):
         self.files, self.faults, self.refusals, self.log = {}, [], [], []

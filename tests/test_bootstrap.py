@@ -88,12 +88,15 @@ def run(tmp_path):
     return call
 
 
-def test_with_all_packages_it_only_fetches_the_project(run, tmp_path):
+def test_with_all_packages_it_only_fetches_the_project_and_in_it_nothing(run, tmp_path):
     done, calls = run()
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).samefile(tmp_path / "content" / "companion")
     assert [path.name for path in (tmp_path / "content").iterdir()] == ["companion"]
-    assert calls == []
+    (inner := tmp_path / "origin" / "notebooks" / "folder").mkdir()
+    done, calls = run(folder=inner)
+    assert Path(done.stdout.strip()).samefile(tmp_path / "origin"), done.stderr
+    assert (calls, list(inner.iterdir())) == ([], [])
 
 
 def test_on_colab_it_asks_for_what_is_absent_and_holds_numpy_and_torch(run):
@@ -102,16 +105,6 @@ def test_on_colab_it_asks_for_what_is_absent_and_holds_numpy_and_torch(run):
     held = [f"{name}=={version(name)}" for name in ("numpy", "torch", "torchvision")]
     assert calls[0] == ["install", "--quiet", "bokeh", "scikit-image", *held]
     assert run(hidden={"bokeh"}, where="elsewhere")[1] == calls, "only on Colab"
-
-
-def test_in_the_project_it_fetches_nothing(run, tmp_path):
-    inner = tmp_path / "origin" / "notebooks" / "folder"
-    inner.mkdir()
-    done, calls = run(folder=inner)
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).samefile(tmp_path / "origin")
-    assert calls == []
-    assert list(inner.iterdir()) == []
 
 
 def test_without_a_network_it_says_what_it_could_not_fetch(run, tmp_path):

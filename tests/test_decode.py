@@ -89,16 +89,12 @@ def test_16_bits_are_scaled_by_the_bits_in_use(colour, top, read):
     np.testing.assert_array_equal(read(png(channels.reshape(64, -1), 16, colour)), expected)
 
 
-@pytest.mark.parametrize("colour", [4, 6])
-@pytest.mark.parametrize("bits", [8, 16])
-def test_alpha_that_varies_is_laid_over_black(bits, colour, read):
-    channels = samples(RAMP, colour)
-    channels[..., -1] = np.where(np.arange(64) < 32, 0, 255)
-    content = png(channels.reshape(64, -1) * (257 if bits == 16 else 1), bits, colour)
-    np.testing.assert_array_equal(read(content), np.where(np.arange(64) < 32, 0, RAMP))
-
-
-def test_colours_of_16_bits_have_pillows_weights(read):
+def test_alpha_that_varies_is_laid_over_black_and_colours_have_pillows_weights(read):
+    for colour, bits in itertools.product((4, 6), (8, 16)):
+        channels = samples(RAMP, colour)
+        channels[..., -1] = np.where(np.arange(64) < 32, 0, 255)
+        content = png(channels.reshape(64, -1) * (257 if bits == 16 else 1), bits, colour)
+        np.testing.assert_array_equal(read(content), np.where(np.arange(64) < 32, 0, RAMP))
     colours = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
     colours[0, 0] = 255
     wide = read(png(colours.reshape(64, -1) * 257, 16, 2))
@@ -121,20 +117,16 @@ def test_a_hot_pixel_or_a_burnt_in_letter_does_not_set_the_scale(bright, read):
 
 
 def test_orientation_is_applied_and_damaged_notes_do_no_harm(read):
-    exif = Image.Exif()
+    exif, deep, content = Image.Exif(), png(RAMP.astype(int) * 257, 16), MODES["JPEG"]
     exif[0x0112] = 6  # turn by 90 degrees clockwise to show
-    turned = np.rot90(RAMP, -1)
-    content = saved(GRAY, "JPEG", quality=100, exif=exif)
-    np.testing.assert_allclose(read(content), turned, atol=3)
-    deep = png(RAMP.astype(int) * 257, 16)
     note = chunk(b"eXIf", exif.tobytes()[6:])
-    np.testing.assert_array_equal(read(deep[:33] + note + deep[33:]), turned)
+    for some in (saved(GRAY, "JPEG", quality=100, exif=exif), deep[:33] + note + deep[33:]):
+        np.testing.assert_allclose(read(some), np.rot90(RAMP, -1), atol=3)
     broken = saved(GRAY, "JPEG", quality=100, exif=b"Exif\0\0MM\0*\0\0\xff")
-    np.testing.assert_allclose(read(broken), RAMP, atol=3)
-    content = saved(GRAY, "JPEG", quality=100)  # with a malformed note of further pictures
-    note = b"MPF\0MM\0*\0\0\0\x08\0\x01\xb0\x01\0\x04\0\0\0\x02"
+    note = b"MPF\0MM\0*\0\0\0\x08\0\x01\xb0\x01\0\x04\0\0\0\x02"  # of further pictures
     segment = b"\xff\xe2" + (len(note) + 2).to_bytes(2, "big") + note
-    np.testing.assert_allclose(read(content[:2] + segment + content[2:]), RAMP, atol=3)
+    for some in (broken, content[:2] + segment + content[2:]):
+        np.testing.assert_allclose(read(some), RAMP, atol=3)
 
 
 SIDE = st.integers(1, 80)
@@ -170,10 +162,8 @@ WHOLE = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64)
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (WHOLE[: len(WHOLE) // 2], "truncated"),
-        (WHOLE[:-12], "truncated"),
+        *((WHOLE[: len(WHOLE) // 2], "truncated"), (WHOLE[:-12], "truncated"), (b"", "empty")),
         (saved(GRAY, "JPEG")[:560], "truncated"),
-        (b"", "empty"),
         (b"Image Index,Finding Labels", "not a PNG, JPEG or DICOM"),
         (saved(GRAY, "GIF"), "not a PNG, JPEG or DICOM"),
         (WHOLE[:3000] + bytes([WHOLE[3000] ^ 4]) + WHOLE[3001:], "broken PNG"),
@@ -305,13 +295,13 @@ def test_the_files_that_come_with_pydicom():
         except Exception:  # no image, or no decoder
             assert pixels is None or "TransferSyntaxUID" not in dataset.file_meta, path.name
             continue
-        single = int(dataset.get("NumberOfFrames") or 1) == 1
-        if not single or not dataset.PhotometricInterpretation.startswith("MONOCHROME"):
+        kind = dataset.PhotometricInterpretation
+        if int(dataset.get("NumberOfFrames") or 1) > 1 or not kind.startswith("MONOCHROME"):
             continue
         assert pixels is not None, (path.name, record["reason"])
         shown = pydicom.pixels.apply_modality_lut(values, dataset)
         shown = pydicom.pixels.apply_voi_lut(shown, dataset).astype(float)
-        shown = -shown if dataset.PhotometricInterpretation == "MONOCHROME1" else shown
+        shown = -shown if kind == "MONOCHROME1" else shown
         spread = max(float(np.ptp(shown)), 1)
         gray = np.round((shown - shown.min()) * (255 / spread)).astype(np.uint8)
         shown = decode.shrink(gray, 32, "stretch")
@@ -326,14 +316,12 @@ def test_the_files_that_come_with_pydicom():
     ("options", "word"),
     [
         ({"content": np.stack([V, V]), "Rows": 64, "Columns": 64, "NumberOfFrames": 2}, "2 frames"),
-        ({"Rows": 0}, "'Rows' value of '0'"),
-        ({"Rows": 640}, "pixel data"),
+        *(({"Rows": 0}, "'Rows' value of '0'"), ({"Rows": 640}, "pixel data"), (REPORT, "SR")),
         ({"WindowCenter": 1, "WindowWidth": 0}, "Window Width"),
         ({"RescaleSlope": 0}, "RescaleSlope (0028,1053) is 0"),
         ({"content": RAMP, "PhotometricInterpretation": "PALETTE COLOR"}, "PALETTE COLOR"),
         ({"PhotometricInterpretation": None}, "without PhotometricInterpretation"),
         ({"PixelData": None}, "without PixelData"),
-        (REPORT, "SR"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_with_its_reason(options, word, reason):
@@ -341,16 +329,13 @@ def test_what_cannot_be_shown_is_refused_with_its_reason(options, word, reason):
 
 
 @needs_pydicom
-@pytest.mark.parametrize("keyword", ["WindowCenter", "WindowWidth", "RescaleSlope"])
-def test_a_decimal_comma_is_named_with_its_element(keyword, tmp_path, reason):
-    numbers = {"WindowCenter": 1, "WindowWidth": 9, "RescaleSlope": 2} | {keyword: "25.5"}
-    text = reason(dicom(tmp_path / "a", **numbers).read_bytes().replace(b"25.5", b"25,5"))
-    assert f"{keyword} (0028,1" in text
-    assert "'25,5'" in text
-
-
-@needs_pydicom
-def test_an_odd_header_says_nothing(tmp_path):
+def test_a_decimal_comma_is_named_with_its_element_and_an_odd_header_says_nothing(tmp_path, reason):
+    numbers = {"WindowCenter": 1, "WindowWidth": 9, "RescaleSlope": 2}
+    for keyword in numbers:
+        content = dicom(tmp_path / "a", **numbers | {keyword: "25.5"}).read_bytes()
+        text = reason(content.replace(b"25.5", b"25,5"))
+        assert f"{keyword} (0028,1" in text
+        assert "'25,5'" in text
     odd = decoded(tmp_path, PatientID="", PatientSex="X", PatientAge="")[1]
     assert (odd["patient_id"], odd["age"], odd["sex"]) == ("", "", "")
 

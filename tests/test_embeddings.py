@@ -75,23 +75,17 @@ def test_only_embeddings_are_needed_and_a_split_is_kept(file):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"embeddings": None}, "embeddings"),
-        ({"embeddings": np.zeros(N)}, r"\(96,\)"),
+        *(({"embeddings": None}, "embeddings"), ({"embeddings": np.zeros(N)}, r"\(96,\)")),
         ({"embeddings": np.full((N, 2), np.nan)}, "row 0"),
         ({"embeddings": np.array([["a"] * 2] * N)}, "embeddings"),
-        ({"ids": ["same"] * N}, "'same'"),
-        ({"ids": [""] + ["x"] * (N - 1)}, "unique"),
+        *(({"ids": ["same"] * N}, "'same'"), ({"ids": [""] + ["x"] * (N - 1)}, "unique")),
         ({"labels": ["Mass"]}, r"labels.*\(1,\)"),
+        ({"labels": np.array(["Mass"] * N, dtype=object)}, "pickle"),
     ],
 )
 def test_what_cannot_be_read_is_named(file, changes, message):
     with pytest.raises(ValueError, match=message):
         read(file(**changes))
-
-
-def test_text_that_is_pickled_is_not_read(file):
-    with pytest.raises(ValueError, match="pickle"):
-        read(file(labels=np.array(columns()["labels"], dtype=object)))
 
 
 @pytest.mark.slow
@@ -106,9 +100,8 @@ def test_planted_clusters_are_found_and_measured(file, monkeypatch):
     assert set(found["arms"]) == set(given.MEASURED)
     values = found["arms"]["given"]["seeds"]["0"]["values"]
     assert values["auroc_macro"] > 0.95
-    assert values["follows_findings"] > 0.9 > 0.2 > values["follows_age"]
-    assert values["ami_seeds"] > 0.9
-    assert values["ami_halves"] > 0.9
+    names = ("follows_findings", "ami_seeds", "ami_halves")
+    assert min(values[name] for name in names) > 0.9 > 0.2 > values["follows_age"]
     assert found["arms"]["metadata"]["seeds"]["0"]["values"]["auroc_macro"] < 0.8
     table = pd.read_csv(folder / "enrichment.csv")
     assert not table["property"].str.contains("quarter").any()

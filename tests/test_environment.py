@@ -72,11 +72,15 @@ def test_what_is_imported_is_declared():
     assert len(modules) > 15
 
 
-def test_lock_has_exact_versions_once():
-    names = [canonicalize_name(r.name) for r in read_lock()]
+def test_lock_has_exact_versions_once_and_meets_every_bound_of_pyproject():
+    names, versions = [canonicalize_name(r.name) for r in read_lock()], locked_versions()
     assert len(names) == len(set(names)) > len(DIRECT)
-    local = [name for name, version in locked_versions().items() if version.local]
+    local = [name for name, version in versions.items() if version.local]
     assert not local, "a build such as +cpu is the user's choice"
+    assert set(DIRECT) <= set(versions)
+    bounds = {name: r.specifier for name, r in DIRECT.items()}
+    unmet = [n for n, b in bounds.items() if not b.contains(versions[n], prereleases=True)]
+    assert not unmet
 
 
 def test_the_lock_of_hashes_has_the_versions_of_the_lock_and_a_hash_for_each():
@@ -90,14 +94,6 @@ def test_the_lock_of_hashes_has_the_versions_of_the_lock_and_a_hash_for_each():
     assert "://" not in text
 
 
-def test_lock_meets_every_bound_of_pyproject():
-    versions = locked_versions()
-    assert set(DIRECT) <= set(versions)
-    bounds = {name: r.specifier for name, r in DIRECT.items()}
-    unmet = [n for n, b in bounds.items() if not b.contains(versions[n], prereleases=True)]
-    assert not unmet
-
-
 def test_conda_takes_what_is_promised_up_to_what_is_locked():
     bounds = {name: r.specifier for name, r in read_conda().items() if name != "pip"}
     assert str(bounds.pop("python")) == PROJECT["requires-python"].replace(">=", "==")
@@ -106,11 +102,8 @@ def test_conda_takes_what_is_promised_up_to_what_is_locked():
         if name in bounds and str(bounds[name]) != f"=={version}":  # by pip
             assert bounds[name] == DIRECT[name].specifier & SpecifierSet(f"<={version}")
     assert "defaults" not in yaml.safe_load((ROOT / "environment.yml").read_text())["channels"]
-
-
-def test_the_other_groupy_is_required_nowhere():
-    """The package of that name is a chat client, and no group convolution."""
-    assert "groupy" not in {*DIRECT, *read_conda(), *locked_versions()}
+    # the package groupy is a chat client, and no group convolution
+    assert "groupy" not in {*DIRECT, *locked_versions()}
 
 
 def test_dot_venv_has_the_locked_versions():

@@ -88,10 +88,9 @@ def test_the_nearest_to_the_centroid_is_the_nearest(study, content):
 
 def test_errors_quote(study):
     images, metadata, found = study
-    wrong = [({}, 9, "no run"), (found, 3, "got 3"), (found, 9, "72 images")]
-    for given, n_images, quoted in wrong:
+    for given, n, quoted in (({}, 9, "no run"), (found, 3, "got 3"), (found, 9, "72 images")):
         with pytest.raises(ValueError, match=quoted):
-            explorer.gather(images[1:], metadata, given, LABEL, "x", n_images)
+            explorer.gather(images[1:], metadata, given, LABEL, "x", n)
 
 
 def test_the_sheet_holds_every_image(content):
@@ -101,7 +100,7 @@ def test_the_sheet_holds_every_image(content):
     assert np.abs(tiles.astype(int) - content["pixels"]).mean(axis=(1, 2)).max() < 4
 
 
-def test_the_page_is_one_file_with_notice_and_attribution(content, tmp_path):
+def test_the_page_is_one_file_with_notice_and_attribution(content, tmp_path, monkeypatch):
     path = explorer.save(content, tmp_path / "explorer.html")
     text = path.read_text(encoding="utf-8")
     outside = re.sub(r"<script\b.*?</script>", "", text, flags=re.DOTALL)
@@ -111,6 +110,9 @@ def test_the_page_is_one_file_with_notice_and_attribution(content, tmp_path):
     assert payload(text)["attribution"] == phantom.ATTRIBUTION
     assert "{{" not in outside
     assert str(tmp_path) not in text
+    monkeypatch.setattr(explorer, "MOST_BYTES", 1000)
+    with pytest.warns(UserWarning, match="lower n_images"):
+        explorer.save(content, path)
 
 
 def test_names_in_the_data_cannot_become_markup(content):
@@ -119,12 +121,6 @@ def test_names_in_the_data_cannot_become_markup(content):
     assert payload(page)["ids"][0] == evil
     assert evil not in page
     assert "<title>Explorer: &lt;/script&gt;" in page
-
-
-def test_a_page_that_is_too_large_warns(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(explorer, "MOST_BYTES", 1000)
-    with pytest.warns(UserWarning, match="lower n_images"):
-        explorer.save(content, tmp_path / "explorer.html")
 
 
 # --- in a browser
@@ -319,17 +315,16 @@ def test_turns_tell_who_keeps_its_cluster(page, content):
 def test_the_keyboard_does_what_the_mouse_does(page, content):
     cluster = page.evaluate("explorer.state.cluster")
     inside = members(content, 0, -1, cluster)
-    for key, place in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+    present = sorted(set(content["arms"][1]["epochs"][-1]))
+    for key, state, expected in (
+        *(("ArrowRight", "image", inside[1]), ("ArrowRight", "image", inside[2])),
+        *(("ArrowLeft", "image", inside[1]), ("r", "turn", 1), ("n", "arm", 1)),
+    ):
         page.keyboard.press(key)
-        assert page.evaluate("explorer.state.image") == inside[place]
-    page.keyboard.press("r")
-    assert page.evaluate("explorer.state.turn") == 1
+        assert page.evaluate(f"explorer.state.{state}") == expected
     page.keyboard.press("[")
     assert page.inner_text("#epoch-name") == "3 of 3"
     page.keyboard.press("]")
-    page.keyboard.press("n")
-    assert page.evaluate("explorer.state.arm") == 1
-    present = sorted(set(content["arms"][1]["epochs"][-1]))
     now = page.evaluate("explorer.state.cluster")
     page.keyboard.press("c")
     after = present[(present.index(now) + 1) % len(present)]

@@ -1,6 +1,5 @@
 """The groups against their axioms, against matrices, and against GrouPy's parametrisation written
-out by hand.
-"""
+out by hand."""
 
 import itertools
 import math
@@ -70,12 +69,10 @@ def test_maps_move_their_group_axis_by_the_inverse_element(group, g, u):
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_filter_indices_are_distinct_permutations(group, kernel_size):
     for stabilizer in (1, group.order):
-        indices = group.filter_indices(kernel_size, stabilizer)
-        assert indices.shape == (group.order, stabilizer * kernel_size**2)
-        assert torch.equal(
-            indices.sort(1).values, torch.arange(indices.shape[1]).expand_as(indices)
-        )
-        assert torch.equal(indices[0], torch.arange(indices.shape[1]))
+        indices, n = group.filter_indices(kernel_size, stabilizer), stabilizer * kernel_size**2
+        assert indices.shape == (group.order, n)
+        assert torch.equal(indices.sort(1).values, torch.arange(n).expand_as(indices))
+        assert torch.equal(indices[0], torch.arange(n))
         assert len(indices.unique(dim=0)) == (1 if indices.shape[1] == 1 else group.order)
 
 

@@ -60,13 +60,13 @@ def test_an_earlier_call_is_gone_on_with(server, tmp_path, waits):
     have = (tmp_path / "x.part").stat().st_size
     assert 700_000 < have <= 1_000_000
     assert sorted(waits) == waits
-    server.faults, server.log = [], []
+    server.faults = []
     assert download(server, tmp_path / "x").read_bytes() == CONTENT
     assert server.log[-1][2]["Range"].startswith(f"bytes={have}-")
     (tmp_path / "y.part").write_bytes(CONTENT)
-    server.log = []
+    before = len(server.log)
     assert download(server, tmp_path / "y").read_bytes() == CONTENT
-    assert len(server.log) == 1, "a part that is complete is only checked"
+    assert len(server.log) == before + 1, "a part that is complete is only checked"
 
 
 def test_wrong_bytes_are_thrown_away_and_then_fetched(server, tmp_path):

@@ -1,6 +1,5 @@
 """Runs are measured once, and what is measured ends in one file that claims, tables and figures
-read.
-"""
+read."""
 
 import json
 import shutil
@@ -70,13 +69,11 @@ def test_what_must_hold_by_construction(results):
     assert all(set(entry["seeds"]) == {"0", "1"} for entry in results["arms"].values())
     names = ("p4m", "p4m-index", "alexnet", "pixels", "random")
     p4m, index, alexnet, pixels, chance = (values_of(results, name) for name in names)
-    assert p4m["kept_lattice"] == 1
+    assert alexnet["kept_lattice"] < p4m["kept_lattice"] == 1
     assert p4m["distance_lattice"] < 1e-3
     assert p4m["tells_mirrored"] == p4m["tells_upside_down"] == 0.5
-    assert alexnet["kept_lattice"] < 1
     assert 0 <= p4m["kept_drawn"] <= 1
-    assert "nmi_sd" not in pixels
-    assert "auroc_macro" in pixels
+    assert {"nmi_sd", "auroc_macro"} & set(pixels) == {"auroc_macro"}
     assert "auroc_macro" not in chance
     assert abs(chance["ami_final"]) < 0.2
     assert 2 <= index["settled_ami"] <= 3
@@ -87,13 +84,10 @@ def test_what_must_hold_by_construction(results):
     assert any(line.startswith("cnn_flops: no finished run") for line in results["missing"])
 
 
-def test_the_file_is_small_json_and_is_what_was_returned(results):
+def test_what_was_measured_is_a_small_file_and_is_not_measured_again(results, monkeypatch):
     path = paths.runs_dir("tiny") / "results.json"
     assert paths.load_json(path) == json.loads(path.read_text()) == results
     assert path.stat().st_size < 25_000 * len(TRAINED) * 2 + 100_000
-
-
-def test_what_was_measured_is_read_and_not_measured_again(results, monkeypatch):
     monkeypatch.setattr(parts, "PARTS", None)
     monkeypatch.setattr(measure, "turned_phantoms", None)
     again = measure.gather("tiny", effort=EFFORT)
@@ -107,17 +101,14 @@ def test_kept_numbers_stand_in_for_runs_that_are_gone(results, tmp_path, monkeyp
     monkeypatch.setattr(parts, "PARTS", None)
     measure.keep(results)
     root = tmp_path / "data"
-    shutil.copytree(paths.data_root() / "tiny", root / "tiny")
-    shutil.copytree(
-        paths.run_dir("tiny", "alexnet", 0), root / "runs" / "tiny" / "alexnet" / "seed0"
-    )
+    for part in ("tiny", "runs/tiny/alexnet/seed0"):
+        shutil.copytree(paths.data_root() / part, root / part)
     monkeypatch.setenv("CXR_DATA_DIR", str(root))
     again = measure.gather("tiny", effort=EFFORT)
     again["comparisons"] = claims.compare_all(again, measure.answers(again), n_boot=20)
     assert set(again["arms"]) == set(results["arms"])
-    for ours, theirs in zip(again["comparisons"], results["comparisons"], strict=True):
-        for one, other in zip(ours["verdicts"], theirs["verdicts"], strict=True):
-            assert one["n"] == other["n"]
+    ours, theirs = ([c["verdicts"] for c in some["comparisons"]] for some in (again, results))
+    assert [[v["n"] for v in of] for of in ours] == [[v["n"] for v in of] for of in theirs]
     silhouettes = (claims.values_of(some, "p4m", "silhouette") for some in (again, results))
     assert next(silhouettes) == pytest.approx(next(silhouettes), rel=1e-5)
 
@@ -181,13 +172,11 @@ def test_pages_and_tables_say_what_the_numbers_say(results):
     ("columns", "said"),
     [
         ({"findings": ["COVID-19", "Normal"] * 16}, "2 labels, mean AUROC"),
-        ({}, "not defined: fewer than 2 classes"),
-        ({"split": "train", "patient_id": "ANONYMOUS"}, "not defined: no test images"),
-        ({"findings": ""}, "not defined: no labels"),
+        ({"findings": "", "split": "train", "patient_id": "ANONYMOUS"}, "not defined: no labels"),
     ],
 )
 def test_any_labels_and_patients_end_in_pages(tmp_path, monkeypatch, columns, said):
-    """From runs to every page, on data of a user's own."""
+    """From runs to every page, on data of a user's own; test_parts.py has more that is odd."""
     monkeypatch.setenv("CXR_DATA_DIR", str(tmp_path))
     pictures = np.random.default_rng(0).integers(0, 256, (32, 64, 64), dtype=np.uint8)
     write("own", pictures, metadata(32, **columns), kind="folder")

@@ -63,24 +63,24 @@ def strings(value, key=""):
             yield from strings(item, name)
 
 
-def test_they_are_numbered_without_a_gap():
+def test_they_are_numbered_without_a_gap_and_define_no_function_twice():
     numbers = [int(path.name[:2]) for path in find_notebooks()]
     assert numbers == list(range(len(numbers)))
     assert len(numbers) >= 6
+    owners = {}
+    for path in NOTEBOOKS:
+        for node in nodes(path, ast.FunctionDef):
+            owners.setdefault(node.name, set()).add(path.name)
+    assert {name: paths for name, paths in owners.items() if len(paths) > 1} == {}
 
 
 @each_notebook
-def test_is_valid_and_has_the_kernel_that_everyone_has(path):
+def test_is_valid_and_begins_with_title_question_and_badges(path):
     notebook = read(path)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
     assert "papermill" not in notebook.metadata, "this is an executed copy"
-
-
-@each_notebook
-def test_begins_with_title_question_and_badges(path):
-    cells = read(path).cells
-    header = cells[0].source
+    header = notebook.cells[0].source
     number = path.name[:2] if path.name[:2].isdigit() else ""
     assert re.match(rf"# {number}\b", header)
     assert "?**" in header, "the header asks the one question that the notebook answers"
@@ -93,33 +93,17 @@ def test_begins_with_title_question_and_badges(path):
 
 
 @each_notebook
-def test_parameters_are_the_third_code_cell_and_literals(path):
+def test_is_short_has_parameters_and_checks_its_results(path):
     tags = [cell.metadata.get("tags", []) for cell in code_cells(path)]
     assert [i for i, tag in enumerate(tags) if "parameters" in tag] == [2]
-    assert "dataset" in read_parameters(path)
-
-
-@each_notebook
-def test_is_short_and_checks_its_results(path):
+    assert "dataset" in read_parameters(path)  # literals, or it raises
     for cell in code_cells(path):
         assert len(list(filter(str.strip, cell.source.splitlines()))) <= 25
     assert path.stat().st_size <= 500_000
     assert not nodes(path, ast.ClassDef), "classes belong in lib"
     assert nodes(path, ast.Assert)
-
-
-def test_no_function_is_defined_in_two():
-    owners = {}
-    for path in NOTEBOOKS:
-        for node in nodes(path, ast.FunctionDef):
-            owners.setdefault(node.name, set()).add(path.name)
-    assert {name: paths for name, paths in owners.items() if len(paths) > 1} == {}
-
-
-@each_notebook
-def test_uses_what_it_imports_and_no_parameter_takes_its_place(path):
-    assert imported(path) - {node.id for node in nodes(path, ast.Name)} == set()
-    assert not set(read_parameters(path)) & imported(path)
+    assert imported(path) - {node.id for node in nodes(path, ast.Name)} == set(), "not used"
+    assert not set(read_parameters(path)) & imported(path), "a parameter takes its place"
 
 
 @pytest.mark.parametrize("name", ["02_train_alexnet", "03_train_p4m"])
@@ -179,10 +163,15 @@ def test_the_patterns_find_what_they_should(pattern, text, expected):
     assert bool(pattern.search(text)) is expected
 
 
-def test_presets_have_the_same_keys_and_only_those_of_the_notebooks():
+def test_presets_have_the_same_keys_and_that_of_the_paper_is_the_papers():
     assert sorted(p.stem for p in (ROOT / "notebooks" / "params").glob("*.yaml")) == PRESETS
     keys = [set(read_preset(name)) for name in PRESETS]  # raises for one that no notebook has
     assert all(each == keys[0] for each in keys)
+    paper = read_preset("paper")
+    published = {"n_clusters": 200, "pca_dim": 64, "epochs": 20, "batch_size": 256, "lr": 1e-3}
+    published |= {"weight_decay": 1e-4, "p4m_width": [64, 128, 256]}
+    assert published.items() <= paper.items()
+    assert len(paper["seeds"]) >= 3
 
 
 @each_notebook
@@ -193,11 +182,3 @@ def test_defaults_are_the_smoke_preset(path):
     shared = set(defaults) & set(smoke)
     assert shared
     assert {name: defaults[name] for name in shared} == {name: smoke[name] for name in shared}
-
-
-def test_paper_preset_is_the_papers():
-    paper = read_preset("paper")
-    published = {"n_clusters": 200, "pca_dim": 64, "epochs": 20, "batch_size": 256, "lr": 1e-3}
-    published |= {"weight_decay": 1e-4, "p4m_width": [64, 128, 256]}
-    assert {name: paper[name] for name in published} == published
-    assert len(paper["seeds"]) >= 3

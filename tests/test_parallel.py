@@ -74,13 +74,10 @@ def test_two_processes_compute_what_one_does(tmp_path):
     np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-3)
 
 
-def test_shares_cover_all_rows_once():
+def test_shares_cover_all_rows_once_and_a_device_that_is_absent_is_named(monkeypatch):
     for n, size in ((7, 3), (2, 4), (100, 1)):
         shares = [parallel.World(rank, size).share(n) for rank in range(size)]
         assert [i for share in shares for i in range(n)[share]] == list(range(n))
-
-
-def test_a_device_that_is_absent_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto").type == "cpu"
     with pytest.raises(RuntimeError, match="cuda"):

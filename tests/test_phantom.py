@@ -78,7 +78,7 @@ def test_images_are_those_of_earlier_versions():
     np.testing.assert_allclose(images.mean((1, 2))[:6], means, atol=0.05)
 
 
-def test_shapes_types_and_names(drawn):
+def test_shapes_names_and_gray_scale(drawn):
     images, metadata = drawn
     assert (images.shape, images.dtype) == ((1500, 64, 64), np.uint8)
     columns = "image_id patient_id findings view_position age sex side exposure angle mirrored"
@@ -97,10 +97,6 @@ def test_shapes_types_and_names(drawn):
     by_patient = metadata.groupby("patient_id")
     assert (by_patient["sex"].nunique() == 1).all()
     assert by_patient["age"].diff().dropna().between(0, 1).all()
-
-
-def test_every_image_uses_the_gray_scale_and_the_exposure_is_seen(drawn):
-    images, metadata = drawn
     low, high = np.percentile(images, (1, 99), axis=(1, 2))
     assert images.std((1, 2)).min() > 15
     assert low.mean() < 20 < 190 < high.mean()
@@ -161,8 +157,8 @@ def test_quarter_turns_and_mirror_are_exact():
 def test_any_orientation_is_the_upright_phantom_turned_and_not_blurred():
     upright, metadata = make_phantoms(200, 2)
     turned, moved = make_phantoms(200, 2, "any")
-    pose = ["angle", "mirrored"]
-    pd.testing.assert_frame_equal(metadata.drop(columns=pose), moved.drop(columns=pose))
+    same = metadata.columns.drop(["angle", "mirrored"])
+    pd.testing.assert_frame_equal(metadata[same], moved[same])
     assert 0.3 < moved["mirrored"].mean() < 0.7
     assert np.bincount((moved["angle"] // 45).astype(int), minlength=8).min() > 10
     disc = np.hypot(*(np.mgrid[:64, :64] - 31.5)) < 29

@@ -73,7 +73,9 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_names_its_data_and_no_text_is_cut_off_or_overlaps(name):
+    before = dict(matplotlib.rcParams)
     figure = FIGURES[name]()
+    assert dict(matplotlib.rcParams) == before, "the settings are the user's"
     assert LABEL in said(figure)
     assert figure.get_figwidth() in style.COLUMN_INCHES.values()
     shown = list(drawn_texts(figure).items())
@@ -85,8 +87,8 @@ def test_a_figure_names_its_data_and_no_text_is_cut_off_or_overlaps(name):
 
 
 def test_an_arm_looks_the_same_in_every_figure():
-    assert style.arm("alexnet").line == {"color": "#0072B2", "marker": "o"}
-    assert style.arm("p4m").line == {"color": "#D55E00", "marker": "s"}
+    for name, (color, marker) in {"alexnet": ("#0072B2", "o"), "p4m": ("#D55E00", "s")}.items():
+        assert style.arm(name).line == {"color": color, "marker": marker}
     assert style.arm("my_arm-wide").title == "my arm, wide"
     assert style.arm_order(["p4", "p4m", "alexnet"]) == ["alexnet", "p4m", "p4"]
     assert len({style.arm(name) for name in made.arms()}) == len(made.arms())
@@ -95,10 +97,12 @@ def test_an_arm_looks_the_same_in_every_figure():
         assert style.arm("p4m").colour in colours, name
 
 
-def test_labels_are_any_with_no_finding_first():
+def test_labels_are_any_with_no_finding_first_and_an_epoch_that_is_there_twice_is_refused():
     assert style.label_names(["b|a", "No Finding", "", "a"]) == ["No Finding", "a", "b"]
     assert len(style.label_names([str(i) for i in range(30)])) == 24
     assert style.label_names([""]) == []
+    with pytest.raises(ValueError, match="duplicate"):
+        style.by_seed(pd.concat([RUNS["p4m"], RUNS["p4m"]]), "nmi_prev")
 
 
 @pytest.mark.parametrize("name", ["pipeline", "nmi", "cooccurrence", "brightness", "atlas"])
@@ -123,27 +127,6 @@ def test_save_writes_300_dpi_and_self_contained_svg(tmp_path):
     assert sorted(p.name for p in png.parent.iterdir()) == [png.name, svg.name]
 
 
-def test_save_keeps_the_old_file_when_drawing_fails(tmp_path, monkeypatch):
-    (tmp_path / "fig.png").write_bytes(b"old")
-
-    def half(self, handle, **kwargs):
-        handle.write(b"half of a picture")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", half)
-    with pytest.raises(OSError, match=r"fig\.png"):
-        style.save(FIGURES["probes"](), tmp_path / "fig")
-    assert (tmp_path / "fig.png").read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["fig.png"]
-
-
-def test_drawing_leaves_the_settings_of_the_user_alone():
-    before = dict(matplotlib.rcParams)
-    FIGURES["atlas"]()
-    FIGURES["loss"]()
-    assert dict(matplotlib.rcParams) == before
-
-
 @pytest.mark.parametrize("name", ["nmi", "sobel"])
 def test_notebooks_show_all_figures_alike_and_thin_lines_in_colour(name, monkeypatch):
     kept = {}
@@ -156,8 +139,3 @@ def test_notebooks_show_all_figures_alike_and_thin_lines_in_colour(name, monkeyp
     pixels = np.asarray(image).reshape(-1, 3).astype(int)
     for color in style.PALETTE[:2] if name == "nmi" else ():
         assert np.abs(pixels - 255 * np.array(to_rgb(color))).max(axis=1).min() <= 24, color
-
-
-def test_an_epoch_that_is_there_twice_is_refused():
-    with pytest.raises(ValueError, match="duplicate"):
-        style.by_seed(pd.concat([RUNS["p4m"], RUNS["p4m"]]), "nmi_prev")

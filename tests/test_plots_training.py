@@ -8,19 +8,9 @@ from sklearn.metrics import normalized_mutual_info_score, silhouette_score
 
 from lib import paths
 from lib.plots import pipeline, style, training
+from tests import figures as made
 from tests.drawing import legend, rows, said
-from tests.figures import (
-    LABEL,
-    PUBLISHED,
-    RUNS,
-    classes,
-    effect,
-    maps,
-    metrics,
-    probes,
-    runs_table,
-    xrays,
-)
+from tests.figures import LABEL, PUBLISHED, RUNS, classes, metrics, probes, xrays
 
 
 def thin(axes):
@@ -38,17 +28,17 @@ def dotted(axes):
 def test_agreement_of_seeds_their_mean_and_the_published_curve_corrected_for_chance():
     figure = training.nmi_curves(RUNS, PUBLISHED, 0.2, LABEL)
     left, right = figure.axes
-    assert left.get_title() == "AlexNet\nrotation augmentation"
-    assert right.get_title() == "P4M\nno augmentation"
+    titles = ["AlexNet\nrotation augmentation", "P4M\nno augmentation"]
+    assert [axes.get_title() for axes in figure.axes] == titles
     mean = RUNS["p4m"].groupby("epoch")["ami_prev"].mean().dropna()
     np.testing.assert_allclose(marked(right, "s").get_xydata(), np.c_[mean.index, mean])
     assert f"P4M {mean.iloc[-1]:.2f}" in figure.get_suptitle()
     assert len(thin(right)) == 3
     known = PUBLISHED[(PUBLISHED["arm"] == "p4m") & (PUBLISHED["epoch"] <= 6)]
     np.testing.assert_allclose(dotted(right).get_ydata(), (known["nmi_prev"] - 0.2) / 0.8)
-    assert left.get_ylim() == right.get_ylim()
-    assert left.get_ylim()[0] == 0
-    assert left.get_ylim()[1] < 0.8, "no empty half"
+    bottom, top = left.get_ylim()
+    assert right.get_ylim() == (bottom, top)
+    assert bottom == 0 < top < 0.8, "no empty half"
 
 
 def test_the_mean_uses_only_epochs_that_all_seeds_have():
@@ -84,8 +74,8 @@ def test_known_classes_draw_seeds_and_mark_the_untrained_network():
     panels = {"upright": {"alexnet": classes(), "p4m": classes(1)}, "turned": {"p4m": classes()}}
     figure = training.known_classes(panels, LABEL, "digit")
     left, right = figure.axes[:2]
-    assert (left.get_title(), right.get_title()) == ("upright", "turned")
-    assert left.get_ylabel() == "AMI with the digit"
+    shown = left.get_title(), right.get_title(), left.get_ylabel()
+    assert shown == ("upright", "turned", "AMI with the digit")
     assert left.get_ylim()[0] <= 0 <= left.get_ylim()[1] <= 1.02
     hollow = [x for x in left.lines if x.get_markerfacecolor() == "white"]
     assert [(x.get_xdata()[0], x.get_color()) for x in hollow] == [(0, "#0072B2"), (0, "#D55E00")]
@@ -100,7 +90,7 @@ def test_known_classes_draw_seeds_and_mark_the_untrained_network():
 
 
 def test_occupancy_rings_the_runs_that_collapsed():
-    figure = training.occupancy(runs_table(), LABEL, 0.5)
+    figure = training.occupancy(made.runs_table(), LABEL, 0.5)
     axes = figure.axes[0]
     assert "2 of 3 collapsed\nleast: 12 of 20 used, perplexity 19" in rows(axes)[0]
     assert "0 of 2 collapsed" in rows(axes)[1]
@@ -110,7 +100,7 @@ def test_occupancy_rings_the_runs_that_collapsed():
 
 
 def test_tsne_numbers_and_outlines_clusters_and_tells_the_silhouette_of_the_map():
-    points, clusters, findings = maps()
+    points, clusters, findings = made.maps()
     figure = training.tsne_maps(points, clusters, findings, LABEL)
     panels = figure.axes
     silhouette = silhouette_score(points["alexnet"], clusters["alexnet"])
@@ -131,14 +121,9 @@ def test_tsne_numbers_and_outlines_clusters_and_tells_the_silhouette_of_the_map(
     assert len(legend(figure)) == 4 + 6
     one = training.tsne_maps(points, dict.fromkeys(points, np.zeros(300)), findings, LABEL)
     assert "not defined" in one.axes[0].get_title()
-
-
-def test_tsne_says_apart_of_clusters_that_are():
-    far = np.repeat([[0, 0], [50, 0], [0, 50]], 20, axis=0) + np.random.default_rng(0).random(
-        (60, 2)
-    )
-    figure = training.tsne_maps({"p4m": far}, {"p4m": np.arange(60) // 20}, ["a", "b"] * 30, LABEL)
-    above, below = figure.axes
+    kinds = np.arange(60) // 20
+    far = np.array([[0, 0], [50, 0], [0, 50]])[kinds] + np.random.default_rng(0).random((60, 2))
+    above, below = training.tsne_maps({"p4m": far}, {"p4m": kinds}, ["a", "b"] * 30, LABEL).axes
     assert "\napart, silhouette 0.9" in above.get_title()
     assert "labels: mixed" in below.get_title()
 
@@ -157,8 +142,7 @@ def test_samples_prefer_images_with_one_label():
 
 
 def test_samples_outline_what_a_label_changes():
-    images, findings = xrays()
-    figure = training.samples(images, findings, LABEL, effect=effect)
+    figure = training.samples(*xrays(), LABEL, effect=made.effect)
     lines = {axes.get_title(loc="left")[:4]: len(axes.collections) for axes in figure.axes}
     assert (lines["Mass"], lines["Effu"]) == (4, 0)
     assert "outlined" in said(figure)
@@ -178,10 +162,9 @@ def test_clusters_show_the_largest_first_and_the_nearest_first():
 
 def test_probes_have_a_panel_per_target():
     figure = training.probe_bars(probes(), LABEL)
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == ["clusters", "label combinations", "findings"]
-    measures = [axes.get_xlabel() for axes in figure.axes]
-    assert measures == ["accuracy", "accuracy", "mean AUROC"]
+    found = {axes.get_title(loc="left"): axes.get_xlabel() for axes in figure.axes}
+    measures = {"clusters": "accuracy", "label combinations": "accuracy", "findings": "mean AUROC"}
+    assert found == measures
     for axes, (_, group) in zip(figure.axes, probes().groupby("target", sort=False), strict=True):
         drawn = np.concatenate([line.get_xdata() for line in axes.lines])
         assert set(group.iloc[:, 2:8].stack().dropna()) <= set(drawn)
@@ -196,9 +179,6 @@ def test_pipeline_names_every_step_and_draws_eight_different_poses():
         assert step in said(figure)
     pictures = [np.asarray(image.get_array()) for image in figure.axes[0].images]
     assert len({image.tobytes() for image in pictures if image.shape == (5, 5)}) == 8
-
-
-# --- the published numbers that figures show ------------------------------------------------------
 
 
 def test_published_numbers_are_the_facts():

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_a_table_that_matches_few_images_or_none_is_no_success(tmp_path):
         assert run(folder)[1].loc["a.png", "findings"] == "Hernia"
 
 
-def test_repeated_names(tmp_path):
+def test_names_that_are_repeated_or_that_no_csv_can_hold(tmp_path):
     folder = make_folder(tmp_path / "in", 4)
     ramps(folder, "images_002/00000001_000.png", "p1/frontal.png", "p2/frontal.png")
     with pytest.warns(UserWarning, match="1 images were left out"):
@@ -112,11 +113,7 @@ def test_repeated_names(tmp_path):
     assert metadata["image_id"].tolist()[-2:] == ["p1/frontal.png", "p2/frontal.png"]
     first = gray(folder / "images_001/images/00000001_000.png")
     np.testing.assert_array_equal(data.load_images(tmp_path / "out")[0], first)
-
-
-def test_names_that_no_csv_can_hold_are_escaped(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
+    (folder := tmp_path / "odd").mkdir()
     try:
         for name in (b"line\nbreak.png", b"latin-\xe9.png", "äö, \"'.png".encode()):
             Image.fromarray(RAMP).save(os.fsdecode(os.path.join(os.fsencode(folder), name)))
@@ -140,9 +137,8 @@ def test_a_folder_as_on_a_hospitals_disc(tmp_path):
     with pytest.warns(UserWarning, match="describes 1 of 5"):
         manifest, metadata = run(folder)
     assert list(metadata.index) == ["1.2.840.7", "IM0001", "b.jpg", "wrong.png"]
-    known = ["findings", "age", "sex", "view_position"]
-    assert metadata.loc["IM0001", known].tolist() == ["Mass", 50.0, "F", "PA"]
-    assert metadata.loc["wrong.png", known].tolist() == ["", 60.0, "F", "PA"]
+    known = metadata.loc[["IM0001", "wrong.png"], ["findings", "age", "sex", "view_position"]]
+    assert known.to_numpy().tolist() == [["Mass", 50.0, "F", "PA"], ["", 60.0, "F", "PA"]]
     ids = metadata["patient_id"]
     assert ids["IM0001"] == ids["wrong.png"] != ids["1.2.840.7"]
     assert manifest["image_modes"] == {"DICOM MONOCHROME2": 3, "L": 1}
@@ -164,9 +160,9 @@ def test_one_patient_named_for_all_images(tmp_path):
         dicom(tmp_path / "in" / f"{number}.dcm", PatientID="ANONYMOUS")
     with pytest.warns(UserWarning, match="one patient"):
         manifest, metadata = run(tmp_path / "in")
-    assert (manifest["split"]["train"], manifest["split"]["test"]) == (8, 2)
-    assert "one patient" in manifest["split"]["method"]
-    assert manifest["patients"] == 0
+    split = manifest["split"]
+    assert (split["train"], split["test"], manifest["patients"]) == (8, 2, 0)
+    assert "one patient" in split["method"]
     assert len(set(data.patient_groups(metadata))) == 10
 
 
@@ -206,8 +202,7 @@ def test_outliers_are_counted_and_dropped_if_asked(tmp_path):
     for name, image in values.items():
         Image.fromarray(image.astype(np.uint8)).save(folder / f"{name}.png")
     manifest, _ = run(folder)
-    odd = manifest["outliers"]
-    assert odd["too dark"] == odd["too bright"] == odd["constant"] == 1
+    assert {"too dark": 1, "too bright": 1, "constant": 1}.items() <= manifest["outliers"].items()
     with_all = np.array(data.load_images(tmp_path / "out"))
     manifest, _ = run(folder, drop_outliers=True)
     assert [item["file"] for item in manifest["dropped"]] == ["bright.png", "dark.png", "flat.png"]
@@ -239,6 +234,8 @@ def test_killed_at_any_rename_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
 
 def test_done_work_is_not_done_again(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "in", 4)
+    with paths.alone(tmp_path / "out"), pytest.raises(paths.BusyError):  # another process's
+        run(folder)
     manifest, _ = run(folder)
     with monkeypatch.context() as patched:
         patched.setattr(decode, "decode", lambda *a, **k: pytest.fail("decoded again"))
@@ -268,16 +265,9 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(tmp_path):
     command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=False)
     assert done.returncode == 3, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert "could not write" in done.stdout
+    assert re.fullmatch(".*could not write.*\n", done.stdout)
     assert not any((tmp_path / "out" / name).exists() for name in FILES)
     assert run(folder)[0]["images"] == 40
-
-
-def test_a_folder_in_which_another_process_works(tmp_path):
-    folder = make_folder(tmp_path / "in", 4)
-    with paths.alone(tmp_path / "out"), pytest.raises(paths.BusyError):
-        run(folder)
 
 
 @needs_sample

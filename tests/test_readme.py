@@ -28,20 +28,12 @@ def mean(arm, measure):
     return f"{np.mean(found):.3f}"
 
 
-def test_result_at_a_glance_is_the_committed_result():
+def test_results_in_the_pages_are_the_committed_ones():
     table = report.glance(paths.load_json(FIGURES / "phantom" / "results.json"))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert f"<!-- glance -->\n{table}\n<!-- /glance -->" in page
-
-
-def test_what_we_found_is_the_published_study():
     text = verdicts.findings(paths.load_json(FIGURES / "nih-9k" / "results.json"))
     assert f"<!-- study -->\n{text}\n<!-- /study -->" in README
-
-
-def test_readme_is_short_and_begins_with_a_picture():
-    assert len(README.split()) <= 1200
-    assert any(line.startswith("![") for line in README.splitlines()[:15])
 
 
 def test_numbers_in_the_prose_are_the_committed_ones():
@@ -64,7 +56,9 @@ def test_numbers_in_the_prose_are_the_committed_ones():
     assert f"one of them took was {max(peaks):.2f} GB" in text
 
 
-def test_every_notebook_and_every_room_is_listed():
+def test_readme_is_short_and_lists_every_notebook_and_every_room():
+    assert len(README.split()) <= 1200
+    assert any(line.startswith("![") for line in README.splitlines()[:15]), "a picture first"
     listed = re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\)", README, re.MULTILINE)
     assert listed == [path.stem for path in find_notebooks()] + ["equivariance"]
     rooms = [path.parent.name for path in (ROOT / "lib").glob("*/__init__.py")]
@@ -88,22 +82,14 @@ def test_options_named_are_options(capsys):
         with pytest.raises(SystemExit):
             parse([name, "--help"])
         known |= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    pages = README + "".join(
-        page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")
-    )
-    named = set(re.findall(r"(?:`|run_all\.sh )(--[a-z-]+)", pages))
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    named = set(re.findall(r"(?:`|run_all\.sh )(--[a-z-]+)", "".join([README, *pages])))
     assert len(named) >= 12
     assert named <= known
 
 
-NIH = (
-    "README.md",
-    "docs/MODEL_CARD.md",
-    "docs/data.md",
-    "data/README.md",
-    "data/manifests/README.md",
-)
-NIH += ("figures/nih-9k/claims.md",)
+NIH = ("README.md", "docs/MODEL_CARD.md", "docs/data.md", "data/README.md")
+NIH += ("data/manifests/README.md", "figures/nih-9k/claims.md")
 DRAWN = ("figures/phantom/summary.md", "figures/phantom/claims.md")
 
 
@@ -154,15 +140,12 @@ def test_every_error_text_of_the_faq_is_one_that_the_code_has():
     assert absent == []
 
 
-def test_every_command_is_run_or_says_why_not():
+def test_every_command_is_found_and_is_run_or_says_why_not():
+    text = "Call `./run_all.sh --data X`, not `run`.\n\n    python -m a \\\n        --b   # why\n"
+    text += "    other thing\n\n```python\nimport c\n```\n"
+    assert readme_commands.shown(text) == ["python -m a --b", "./run_all.sh --data X"]
     pages = [page.read_text(encoding="utf-8") for page in readme_commands.PAGES]
     found = {command for page in pages for command in readme_commands.shown(page)}
     assert found == set(readme_commands.COMMANDS)
     run = [how for how in readme_commands.COMMANDS.values() if readme_commands.NOT not in how]
     assert len(run) >= 8
-
-
-def test_commands_are_found_where_a_page_shows_them():
-    text = "Call `./run_all.sh --data X`, not `run`.\n\n    python -m a \\\n        --b   # why\n"
-    text += "    other thing\n\n```python\nimport c\n```\n"
-    assert readme_commands.shown(text) == ["python -m a --b", "./run_all.sh --data X"]

@@ -1,5 +1,6 @@
 """Text says what numbers say, collapse is told, several notebooks share one page of captions."""
 
+import copy
 import math
 import re
 
@@ -38,24 +39,17 @@ def test_captions_stand_once_however_often_they_are_written(summary):
 
 
 def test_a_new_summary_keeps_the_captions_of_the_others(summary):
-    report.save_summary(summary, "# Summary: old\n")
-    add(summary, "06_claims", {"fig5_claims": "Differences."})
-    report.save_summary(summary, "# Summary: new\n")
-    text = summary.read_text(encoding="utf-8")
+    text = add(summary, "06_claims", {"fig5_claims": "Differences."})
     begin = "<!-- figures of 06_claims -->\n## Figures of 06_claims\n"
-    assert text.startswith(f"# Summary: new\n\n{begin}")
+    assert text.startswith(f"# Figures: {LABEL}\n\n{ATTRIBUTION}\n\n{begin}")
+    for title in ("old", "new"):
+        report.save_summary(summary, f"# Summary: {title}\n")
+        text = summary.read_text(encoding="utf-8")
+        assert text.startswith(f"# Summary: {title}\n\n{begin}")
+        assert "**fig5_claims**" in text
+        assert ATTRIBUTION not in text
     assert "old" not in text
     assert text == add(summary, "06_claims", {"fig5_claims": "Differences."})
-
-
-def test_without_a_summary_there_are_captions_and_the_attribution(summary):
-    text = add(summary, "06_claims", {"fig5_claims": "Differences."})
-    head = f"# Figures: {LABEL}\n\n{ATTRIBUTION}\n\n"
-    assert text.startswith(f"{head}<!-- figures of 06_claims -->\n")
-    report.save_summary(summary, "# Summary: x\n")
-    text = summary.read_text(encoding="utf-8")
-    assert ATTRIBUTION not in text
-    assert "**fig5_claims**" in text
 
 
 def page_comparison(n_seeds, effects=None):
@@ -65,8 +59,8 @@ def page_comparison(n_seeds, effects=None):
     return found | {"comparisons": claims.compare_all(found)}
 
 
-@pytest.fixture
-def results():
+@pytest.fixture(scope="module")
+def compared():
     """P4M is better in one claim; one AlexNet of eight collapsed; no labels."""
     found = page_comparison(8, {"ami_free": 30})
     about = {"backbone": "p4m", "rotation": False, "pseudo_labels": "clusters"}
@@ -80,17 +74,19 @@ def results():
     return found | {"comparisons": claims.compare_all(found)}
 
 
+@pytest.fixture
+def results(compared):
+    return copy.deepcopy(compared)
+
+
 def rows_of(text, first):
     return [line for line in text.splitlines() if line.startswith(f"| {first}")]
 
 
-def test_numbers_and_spans():
+def test_numbers_spans_and_cells_of_a_table():
     assert [report.number(x) for x in (0.1234, None, math.inf)] == ["0.123", "–", "–"]
     assert report.span(0.1, 0.25, 2) == "0.10 to 0.25"
     assert report.span(math.nan, math.nan) == report.span(None, None) == "–"
-
-
-def test_a_table_has_as_many_cells_as_columns():
     text = report.table(["a", "b"], [["1", "x|y"], ["2", ""]], figures=True)
     assert {line.count("|") for line in text.splitlines()} == {3}
     assert text.splitlines()[1] == "|---|---:|"
@@ -103,8 +99,7 @@ def test_collapse_is_marked_and_no_interval_is_given_over_a_mixture(results):
     text = report.occupancy_table(results)
     assert "0.10, 0.80, 0.10, 0.10" in text
     assert "seed 1 †" in text
-    assert report.COLLAPSED in text
-    for page in (verdicts.verdict_table(results), verdicts.verdict_matrix(results)):
+    for page in (text, verdicts.verdict_table(results), verdicts.verdict_matrix(results)):
         assert report.COLLAPSED in page
     for run in results["arms"]["alexnet"]["seeds"].values():
         run["values"]["largest_cluster"] = 0.9
@@ -131,9 +126,8 @@ def test_verdicts_are_the_numbers(results):
 
 def test_few_seeds_cannot_tell_and_the_number_that_would_is_said():
     found = page_comparison(1)
-    assert verdicts.verdict_table(found).count("cannot tell at n = 1; not even 200") == len(
-        claims.CLAIMS
-    )
+    count = verdicts.verdict_table(found).count("cannot tell at n = 1; not even 200")
+    assert count == len(claims.CLAIMS)
     assert " to " not in report.cell(found, "p4m", "ami_free")
 
 
@@ -160,13 +154,10 @@ def test_findings_are_a_line_per_claim_and_what_the_controls_add(results):
     assert any("P4M's parameters" in line and "supported" in line for line in lines)
 
 
-def test_nothing_to_compare():
+def test_nothing_to_compare_and_labels_of_data_sets():
     found = as_results({"alexnet": {0: {"silhouette": 0.1}}}) | {"comparisons": []}
     for text in (verdicts.verdict_table(found), verdicts.verdict_matrix(found)):
         assert "compared" in text
-
-
-def test_dataset_label():
     assert report.dataset_label("phantom", 2000) == "synthetic phantom, 2,000 images"
     assert report.dataset_label("digits", 1797).startswith("handwritten digits")
     assert report.dataset_label("folder", 1) == "own images, 1 images"

@@ -22,13 +22,6 @@ def test_regions_follow_the_paper():
     assert regions(1) == [(0, 0, 1)]
 
 
-@pytest.mark.parametrize("size", [3, 7, 8])
-def test_regions_are_symmetric(size):
-    found = set(regions(size))
-    assert {(size - side - top, left, side) for top, left, side in found} == found
-    assert {(left, top, side) for top, left, side in found} == found
-
-
 def test_rmac_is_its_definition_and_the_same_for_turned_maps():
     maps = torch.rand(3, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(3, 5)
@@ -37,7 +30,8 @@ def test_rmac_is_its_definition_and_the_same_for_turned_maps():
         expected += vector / vector.norm(dim=1, keepdim=True)
     expected /= expected.norm(dim=1, keepdim=True)
     torch.testing.assert_close(rmac(maps), expected)
-    torch.testing.assert_close(rmac(torch.rot90(maps.flip(3), 1, (2, 3))), expected)
+    for some in (maps, maps[..., :7, :7], maps[..., :3, :3]):
+        torch.testing.assert_close(rmac(torch.rot90(some.flip(3), 1, (2, 3))), rmac(some))
     assert rmac(torch.zeros(1, 5, 8, 8)).eq(0).all()
 
 
@@ -51,8 +45,7 @@ def test_p4m_finds_a_mirrored_copy_first():
 
 
 def test_nearest_leaves_out_the_query_and_its_patient():
-    vectors = np.array([[1, 0], [1, 0.1], [0, 1], [1, 0.2]])
-    vectors = unit(vectors)
+    vectors = unit(np.array([[1, 0], [1, 0.1], [0, 1], [1, 0.2]]))
     assert nearest(vectors, np.array([0]), 2).tolist() == [[1, 3]]
     found = nearest(vectors, np.array([0]), 3, patients=np.array([0, 0, 1, 2]))
     assert found.tolist() == [[3, 2, -1]]
@@ -63,7 +56,6 @@ def test_precision_finds_planted_findings_and_counts_patients_apart():
     n = 400
     targets, patients = rng.random((n, 2)) < [0.3, 0.1], np.arange(n) // 4
     noise = rng.normal(size=(n, 8))
-
     blind = precision_at_k(unit(noise), targets, patients)
     assert blind["precision"] == pytest.approx(blind["chance"], abs=0.05)
     assert blind["chance"] == pytest.approx(targets.mean(axis=0), abs=0.03)

@@ -102,23 +102,15 @@ def test_export_of_other_images_is_refused(images, tmp_path):
         reuse.export(folder(), folder())
 
 
-GRAY = np.zeros((2, 64, 64), np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("given", "quoted"),
-    [
-        (GRAY[..., None], r"\(2, 64, 64, 1\)"),
-        (GRAY[0], r"images\[None\]"),
-        (GRAY[:0], r"\(0, 64, 64\)"),
-        (GRAY / np.float32(255) + 0.5, r"float32 .* up to 0.5"),
-        (GRAY.astype(np.int64) + 7, r"int64 .* up to 7"),
-        ("x.png", r"<U5"),
-    ],
-)
-def test_wrong_images_are_quoted(given, quoted):
-    with pytest.raises(ValueError, match=quoted):
-        reuse.load(folder()).embed(given)
+def test_wrong_images_are_quoted():
+    model, gray = reuse.load(folder()), np.zeros((2, 64, 64), np.uint8)
+    for given, quoted in (
+        *((gray[..., None], r"\(2, 64, 64, 1\)"), (gray[0], r"images\[None\]"), ("x.png", "<U5")),
+        *((gray[:0], r"\(0, 64, 64\)"), (gray.astype(np.int64) + 7, "int64 .* up to 7")),
+        (gray / np.float32(255) + 0.5, "float32 .* up to 0.5"),
+    ):
+        with pytest.raises(ValueError, match=quoted):
+            model.embed(given)
 
 
 def test_far_images_are_called_far_and_the_runs_own_are_not(images):

@@ -7,11 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from lib.study import scores
-
-
-def halves(n):
-    """Index sets of the first 70 % and of the rest."""
-    return np.arange(int(0.7 * n)), np.arange(int(0.7 * n), n)
+from tests.test_metrics import halves
 
 
 def test_a_probe_s_penalty_means_the_same_for_repeated_features():
@@ -61,26 +57,14 @@ def test_findings_auroc_of_planted_random_and_missing_findings():
     assert found[0] > 0.97
     assert found[1] == pytest.approx(0.5, abs=0.15)
     assert np.isnan(found[2:]).all()
-
-
-def test_findings_auroc_without_any_usable_finding_is_nan():
-    found = scores.findings_auroc(np.eye(10), np.zeros((10, 3), dtype=bool), *halves(10))
-    assert np.isnan(found).all()
+    answers = scores.finding_scores(x, targets, train, test)
+    for finding in (0, 1):
+        area = roc_auc_score(targets[test, finding], answers[:, finding])
+        assert area == pytest.approx(found[finding])
+    assert np.isnan(answers[:, 3:]).all()
+    assert np.isnan(scores.findings_auroc(x, targets[:, 2:], train, test)).all()
     with pytest.raises(ValueError, match="bool"):
         scores.findings_auroc(np.eye(10), np.zeros((10, 3)), *halves(10))
-
-
-def test_scores_are_those_of_the_areas():
-    rng = np.random.default_rng(0)
-    x, targets = rng.normal(size=(200, 6)), rng.random((200, 3)) < 0.3
-    targets[:, 2] = False
-    train, test = halves(200)
-    found = scores.finding_scores(x, targets, train, test)
-    areas = scores.findings_auroc(x, targets, train, test)
-    for finding in (0, 1):
-        area = roc_auc_score(targets[test, finding], found[:, finding])
-        assert area == pytest.approx(areas[finding])
-    assert np.isnan(found[:, 2]).all()
 
 
 def test_micro_average_flatters_a_guess_that_sees_no_image_and_macro_does_not():
@@ -135,9 +119,6 @@ def test_areas_of_averaged_roc_curves_are_the_averaged_areas():
         assert np.trapezoid(curve, grid) == pytest.approx(area, abs=1e-3)
     alone = scores.roc_curves(probabilities[:, :1], targets[:, :1], grid)["macro"]
     np.testing.assert_allclose(alone, grid)
-
-
-def test_roc_curves_start_where_the_perfect_answer_starts_and_are_nan_without_labels():
     targets = np.array([[True], [False], [True]])
     perfect = scores.roc_curves(np.array([[0.9], [0.1], [0.8]]), targets, [0, 0.5, 1])
     assert perfect["micro"].tolist() == [1, 1, 1]

@@ -54,8 +54,7 @@ def chunk(kind, body):
 
 def png(values, bits, colour_type=0, extra=b""):
     """A PNG of any depth and colour type of samples (H, W * channels), which Pillow cannot write;
-    `extra` bytes follow the pixels.
-    """
+    `extra` bytes follow the pixels."""
     rows = np.asarray(values)
     if bits < 8:
         unpacked = (rows[..., None] >> np.arange(bits)[::-1]) & 1
@@ -71,8 +70,7 @@ def png(values, bits, colour_type=0, extra=b""):
 
 def dicom(path, values=V, syntax=None, meta=True, implicit=False, **elements):
     """A DICOM file of gray, 12 bits stored in 16, with other elements as named (None: without it);
-    without `meta` only the bare data set.
-    """
+    without `meta` only the bare data set."""
     import pydicom
     from pydicom.dataset import Dataset, FileMetaDataset
 
@@ -84,13 +82,12 @@ def dicom(path, values=V, syntax=None, meta=True, implicit=False, **elements):
     dataset.file_meta = head
     bits = {1: 8, 2: 12, 4: 32}[values.itemsize]
     known = {
-        "SOPClassUID": head.MediaStorageSOPClassUID, "SOPInstanceUID": "1.2.3",
+        "SOPClassUID": head.MediaStorageSOPClassUID, "SOPInstanceUID": "1.2.3", "Rows": len(values),
         "PatientName": "Secret^Name", "PatientID": "ID-4711", "PatientBirthDate": "19500101",
-        "Rows": values.shape[0], "Columns": values.shape[1], "SamplesPerPixel": 1,
-        "PhotometricInterpretation": "MONOCHROME2",
+        "Columns": values.shape[1], "PixelData": values.tobytes(), "SamplesPerPixel": 1,
         "PixelRepresentation": int(values.dtype.kind == "i"), "BitsAllocated": 8 * values.itemsize,
         "BitsStored": bits, "HighBit": elements.get("BitsStored", bits) - 1,
-        "PixelData": values.tobytes(),
+        "PhotometricInterpretation": "MONOCHROME2",
     }  # fmt: skip
     for name, value in (known | elements).items():
         if value is not None:

@@ -7,8 +7,7 @@ modulo K, so they do not depend on the clusters, and its features were extracted
 statistics of batch norm. This script trains that arm once (linear head, K = 200), then extracts and
 clusters the features of the same network twice: with running statistics and with fresh ones. It
 prints the largest cluster, the clusters in use and the perplexity after each epoch count given with
-``--at``, and writes figures/<data set>/published_collapse.json. A stopped call resumes.
-"""
+``--at``, and writes figures/<data set>/published_collapse.json. A stopped call resumes."""
 
 import argparse
 import sys

@@ -5,8 +5,7 @@
     python tests/bench/digits.py
 
 ARMS are alexnet-plain,p4m,cnn_params. Prints NMI with the classes, untrained and trained, mean over
-seeds with its 95 % interval, and writes fig13_digits and known.csv (per run and epoch).
-"""
+seeds with its 95 % interval, and writes fig13_digits and known.csv (per run and epoch)."""
 
 import sys
 from pathlib import Path
@@ -33,9 +32,7 @@ def main() -> None:
         for arm in ARMS:
             done = paths.runs_dir(dataset).glob(f"{arm}/seed*/clustering.npz")
             runs = {int(file.parent.name[4:]): load_run(file.parent) for file in done}
-            found = [
-                agreement(run, classes).assign(seed=seed) for seed, run in sorted(runs.items())
-            ]
+            found = [agreement(runs[seed], classes).assign(seed=seed) for seed in sorted(runs)]
             tables[arm] = pd.concat(found, ignore_index=True)
             rows.append(tables[arm].assign(dataset=dataset, arm=arm))
             ends = tables[arm].pivot(index="seed", columns="epoch", values="nmi").iloc[:, [0, -1]]

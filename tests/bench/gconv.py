@@ -2,7 +2,7 @@
 plain network of the same real channels.
 
     python tests/bench/gconv.py [--widths 64,128,256 ...] [--repeats 7] [--threads 2] [--batch 8]
-                                [--give-back] [--device cpu] [--layers]
+                                [--give-back] [--layers]
 
 Networks: lifting 5x5, then two group convolutions 3x3, each with batch norm, ReLU and pool of
 stride 2; group max-pool, mean, linear layer. If escnn (Cesa, Lang and Weiler 2022) is installed,
@@ -14,7 +14,7 @@ round). "step" is forward, backward and an SGD update. Peak memory is that of tr
 the start's, each variant in a process of its own. Freed memory is kept for the next array, as in
 this project's training; with --give-back, and for peak memory, the C library returns it. --layers
 compares the Fourier transform with the dense way layer by layer instead, in bold what "auto" takes.
-"""
+All of it is on the CPU: tests/bench/gpu.py is for a GPU."""
 
 import argparse
 import importlib.util
@@ -42,13 +42,7 @@ from lib.parallel import freed_memory_kept  # noqa: E402
 PLAIN = ("plain", "plain, channels last")
 VARIANTS = (*PLAIN, "dense", "auto", "auto, no compiler")
 VARIANTS += ("escnn",) if importlib.util.find_spec("escnn") else ()
-BARS = {  # fields -> forward, step: largest shares of plain, with and without a compiler
-    (64, 128, 256): ((0.26, 0.23), (0.40, 0.33)),
-    (16, 32, 64): ((0.34, 0.30), None),
-    (8, 16, 32): ((0.42, 0.42), None),
-    (4, 8, 32): ((0.50, 0.50), None),
-}
-MEMORY_BAR = 0.8
+WIDTHS = ["64,128,256", "16,32,64", "8,16,32", "4,8,32"]
 INITIALISE = False  # escnn's own initialisation of the weights
 FIELDS = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (16, 16), (4, 64), (64, 4), (64, 64))
 LIFTED = ((1, 1), (1, 2), (1, 4), (1, 16), (1, 64), (3, 16), (16, 16))
@@ -56,8 +50,7 @@ LIFTED = ((1, 1), (1, 2), (1, 4), (1, 16), (1, 64), (3, 16), (16, 16))
 
 class EscnnConv(nn.Module):
     """escnn's convolution of regular fields of D4, from and to tensors (N, C, 8, H, W) or, first
-    layer, from (N, 1, H, W).
-    """
+    layer, from (N, 1, H, W)."""
 
     def __init__(self, fields_in: int, fields_out: int, kernel_size: int, lifting: bool) -> None:
         super().__init__()
@@ -125,12 +118,11 @@ class Bench:
 
     def __init__(self, variant: str, widths: tuple[int, ...], options: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        self.variant, self.device = variant, options.device
+        self.variant = variant
         last = torch.channels_last if "last" in variant else torch.contiguous_format
-        self.net = network(variant, widths).to(options.device, memory_format=last)
-        images = torch.randn(options.batch, 1, 64, 64, device=options.device)
-        self.images = images.contiguous(memory_format=last)
-        self.labels = torch.randint(0, 200, (options.batch,), device=options.device)
+        self.net = network(variant, widths).to(memory_format=last)
+        self.images = torch.randn(options.batch, 1, 64, 64).contiguous(memory_format=last)
+        self.labels = torch.randint(0, 200, (options.batch,))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3)
 
     def forward(self) -> None:
@@ -146,23 +138,14 @@ class Bench:
 
     def run(self, phase: str) -> float:
         """Seconds of one pass."""
-        wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
         with compiler(self.variant):
-            wait()
             start = time.perf_counter()
             getattr(self, phase)()
-            wait()
-        return time.perf_counter() - start
+            return time.perf_counter() - start
 
 
 def peak_memory(bench: Bench) -> int:
     """Largest memory during three training steps above that before them, in bytes."""
-    if bench.device == "cuda":
-        start = torch.cuda.memory_allocated()
-        bench.run("step")
-        torch.cuda.reset_peak_memory_stats()
-        bench.run("step")
-        return torch.cuda.max_memory_allocated() - start
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -186,12 +169,12 @@ def peak_memory(bench: Bench) -> int:
 
 def networks(options: argparse.Namespace) -> None:
     """Print the table of the networks."""
-    columns = ["fields", "pass", "plain, ms", *VARIANTS[2:], "bar", "bar, no compiler"]
+    columns = ["fields", "pass", "plain, ms", *VARIANTS[2:]]
     print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
     for text in options.widths:
         widths = tuple(map(int, text.split(",")))
         benches = [Bench(variant, widths, options) for variant in VARIANTS]
-        for number, phase in enumerate(("forward", "step")):
+        for phase in ("forward", "step"):
             for bench in benches:
                 bench.run(phase)
             rounds = [[bench.run(phase) for bench in benches] for _ in range(options.repeats)]
@@ -199,15 +182,14 @@ def networks(options: argparse.Namespace) -> None:
             best = min(range(len(PLAIN)), key=lambda i: medians[i])
             others = range(len(PLAIN), len(VARIANTS))
             shares = [statistics.median(t[i] / t[best] for t in rounds) for i in others]
-            bars = [f"{bar[number]:.2f}" if bar else "" for bar in BARS.get(widths, (None, None))]
-            cells = [f"{medians[best] * 1e3:.1f}", *(f"{share:.2f}" for share in shares), *bars]
+            cells = [f"{medians[best] * 1e3:.1f}", *(f"{share:.2f}" for share in shares)]
             print(f"| {text} | {phase} | {' | '.join(cells)} |", flush=True)
         del benches
         command = [sys.executable, __file__, *sys.argv[1:], "--widths", text, "--memory-of"]
         peaks = [int(subprocess.check_output([*command, name], text=True)) for name in VARIANTS]
         least = min(peaks[: len(PLAIN)])
         cells = [f"{least / 2**20:.0f} MiB", *(f"{peak / least:.2f}" for peak in peaks[2:])]
-        print(f"| {text} | peak memory | {' | '.join(cells)} | {MEMORY_BAR} | |", flush=True)
+        print(f"| {text} | peak memory | {' | '.join(cells)} |", flush=True)
 
 
 def seconds(layer: nn.Module, x: torch.Tensor, step: bool) -> float:
@@ -232,9 +214,8 @@ def layers(options: argparse.Namespace) -> None:
                 cells = []
                 for step in (False, True):
                     x.requires_grad_(step and not kind.lifting)
-                    options = {"padding": k // 2, "algorithm": "dense"}
-                    dense = kind(*fields, k, **options)
-                    ours = kind(*fields, k, **options | {"algorithm": "fourier"})
+                    dense = kind(*fields, k, padding=k // 2, algorithm="dense")
+                    ours = kind(*fields, k, padding=k // 2, algorithm="fourier")
                     with compiler(variant):
                         taken, shares = fast.faster(ours, x), []
                         for _ in range(options.repeats + 1):
@@ -246,12 +227,10 @@ def layers(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
-    widths = [",".join(map(str, widths)) for widths in BARS]
-    parser.add_argument("--widths", nargs="+", default=widths)
+    parser.add_argument("--widths", nargs="+", default=WIDTHS)
     parser.add_argument("--give-back", action="store_true")
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -261,9 +240,8 @@ def main() -> None:
         bench = Bench(options.memory_of, tuple(map(int, options.widths[0].split(","))), options)
         print(peak_memory(bench))
         return
-    where = f"{platform.machine()}, {options.threads} threads"
     kernel = "compiled kernel" if gkernel.available() else "no compiler"
-    where = f"{options.device}, {where}, batch {options.batch}, {kernel}"
+    where = f"{platform.machine()}, {options.threads} threads, batch {options.batch}, {kernel}"
     print(f"PyTorch {torch.__version__}, {where}")
     print(f"{options.repeats} rounds\n")
     with nullcontext() if options.give_back else freed_memory_kept():

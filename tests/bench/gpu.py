@@ -1,13 +1,12 @@
 """What this project does on one GPU, in at most 8 minutes: figures/bench/gpu.md and gpu.json.
 
-    python tests/bench/gpu.py [--minutes 8] [--out FOLDER] [--commit NAME]
+    python tests/bench/gpu.py [--minutes 8] [--out FOLDER]
     python tests/bench/gpu.py --tiny --device cpu        all of it small, in about a minute, no GPU
 
 Five parts: the CPU's numbers again; speed beside a plain network; clustering; images per second of
 both arms at the paper's settings; a whole epoch of both arms. What fails or has no time left says
 so in the table, and the rest goes on. Rounds of all networks are interleaved; a ratio is the median
-over rounds of (network / plain, same round).
-"""
+over rounds of (network / plain, same round)."""
 
 import argparse
 import gc
@@ -65,7 +64,7 @@ FLOAT32 = nullcontext()
 
 
 class OutOfTime(BaseException):
-    """The part's time is over; no ``except Exception`` on the way swallows it."""
+    """A part's time is over; no ``except Exception`` on the way swallows it."""
 
 
 class Bench:
@@ -129,15 +128,13 @@ class Bench:
 
     def loop(self, n: int, **options: Any) -> tuple[np.ndarray, dict[str, TrainConfig]]:
         """n phantoms (n, 64, 64), and the paper's settings of both arms."""
-        s = self.s
+        s, configs = self.s, {}
         options |= {"n_clusters": s.k, "pca_dim": s.pca_dim, "batch_size": s.batch}
-        options |= {"device": self.device.type}
-        turned = {"alexnet": 180.0, "p4m": 0.0}
-        images = np.resize(make_phantoms(min(n, s.drawn), seed=0)[0], (n, 64, 64))
-        return images, {
-            arm: TrainConfig(arm, width=width, rotation_degrees=turned[arm], **options)
-            for arm, width in s.arms.items()
-        }
+        for arm, width in s.arms.items():
+            turned = 180.0 * (arm == "alexnet")
+            settings = {"width": width, "rotation_degrees": turned, "device": self.device.type}
+            configs[arm] = TrainConfig(arm, **settings, **options)
+        return np.resize(make_phantoms(min(n, s.drawn), seed=0)[0], (n, 64, 64)), configs
 
 
 def numbers(bench: Bench) -> None:
@@ -310,13 +307,8 @@ def epoch(bench: Bench) -> None:
         bench.add(f"{arm}: 1 epoch of {n:,} phantoms", text, seconds=took, peak_gib=peak, **steps)
 
 
-PARTS = (  # minutes of eight; what a part leaves over is the next one's
-    ("1 numbers", 0.6, numbers),
-    ("2 speed", 3.6, speed),
-    ("3 clustering", 1.2, clustering),
-    ("4 rates", 1.0, rates),
-    ("5 epoch", 1.6, epoch),
-)
+# minutes of eight; what a part leaves over is the next one's
+PARTS = {numbers: 0.6, speed: 3.6, clustering: 1.2, rates: 1.0, epoch: 1.6}
 
 
 def write(bench: Bench, place: str) -> None:
@@ -337,18 +329,18 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--out", type=Path, default=ROOT / "figures" / "bench")
-    parser.add_argument("--commit", help="git's if not given")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --tiny --device cpu tries this script without one")
     bench = Bench(options)
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = options.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     card = torch.cuda.get_device_name() if bench.gpu else f"{platform.machine()} CPU"
     place = f"{card}, PyTorch {torch.__version__}, torch.compile by {options.backend}"
     place += f", {date.today()}, commit {commit or 'not known'}"
     print(place)
-    for bench.part, minutes, work in PARTS:
+    for number, (work, minutes) in enumerate(PARTS.items(), 1):
+        bench.part = f"{number} {work.__name__}"
         print(bench.part, flush=True)
         bench.until += 60 * minutes * options.minutes / 8
         try:

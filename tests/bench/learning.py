@@ -6,8 +6,7 @@
 The classes of the digits are known, so a loop that learns must come closer to them than its own
 untrained network (docs/learning.md). A run trains on all 1,797: K = 20, 10 epochs of 57 steps of
 32, the widths of the preset `quick`, 16 components, no image turned. Each result is a line of the
-file --out; a call that was stopped goes on with what is missing.
-"""
+file --out; a call that was stopped goes on with what is missing."""
 
 import argparse
 import json
@@ -35,9 +34,7 @@ from lib.data.digits import make_digits
 
 WIDTHS = {"alexnet": (24, 48, 64, 64, 48, 192), "p4m": (4, 8, 32), "cnn_params": (4, 8, 32)}
 SETTINGS = {"n_clusters": 20, "pca_dim": 16, "batch_size": 32, "device": "cpu"}
-COLUMNS = (
-    "NMI with the classes, untrained | trained | last loss / ln K | NMI(t, t - 1) | perplexity"
-)
+COLUMNS = "NMI with the classes, untrained | trained | last loss / ln K | NMI(t, t-1) | perplexity"
 MEASURES = ("untrained", "trained", "loss", "nmi_prev", "perplexity")
 
 

@@ -1,14 +1,14 @@
 """How much memory each notebook takes at its peak, as it is saved (the smoke run), against what
-Binder gives.
+Binder gives: figures/bench/notebook_memory.md.
 
     python tests/bench/notebook_memory.py [--bar 1.0] [NOTEBOOK ...]
 
 Each notebook runs in a kernel of its own, in order, in a temporary folder, and is told the limit as
 JupyterHub tells it (``MEM_LIMIT``). Every 50 ms the memory of the kernel and of all processes that
 it has started is added up: on Linux the proportional share (``PSS``), in which a page that several
-of them share counts once, and the resident memory (``RSS``), in which it counts for each of them,
-so that a process that is being started counts twice for a moment. JupyterLab itself is not counted.
-Exit status 1 if a peak of PSS (of RSS where there is no PSS) is above the bar, in GB."""
+of them share counts once, and the resident memory (``RSS``), in which it counts for each of them.
+JupyterLab itself is not counted. Exit status 1 if a peak of PSS (of RSS where there is no PSS) is
+above the bar, in GB."""
 
 import argparse
 import os
@@ -28,59 +28,45 @@ sys.path.insert(0, str(ROOT))
 
 from lib.notebooks import find_notebooks  # noqa: E402
 
-
-class Watch:
-    """Peak memory in bytes of a process and all below it, from `start` to `stop`."""
-
-    def __init__(self, pid: int, interval: float = 0.05) -> None:
-        self.pid, self.interval = pid, interval
-        self.rss = self.peak = self.processes = self.cell = self.where = 0
-        self.proportional = False
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def _look(self) -> None:
-        root = psutil.Process(self.pid)
-        while not self._ended.wait(self.interval):
-            rss = pss = count = 0
-            try:
-                for process in [root, *root.children(recursive=True)]:
-                    # it may have ended meanwhile
-                    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                        memory = process.memory_full_info()
-                        rss, pss = rss + memory.rss, pss + getattr(memory, "pss", 0)
-                        count += 1
-            except psutil.NoSuchProcess:
-                return
-            self.rss = max(self.rss, rss)
-            if (pss or rss) > self.peak:
-                self.peak, self.where = pss or rss, self.cell
-                self.processes, self.proportional = count, bool(pss)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._ended.set()
-        self._thread.join()
+COLUMNS = ("peak PSS, GB", "peak RSS, GB", "processes then", "cell", "seconds")
 
 
-def measure(path: Path) -> tuple[Watch, float]:
-    """Run a notebook and watch its kernel."""
-    options = {"timeout": None, "kernel_name": "python3"}
-    options["resources"] = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(nbformat.read(path, as_version=4), **options)
-    begin = time.perf_counter()
+def look(pid: int) -> tuple[int, int, int]:
+    """PSS, RSS (both in bytes) and number of a process and all below it."""
+    pss = rss = count = 0
+    with suppress(psutil.NoSuchProcess):  # each may have ended meanwhile
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                memory = process.memory_full_info()
+                rss, pss = rss + memory.rss, pss + getattr(memory, "pss", memory.rss)
+                count += 1
+    return pss, rss, count
+
+
+def measure(path: Path) -> tuple[int, int, int, int, float]:
+    """Run a notebook and watch its kernel: the numbers of `COLUMNS`, memory in bytes."""
+    resources = {"metadata": {"path": str(path.parent)}}
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources)
+    begin, ended, seen, number = time.perf_counter(), threading.Event(), [], 0
     with client.setup_kernel():
-        watch = Watch(client.km.provisioner.pid)
-        watch.start()
+
+        def watch() -> None:
+            while not ended.wait(0.05):
+                seen.append((*look(client.km.provisioner.pid), number))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
         try:
             for index, cell in enumerate(client.nb.cells):
-                watch.cell += cell.cell_type == "code"
+                number += cell.cell_type == "code"
                 client.execute_cell(cell, index)
         finally:
-            watch.stop()
-    return watch, time.perf_counter() - begin
+            ended.set()
+            watcher.join()
+    pss, _, processes, cell = max(seen)
+    return pss, max(rss for _, rss, *_ in seen), processes, cell, time.perf_counter() - begin
 
 
 def main() -> int:
@@ -90,23 +76,17 @@ def main() -> int:
     parser.add_argument("--bar", type=float, default=1.0, help="GB (default: %(default)s)")
     given = parser.parse_args()
     names = given.notebooks or [path.stem for path in find_notebooks()] + ["equivariance"]
-    unknown = [name for name in names if not (ROOT / "notebooks" / f"{name}.ipynb").exists()]
-    if unknown:
-        parser.error(f"notebooks/{unknown[0]}.ipynb is not there")
-    header = ["notebook", "peak PSS, GB", "peak RSS, GB", "processes then", "cell", "seconds"]
-    lines, above = [f"| {' | '.join(header)} |", "|---|---:|---:|---:|---:|---:|"], False
+    print(f"| notebook | {' | '.join(COLUMNS)} |\n|---{'|---:' * len(COLUMNS)}|")
+    above = False
     with tempfile.TemporaryDirectory(prefix="cxr-memory-", ignore_cleanup_errors=True) as folder:
         os.environ |= {"CXR_DATA_DIR": f"{folder}/data", "CXR_FIGURES_DIR": f"{folder}/figures"}
         os.environ |= {"MEM_LIMIT": str(int(given.bar * 1e9))}
         os.environ |= {"JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         for name in names:
-            watch, seconds = measure(ROOT / "notebooks" / f"{name}.ipynb")
-            above |= watch.peak > given.bar * 1e9
-            pss = f"{watch.peak / 1e9:.2f}" if watch.proportional else "–"
-            row = [name, pss, f"{watch.rss / 1e9:.2f}", watch.processes, f"[{watch.where}]"]
-            lines.append(f"| {' | '.join(map(str, [*row, round(seconds)]))} |")
-            print(f"{name}: {pss} GB", file=sys.stderr, flush=True)
-    print(*lines, sep="\n")
+            pss, rss, processes, cell, seconds = measure(ROOT / "notebooks" / f"{name}.ipynb")
+            above |= pss > given.bar * 1e9
+            row = f"{pss / 1e9:.2f} | {rss / 1e9:.2f} | {processes} | [{cell}] | {seconds:.0f}"
+            print(f"| {name} | {row} |", flush=True)
     return int(above)
 
 
