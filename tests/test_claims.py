@@ -51,15 +51,13 @@ def verdicts(values):
     return {v["claim"]: v["verdict"] for v in compare(values, "a", "b")["verdicts"]}
 
 
-@pytest.fixture
-def many(monkeypatch):
-    """Verdicts of many studies, without the number of seeds that would tell, which takes long."""
-    monkeypatch.setattr(claims, "seeds_to_tell", lambda *_: math.inf)
-    return lambda n, *args, **more: [verdicts(simulated_study(*args, **more)) for _ in range(n)]
+def many(n, *args, **more):
+    """Verdicts of n studies."""
+    return [verdicts(simulated_study(*args, **more)) for _ in range(n)]
 
 
 @pytest.mark.slow
-def test_a_planted_null_is_not_called(many):
+def test_a_planted_null_is_not_called():
     """500 studies of the planned size without any difference: one in which any claim is called
     supported or reversed is a false positive, of at most 6 %."""
     rng, tails = np.random.default_rng(11), (stats.norm, stats.t(3))  # the latter: long ones
@@ -68,7 +66,7 @@ def test_a_planted_null_is_not_called(many):
 
 
 @pytest.mark.slow
-def test_a_planted_effect_is_found_with_the_stated_power(many):
+def test_a_planted_effect_is_found_with_the_stated_power():
     """An effect of the size that `detectable` states is found in about 80 % of studies, an opposite
     one is called reversed, and claims without an effect are still not called."""
     rng, size = np.random.default_rng(12), detectable(N_SEEDS)
@@ -81,7 +79,7 @@ def test_a_planted_effect_is_found_with_the_stated_power(many):
 
 
 @pytest.mark.slow
-def test_twice_the_smallest_difference_is_found_at_the_planned_size(many):
+def test_twice_the_smallest_difference_is_found_at_the_planned_size():
     sds = {key: sd * math.sqrt(2) for key, (_, sd) in TYPICAL.items()}
     effects = {key: 2 * MEASURE[key].smallest / sd for key, sd in sds.items()}
     found = many(150, np.random.default_rng(13), N_SEEDS, effects)

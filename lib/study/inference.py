@@ -1,8 +1,9 @@
 """Paired differences: interval, tests, correction for several claims, and power."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -61,7 +62,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return np.where(np.isnan(p_values), math.nan, adjusted).tolist()
 
 
-@lru_cache
+@cache
 def detectable(n: int, power: float = 0.8) -> float:
     """Standardised difference (mean over standard deviation) that n seeds find with `power` at
     Holm's strictest level, by the noncentral t distribution; NaN for fewer than three."""
@@ -74,5 +75,6 @@ def detectable(n: int, power: float = 0.8) -> float:
 
 def seeds_to_tell(sd: float, smallest: float) -> float:
     """Seeds that find `smallest` at standard deviation `sd` and 80 % power; infinity above 200."""
-    enough = (n for n in range(LEAST_SEEDS, 201) if detectable(n) * sd <= smallest)
-    return float(next(enough, math.inf))
+    tried = range(LEAST_SEEDS, 201)
+    place = bisect_left(tried, True, key=lambda n: detectable(n) * sd <= smallest)
+    return float(tried[place]) if place < len(tried) else math.inf
