@@ -65,7 +65,7 @@ def test_every_notebook_and_every_room_is_listed():
     listed = re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\)", README, re.MULTILINE)
     assert listed == [path.stem for path in find_notebooks()] + ["equivariance"]
     rooms = [path.parent.name for path in (ROOT / "lib").glob("*/__init__.py")]
-    assert len(rooms) == 5
+    assert len(rooms) == 6
     for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
         assert all(f"{room}/" in page for room in rooms)
 
