@@ -97,6 +97,7 @@ NIH = (
     "README.md",
     "docs/MODEL_CARD.md",
     "docs/data.md",
+    "docs/beyond.md",
     "data/README.md",
     "data/manifests/README.md",
 )
