@@ -4,6 +4,7 @@ import ast
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from lib.deepcluster import TrainConfig, fit
 from lib.notebooks import find_notebooks
 from lib.study import report, verdicts
 from tests import readme_commands
+from tests.bench import beyond_measures
 from tests.test_bootstrap import NOTEBOOKS, code
 
 ROOT, FIGURES = paths.ROOT, paths.ROOT / "figures"
@@ -36,6 +38,14 @@ def test_result_at_a_glance_is_the_committed_result():
 def test_what_we_found_is_the_published_study():
     text = verdicts.findings(paths.load_json(FIGURES / "nih-9k" / "results.json"))
     assert f"<!-- study -->\n{text}\n<!-- /study -->" in README
+
+
+def test_tables_of_the_small_experiments_are_the_committed_numbers():
+    page = (ROOT / "docs" / "beyond.md").read_text(encoding="utf-8")
+    runs, again = (pd.read_csv(FIGURES / "beyond" / f"{name}.csv") for name in ("runs", "again"))
+    for question in beyond_measures.QUESTIONS:
+        assert beyond_measures.tables(runs, question) in page
+    assert beyond_measures.again(again) in page
 
 
 def test_readme_is_short_and_begins_with_a_picture():

@@ -32,13 +32,13 @@ from lib.study.arms import ARMS, train_config  # noqa: E402
 from lib.study.subjects import Material, Network, Pixels  # noqa: E402
 from tests.bench import beyond_measures as measures  # noqa: E402
 
-SMALL = {"epochs": 6}  # beside those of the preset `quick`
-PRESETS = {"digits": SMALL, "phantom-beyond": SMALL}
+PRESETS = dict.fromkeys(("digits", "phantom-beyond"), {"epochs": 6})  # beside `quick`
 PRESETS["nih-9k"] = {"epochs": 8, "batch_size": 128, "n_clusters": 100}
 DRAWN, IMAGES = {"digits": "digits", "phantom-beyond": "phantom"}, 1000
 SYMMETRIES = ("p4m", "p4_params", "mirror", "cnn_params")
-NAMES = [*SYMMETRIES, *(name for name, arm in ARMS.items() if arm.kind in ("beyond", "grouped"))]
-NAMES = [*dict.fromkeys(NAMES), "pixels"]
+NAMES = [
+    n for n, a in ARMS.items() if a.kind in ("beyond", "grouped") or n in (*SYMMETRIES, "pixels")
+]
 FOLDER, OWN = paths.ROOT / "figures" / "beyond", "beyond-"  # its runs are in data/runs/beyond-*
 
 
@@ -68,7 +68,7 @@ def train(dataset: str, arm: str, seed: int) -> None:
     subject = subject or Network(fit(material.images, config, file.parent, groups=groups))
     found = measures.measure(subject, material, arm in (*SYMMETRIES, "pixels"))
     paths.save_json(file, found | {"final": subject.assignments})
-    print(dataset, arm, seed, found, flush=True)
+    print(dataset, arm, seed, found["perplexity"], flush=True)
 
 
 def again(dataset: str, arm: str, seed: int) -> None:
@@ -87,7 +87,6 @@ def again(dataset: str, arm: str, seed: int) -> None:
         numbers = measures.measure(subject, material, False)
         about = {"dataset": dataset, "arm": arm, "clusterer": name, "seed": seed}
         paths.save_json(file, about | numbers)
-        print(about | numbers, flush=True)
 
 
 def collect() -> None:
@@ -119,9 +118,9 @@ def main() -> None:
     parser.add_argument("--again", nargs=2, metavar=("DATASET", "ARM"))
     options = parser.parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)
-    for seed in options.seeds if options.again else ():
-        again(*options.again, seed)
     for seed in options.seeds:
+        if options.again:
+            again(*options.again, seed)
         for dataset in options.train:
             for arm in options.arms:
                 train(dataset, arm, seed)
