@@ -32,13 +32,11 @@ from lib.study.arms import ARMS, train_config  # noqa: E402
 from lib.study.subjects import Material, Network, Pixels  # noqa: E402
 from tests.bench import beyond_measures as measures  # noqa: E402
 
-PRESETS = dict.fromkeys(("digits", "phantom-beyond"), {"epochs": 6})  # beside `quick`
+PRESETS = {name: {"epochs": 6} for name in ("digits", "phantom-beyond")}  # beside `quick`
 PRESETS["nih-9k"] = {"epochs": 8, "batch_size": 128, "n_clusters": 100}
 DRAWN, IMAGES = {"digits": "digits", "phantom-beyond": "phantom"}, 1000
-SYMMETRIES = ("p4m", "p4_params", "mirror", "cnn_params")
-NAMES = [
-    n for n, a in ARMS.items() if a.kind in ("beyond", "grouped") or n in (*SYMMETRIES, "pixels")
-]
+LAST = (*measures.QUESTIONS[4][0], "pixels")
+NAMES = [n for n, a in ARMS.items() if a.kind in ("beyond", "grouped") or n in LAST]
 FOLDER, OWN = paths.ROOT / "figures" / "beyond", "beyond-"  # its runs are in data/runs/beyond-*
 
 
@@ -66,7 +64,7 @@ def train(dataset: str, arm: str, seed: int) -> None:
     elif config.pseudo_labels in ("given", "refined"):
         groups = Pixels(material.images, config).assignments
     subject = subject or Network(fit(material.images, config, file.parent, groups=groups))
-    found = measures.measure(subject, material, arm in (*SYMMETRIES, "pixels"))
+    found = measures.measure(subject, material, arm in LAST[:-1])
     paths.save_json(file, found | {"final": subject.assignments})
     print(dataset, arm, seed, found["perplexity"], flush=True)
 
