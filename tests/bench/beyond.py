@@ -99,13 +99,13 @@ def collect() -> None:
                 others = [metrics.ami(final[seed], f) for s, f in final.items() if s != seed]
                 agree = {"seeds": float(np.mean(others))} if others else {}
                 rows.append({"dataset": dataset, "arm": arm, "seed": seed, **run, **agree})
-    with paths.atomic_write(FOLDER / "runs.csv", "w") as handle:
-        pd.DataFrame(rows).to_csv(handle, index=False, float_format="%.5g", lineterminator="\n")
-    files = sorted(file for d in PRESETS for file in paths.runs_dir(d).glob("*/*/beyond-*.json"))
-    with paths.atomic_write(FOLDER / "again.csv", "w") as handle:
-        table = pd.DataFrame([paths.load_json(file) for file in files])
-        table.to_csv(handle, index=False, float_format="%.5g", lineterminator="\n")
-    measures.write_page(pd.read_csv(FOLDER / "runs.csv"), table)
+    files = [f for d in PRESETS for f in sorted(paths.runs_dir(d).glob("*/*/beyond-*.json"))]
+    found = sorted(map(paths.load_json, files), key=lambda r: CLUSTERERS.index(r["clusterer"]))
+    for name, some in {"runs": rows, "again": found}.items():
+        with paths.atomic_write(FOLDER / f"{name}.csv", "w") as handle:
+            pd.DataFrame(some).to_csv(handle, index=False, float_format="%.5g", lineterminator="\n")
+    if rows and found:
+        measures.write_page(*(pd.read_csv(FOLDER / f"{name}.csv") for name in ("runs", "again")))
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def tables(runs: pd.DataFrame, question: int) -> str:
     for dataset, label in LABELS.items():
         some = runs[(runs["dataset"] == dataset) & runs["arm"].isin([*arms, "pixels"])]
         shown = [c for c in wanted if c in some and some[c].notna().any()]
-        if set(some["arm"]) <= {"pixels"} or not shown:
+        if set(some["arm"]) <= {"pixels"} or len(shown) < 2:
             continue
         text += [f"{label}:", f"| arm | n | {' | '.join(COLUMNS[c] for c in shown)} |"]
         text[-1] += f"\n|---|---:|{'---:|' * len(shown)}"
@@ -104,11 +104,11 @@ def tables(runs: pd.DataFrame, question: int) -> str:
         for name in [c for c in ("nmi", "hard", "settled", "ami_halves") if c in shown]:
             wide = some.pivot(index="seed", columns="arm", values=name)
             against = {a: (wide[a] - wide[arms[0]]).dropna() for a in arms[1:] if a in wide}
-            words = [
-                f"{ARMS[a].title.split(', ')[-1]} {cell(d)}" for a, d in against.items() if len(d)
-            ]
+            words = [f"{ARMS[a].title} {cell(d)}" for a, d in against.items() if len(d) > 1]
             if words:
-                text.append(f"{COLUMNS[name]}, difference from P4M: {'; '.join(words)}.")
+                text.append(
+                    f"{COLUMNS[name]}, difference from P4M, seed by seed: {'; '.join(words)}."
+                )
     text = ["\n".join(textwrap.wrap(s, 100)) if s[0] != "|" else s for s in text]
     return "\n\n".join(text) or "Not run yet."
 
