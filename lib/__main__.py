@@ -27,7 +27,7 @@ from lib.notebooks import ROOT, Notebooks, RunError, UsageError
 COMMANDS = ("run", "study", "train", "reuse", "test")
 DRAWN = ("phantom", "digits", "digits-turned")  # sources that need no file and no network
 SOURCES = (*DRAWN, "chestmnist", "kaggle", "kaggle-sample")
-CLUSTERERS = ("kmeans", "minibatch", "hierarchical", "graph")
+CLUSTERERS = ("kmeans", "minibatch", "hierarchical", "graph", "sinkhorn", "consensus")
 DEVICES = ("auto", "cpu", "cuda")
 READING = ("csv", "image_column", "label_column", "fit", "drop_outliers", "max_broken")
 MORE = """\

@@ -47,6 +47,7 @@ def fit(
     config: TrainConfig,
     run_dir: Path | str,
     *,
+    groups: np.ndarray | None = None,
     nproc: int = 1,
     restart: bool = False,
     progress: bool = True,
@@ -63,6 +64,8 @@ def fit(
     run_dir : Path
         Gets config.json at the start; checkpoint.pt, metrics.csv and assignments.npy after each
         epoch; features.npy and clustering.npz at the end.
+    groups : ndarray int, shape (N,), for `lib.beyond.labels.GROUPED` only
+        A label of each image from 0 to K - 1, or its patient.
     nproc : int
         Processes that train together, on GPUs one each.
     restart, progress : bool
@@ -79,12 +82,15 @@ def fit(
         RuntimeWarning only.
     """
     run_dir = Path(run_dir)
-    _check(images, config, nproc)
+    _check(images, config, nproc, groups)
     if nproc > 1:
         _launch(images, config, run_dir, nproc, restart)
         return load_run(run_dir)
     with parallel.join(config.device) as world, parallel.freed_memory_kept():
-        training = Training(images, config, run_dir, world, restart)
+        if restart and world.main:
+            runs.set_aside(run_dir)
+        world.barrier()
+        training = Training(images, config, run_dir, world, groups)
         if training.epoch == config.epochs and is_complete(run_dir, config):
             return load_run(run_dir)
         left = range(training.epoch + 1, config.epochs + 1)
@@ -96,8 +102,9 @@ def fit(
             with training.timed("seconds_cluster"):
                 assignments = training.cluster(features, epoch)[0]  # (N,)
             with training.timed("seconds_train"):
-                pseudo_labels = labels_to_train_on(assignments, training.assignments, config)
-                training.reset_top_layer(epoch)
+                earlier = training.assignments
+                pseudo_labels = labels_to_train_on(assignments, earlier, config, groups)
+                training.reset_top_layer(epoch, features, pseudo_labels)
                 network = training.model, [training.body, training.top]
                 data = training.images, pseudo_labels
                 loss = train_epoch(*network, *data, config, epoch, world)
@@ -139,9 +146,13 @@ def uniform_over_clusters(pseudo_labels: np.ndarray, rng: np.random.Generator) -
 
 
 def labels_to_train_on(
-    assignments: np.ndarray, earlier: np.ndarray, config: TrainConfig
+    assignments: np.ndarray, earlier: np.ndarray, config: TrainConfig, groups: Any = None
 ) -> np.ndarray:
-    """Pseudo-labels (N,) of an epoch from its clusters (N,) and all earlier ones (epochs, N)."""
+    """Pseudo-labels (N,) of an epoch from its clusters (N,), all earlier ones (epochs, N) and, if
+    the kind of labels takes some, `groups` (N,).
+    """
+    if config.pseudo_labels in runs.LABELS:
+        return runs.LABELS[config.pseudo_labels](assignments, earlier, groups)
     if config.pseudo_labels == "index":
         return np.arange(len(assignments)) % config.n_clusters
     if config.pseudo_labels == "shuffled":
@@ -219,16 +230,13 @@ class Training:
     SAVED = ("model", "body", "top", "scheduler")  # what has a state_dict
 
     def __init__(
-        self, images: np.ndarray, config: TrainConfig, run_dir: Path, world: World, restart: bool
+        self, images: np.ndarray, config: TrainConfig, run_dir: Path, world: World, groups: Any
     ) -> None:
         self.config, self.world, self.run_dir, self.n = config, world, run_dir, len(images)
         self.rows: list[dict[str, Any]] = []
         self.assignments = np.empty((0, self.n), dtype=np.int32)
         self.seconds: dict[str, float] = {}
-        if restart and world.main:
-            runs.set_aside(run_dir)
-        world.barrier()
-        settings = runs.check_same_run(run_dir, runs.identity(config, images))
+        settings = runs.check_same_run(run_dir, runs.identity(config, images, groups))
         self.model = parallel.share_batch_norm(runs.network(config).to(world.device), world)
         body = self.model.body_parameters()
         self.body = torch.optim.Adam(body, config.lr, weight_decay=config.weight_decay)
@@ -282,10 +290,16 @@ class Training:
         parameters = self.model.top_layer.parameters()
         return torch.optim.Adam(parameters, lr, weight_decay=self.config.weight_decay)
 
-    def reset_top_layer(self, epoch: int) -> None:
-        """Draw the top layer anew; Adam's moments belong to the old one."""
+    def reset_top_layer(self, epoch: int, features: Any, pseudo_labels: np.ndarray) -> None:
+        """Draw the top layer anew, or set it to the centroids of features (N, D), None on all
+        processes but the first, with these labels (N,). Adam's moments belong to the old one.
+        """
         seed = int(stream(self.config, epoch, TOP_LAYER).integers(2**63))
         self.model.reset_top_layer(torch.Generator().manual_seed(seed))
+        if self.config.head == "centroids":
+            read = self.model.activated(torch.as_tensor(features)) if self.world.main else None
+            self.model.top_layer.follow(read, pseudo_labels)
+            self.world.sum(self.model.top_layer.weight)
         self.top = self._top_optimizer()
 
     def record(self, assignments: np.ndarray, loss: float) -> dict[str, Any]:
@@ -346,7 +360,7 @@ def _array(values: np.ndarray | Tensor) -> np.ndarray:
     return torch.as_tensor(values).cpu().numpy()
 
 
-def _check(images: np.ndarray, config: TrainConfig, nproc: int) -> None:
+def _check(images: np.ndarray, config: TrainConfig, nproc: int, groups: Any) -> None:
     shape = (IMAGE_SIZE, IMAGE_SIZE)
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != shape:
         found = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", "")
@@ -356,6 +370,8 @@ def _check(images: np.ndarray, config: TrainConfig, nproc: int) -> None:
         raise ValueError(f"{found}; lower n_clusters or add images")
     if not 1 <= nproc <= config.batch_size:
         raise ValueError(f"nproc must be 1 to batch_size ({config.batch_size}), got {nproc}")
+    if runs.beyond:
+        runs.beyond.check(groups, config.pseudo_labels, len(images), config.n_clusters, nproc)
 
 
 def _launch(

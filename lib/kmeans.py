@@ -13,8 +13,13 @@ from sklearn.cluster import AgglomerativeClustering, BisectingKMeans, KMeans, Mi
 from sklearn.neighbors import kneighbors_graph
 from sklearn.utils import check_array
 
+try:
+    from lib.beyond.clusterers import CLUSTERERS as BEYOND
+except ImportError:  # without lib/beyond there are four
+    BEYOND = {}
+
 N_NEIGHBORS = 15
-CLUSTERERS = ("kmeans", "minibatch", "hierarchical", "graph")
+CLUSTERERS = ("kmeans", "minibatch", "hierarchical", "graph", *BEYOND)
 
 
 def make_clusterer(name: str, n_clusters: int, seed: int) -> ClusterMixin:
@@ -22,7 +27,8 @@ def make_clusterer(name: str, n_clusters: int, seed: int) -> ClusterMixin:
 
     "kmeans" is Lloyd's, from one greedy k-means++ start (Arthur and Vassilvitskii 2007);
     "minibatch" is mini-batch K-means (Sculley 2010); "hierarchical" bisects the cluster of largest
-    inertia until there are K; "graph" is `GraphClusters`. ValueError for any other name.
+    inertia until there are K; "graph" is `GraphClusters`; "sinkhorn" and "consensus" are in
+    `lib.beyond.clusterers`. ValueError for any other name.
     """
     if name == "kmeans":
         return KMeans(n_clusters, n_init=1, max_iter=100, random_state=seed)
@@ -32,6 +38,8 @@ def make_clusterer(name: str, n_clusters: int, seed: int) -> ClusterMixin:
         return BisectingKMeans(n_clusters, random_state=seed)
     if name == "graph":
         return GraphClusters(n_clusters)
+    if name in BEYOND:
+        return BEYOND[name](n_clusters, random_state=seed)
     raise ValueError(f"unknown clusterer {name!r}; choose one of {', '.join(CLUSTERERS)}")
 
 

@@ -12,26 +12,32 @@ from torch.nn import functional as F
 
 from lib import gconv
 
+try:
+    from lib.beyond import networks as beyond
+except ImportError:  # without lib/beyond there are two heads and five backbones
+    beyond = None
+
 IMAGE_SIZE = 64
-HEADS = ("standardised", "linear")
+HEADS = ("standardised", "linear", *(["centroids"] if beyond else []))
 
 
 class Backbone(nn.Module):
     """What the loop asks of a network: ``features(x)`` of width D, `feature_dim`; a linear
     ``top_layer`` with K logits, `n_clusters`; ``forward(x)``.
 
-    With the head "standardised", not "linear", what the top layer reads is first brought to zero
-    mean and unit variance (batch norm without weights). The top layer is drawn anew each epoch;
-    features with a mean of several times their spread would make its logits start as one large
-    constant.
+    With any head but "linear", what the top layer reads is first brought to zero mean and unit
+    variance (batch norm without weights). The top layer is drawn anew each epoch; features with a
+    mean of several times their spread would make its logits start as one large constant. The head
+    "centroids" is `lib.beyond.networks.CentroidLayer`.
     """
 
     def __init__(self, feature_dim: int, n_clusters: int, head: str = "standardised") -> None:
         super().__init__()
         self.feature_dim, self.n_clusters = feature_dim, n_clusters
         norm = nn.BatchNorm1d(feature_dim, affine=False)
-        self.standardise = norm if head == "standardised" else nn.Identity()
-        self.top_layer = nn.Linear(feature_dim, n_clusters)
+        self.standardise = nn.Identity() if head == "linear" else norm
+        layer = beyond.CentroidLayer if head == "centroids" else nn.Linear
+        self.top_layer = layer(feature_dim, n_clusters)
         self.reset_top_layer()
 
     @torch.no_grad()
@@ -207,6 +213,7 @@ class MatchedParametersCNN(PlainCNN):
 
 BACKBONES: dict[str, type[Backbone]] = {"alexnet": AlexNet, "p4m": P4MCNN, "p4": P4CNN}
 BACKBONES |= {"cnn_params": MatchedParametersCNN, "cnn_flops": MatchedFlopsCNN}
+BACKBONES |= beyond.backbones(P4MCNN, P4CNN) if beyond else {}
 
 
 def build(

@@ -17,9 +17,15 @@ from lib.features import PCAWhiten
 from lib.models import BACKBONES, HEADS, Backbone, build
 from lib.paths import load_json, show
 
-CHOICES = {"backbone": tuple(BACKBONES), "pseudo_labels": ("clusters", "index", "shuffled")}
-CHOICES |= {"head": HEADS, "bn_statistics": ("fresh", "running"), "clusterer": kmeans.CLUSTERERS}
-CHOICES |= {"device": ("auto", "cpu", "cuda")}
+try:
+    from lib.beyond import labels as beyond
+except ImportError:  # without lib/beyond there are three kinds of pseudo-labels
+    beyond = None
+
+LABELS = {} if beyond is None else beyond.LABELS
+CHOICES = {"backbone": tuple(BACKBONES), "head": HEADS, "clusterer": kmeans.CLUSTERERS}
+CHOICES |= {"pseudo_labels": ("clusters", "index", "shuffled", *LABELS)}
+CHOICES |= {"bn_statistics": ("fresh", "running"), "device": ("auto", "cpu", "cuda")}
 LEAST = {"n_clusters": 2, "pca_dim": 1, "epochs": 0, "batch_size": 2, "seed": 0}
 LEAST |= {"weight_decay": 0, "rotation_degrees": 0}
 
@@ -42,9 +48,10 @@ class TrainConfig:
     rotation_degrees: float = 0.0  # each image is turned by up to this, either way
     # "clusters" trains on the epoch's own. The others are controls that know nothing of the images:
     # "index" is the image's number modulo K, "shuffled" the first epoch's clusters shuffled once.
+    # `lib.beyond.labels` holds more.
     pseudo_labels: str = "clusters"
     # "standardised" gives the top layer features of zero mean and unit variance, and five times the
-    # body's learning rate. "linear" is the page's way.
+    # body's learning rate. "linear" is the page's way, "centroids" DeepCluster-v2's (lib.beyond).
     head: str = "standardised"
     # "fresh" estimates batch-norm statistics anew before features are extracted. "running" is the
     # page's way: the statistics lag behind the weights.
@@ -69,7 +76,7 @@ class TrainConfig:
 # of what config.json holds, what may change while a run goes on, or is compared by itself
 MAY_DIFFER = ("epochs", "device", "code", "torch", "data")
 WHITENING = ("mean", "components", "explained_variance")  # of a fitted PCA, in clustering.npz
-CORE = ("*.py", "fast/*.py", "fast/*.c")  # the sources that decide a run's numbers
+CORE = ("*.py", "fast/*.py", "fast/*.c", "beyond/*.py")  # the sources that decide a run's numbers
 MOVE_ASIDE = "use --restart (restart=True) to move the old run aside, or another dataset name"
 
 
@@ -106,10 +113,11 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def identity(config: TrainConfig, images: np.ndarray) -> dict[str, Any]:
-    """What config.json holds: settings with the width spelt out, images, code and torch."""
+def identity(config: TrainConfig, images: np.ndarray, groups: Any = None) -> dict[str, Any]:
+    """What config.json holds: settings with the width spelt out, images, groups, code, torch."""
     found = asdict(config) | {"width": list(config.width or BACKBONES[config.backbone].WIDTH)}
     found["data"] = {"shape": list(images.shape), "sha256": fingerprint(images)}
+    found |= {} if groups is None else {"groups": fingerprint(groups)}
     return found | {"code": code_fingerprint(), "torch": str(torch.__version__)}
 
 

@@ -35,7 +35,8 @@ def test_arms_are_matched_but_for_what_they_change():
         assert config.pseudo_labels == wanted
         turned = arm.endswith("-rotation") or (arm.startswith("alexnet") and arm != "alexnet-plain")
         assert config.rotation_degrees == (SMOKE["rotation_degrees"] if turned else 0)
-    assert {ARMS[arm].backbone for arm in GROUPS["arms"]} == set(BACKBONES)
+    named = (*GROUPS["arms"], *GROUPS["beyond"])
+    assert {ARMS[arm].backbone for arm in named} == set(BACKBONES)
 
 
 def test_each_arm_has_a_look_of_its_own():
@@ -54,7 +55,8 @@ def test_each_arm_has_a_look_of_its_own():
     ],
 )
 def test_variants_and_untrained_arms_change_one_thing(ending, change):
-    for backbone in BACKBONES if ending == "untrained" else ("alexnet", "p4m"):
+    main = {ARMS[arm].backbone for arm in GROUPS["arms"]}
+    for backbone in main if ending == "untrained" else ("alexnet", "p4m"):
         plain = train_config(backbone, SMOKE, 0)
         changed = train_config(f"{backbone}-{ending}", SMOKE, 0)
         assert changed == dataclasses.replace(plain, **change)

@@ -4,6 +4,7 @@ import ast
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from lib.deepcluster import TrainConfig, fit
 from lib.notebooks import find_notebooks
 from lib.study import report, verdicts
 from tests import readme_commands
+from tests.bench import beyond_measures
 from tests.test_bootstrap import NOTEBOOKS, code
 
 ROOT, FIGURES = paths.ROOT, paths.ROOT / "figures"
@@ -34,6 +36,14 @@ def test_results_in_the_pages_are_the_committed_ones():
     assert f"<!-- glance -->\n{table}\n<!-- /glance -->" in page
     text = verdicts.findings(paths.load_json(FIGURES / "nih-9k" / "results.json"))
     assert f"<!-- study -->\n{text}\n<!-- /study -->" in README
+
+
+def test_tables_of_the_small_experiments_are_the_committed_numbers():
+    page = (ROOT / "docs" / "beyond.md").read_text(encoding="utf-8")
+    runs, again = (pd.read_csv(FIGURES / "beyond" / f"{name}.csv") for name in ("runs", "again"))
+    for question in beyond_measures.QUESTIONS:
+        assert beyond_measures.tables(runs, question) in page
+    assert beyond_measures.again(again) in page
 
 
 def test_numbers_in_the_prose_are_the_committed_ones():
@@ -62,7 +72,7 @@ def test_readme_is_short_and_lists_every_notebook_and_every_room():
     listed = re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\)", README, re.MULTILINE)
     assert listed == [path.stem for path in find_notebooks()] + ["equivariance"]
     rooms = [path.parent.name for path in (ROOT / "lib").glob("*/__init__.py")]
-    assert len(rooms) == 5
+    assert len(rooms) == 6
     for page in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
         assert all(f"{room}/" in page for room in rooms)
 
@@ -88,7 +98,7 @@ def test_options_named_are_options(capsys):
     assert named <= known
 
 
-NIH = ("README.md", "docs/MODEL_CARD.md", "docs/data.md", "data/README.md")
+NIH = ("README.md", "docs/MODEL_CARD.md", "docs/data.md", "docs/beyond.md", "data/README.md")
 NIH += ("data/manifests/README.md", "figures/nih-9k/claims.md")
 DRAWN = ("figures/phantom/summary.md", "figures/phantom/claims.md")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lib.fast import gkernel, operators
+from lib.fast.gfourier import GROUPS
 
 # (a, b) by the group's order and whether the compiled kernel is there. Fourier is the faster if
 # a / out_channels + b / (in_channels * k * k) <= 1: all channels share the cost of the transforms,
@@ -49,12 +50,15 @@ def _to_onnx() -> bool:
 
 
 def fast_conv(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """The group convolution by the Fourier transform, or None if the dense one is to be taken.
+    """The group convolution by the Fourier transform, or None if the dense one is to be taken:
+    it knows p4 and p4m.
 
     The ``algorithm`` of the `lib.gconv.GroupConv` is "auto" (Fourier if `faster`) or "fourier"
     (always). The result has the wider of the dtypes of `x` and the weight; autocast does not narrow
     it. NotImplementedError for "fourier" under `torch.func`'s transforms, forward differentiation,
     TorchScript and export to ONNX, and in a backward pass whose gradient is asked for."""
+    if layer.group.order not in GROUPS:
+        return None
     if layer.algorithm == "auto":
         if not faster(layer, x):
             return None
@@ -76,6 +80,7 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
     parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if (
         conv.algorithm == "dense"
+        or conv.group.order not in GROUPS
         or len(x) == 0
         or any(tensor is None or tensor.dtype != torch.float32 for tensor in parameters)
         or (norm.training and conv.bias is not None)  # which the norm takes out again

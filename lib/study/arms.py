@@ -23,8 +23,9 @@ class Arm:
 
     `backbone` is a key of ``lib.models.BACKBONES``, empty for a baseline. With `rotation` the arm
     trains on images turned by the preset's ``rotation_degrees``; `untrained` is no epoch. `kind` is
-    arm, variant, control, published (follows the published code and need not match the others) or
-    baseline. `changes` are other fields of ``TrainConfig``.
+    arm, variant, control, published (follows the published code and need not match the others),
+    beyond (what the page leaves for later), grouped (the same, but `lib.deepcluster.fit` needs
+    groups, which a study does not give) or baseline. `changes` are other fields of ``TrainConfig``.
     """
 
     title: str
@@ -99,6 +100,24 @@ ARMS: dict[str, Arm] = _MAIN | {
     "p4m-published": _like(
         "p4m", "after the published code", "#803800", "published",
         {"pca_dim": 128, "weight_decay": 1e-4, **_LINEAR, **_RUNNING}, pseudo_labels="index"),
+    "p4m-centroids":
+        _like("p4m", "centroids as weights", "#1B7837", "beyond", {"head": "centroids"}),
+    "p4m-sinkhorn": _like("p4m", "balanced cells", "#762A83", "beyond", {"clusterer": "sinkhorn"}),
+    "p4m-committee":
+        _like("p4m", "consensus of five K-means", "#2166AC", "beyond", {"clusterer": "consensus"}),
+    "p4m-vote":
+        _like("p4m", "vote of three epochs", "#B2182B", "beyond", pseudo_labels="consensus"),
+    "p4m-minibatch": _like("p4m", "mini-batch", "#5AAE61", "beyond", {"clusterer": "minibatch"}),
+    "p4m-hierarchical":
+        _like("p4m", "hierarchical", "#9970AB", "beyond", {"clusterer": "hierarchical"}),
+    "p4m-graph": _like("p4m", "graph of neighbours", "#4393C3", "beyond", {"clusterer": "graph"}),
+    "p4_params": Arm("P4, P4M's parameters", "#C51B7D", "^", "p4_params", kind="beyond"),
+    "mirror": Arm("mirror alone, P4M's parameters", "#01665E", "d", "mirror", kind="beyond"),
+    "p4m-given": _like("p4m", "labels given", "#8C510A", "grouped", pseudo_labels="given"),
+    "p4m-refined":
+        _like("p4m", "labels given at the start", "#BF812D", "grouped", pseudo_labels="refined"),
+    "p4m-patients":
+        _like("p4m", "a patient's films alike", "#35978F", "grouped", pseudo_labels="patients"),
     "pixels": Arm("raw pixels, PCA", "#000000", "*", kind="baseline"),
     "metadata": Arm("view, sex and age, no image", "#5E4FA2", "p", kind="baseline"),
     "gaussian": Arm("Gaussian points, no image", "#BBBBBB", "1", kind="baseline"),
@@ -108,6 +127,8 @@ ARMS: dict[str, Arm] = _MAIN | {
 }
 # fmt: on
 _KINDS = {"arms": "arm", "variants": "variant", "controls": "control", "published": "published"}
+_KINDS |= {"beyond": "beyond"}
+UNTRAINABLE = ("baseline", "grouped")  # kinds of arms that a study cannot train
 GROUPS = {"all": tuple(n for n, a in ARMS.items() if a.kind in ("arm", "variant", "control"))} | {
     group: tuple(name for name, arm in ARMS.items() if arm.kind == kind)
     for group, kind in _KINDS.items()
@@ -118,7 +139,8 @@ MATCHED = (*PRESET[1:], "data")  # what runs must agree in to be compared, but f
 
 
 def _unknown(name: str) -> ValueError:
-    names = ", ".join([*(n for n, arm in ARMS.items() if arm.kind != "baseline"), *GROUPS])
+    names = [n for n, arm in ARMS.items() if arm.kind not in UNTRAINABLE]
+    names = ", ".join([*names, *GROUPS])
     return ValueError(f"arm {name!r} is unknown; choose from {names}")
 
 
@@ -126,7 +148,7 @@ def choose_arms(names: str) -> list[str]:
     """``"p4m,published"`` -> arms in the order of `ARMS`; ValueError for an unknown one."""
     chosen: set[str] = set()
     for name in names.split(","):
-        if name not in GROUPS and (name not in ARMS or ARMS[name].kind == "baseline"):
+        if name not in GROUPS and (name not in ARMS or ARMS[name].kind in UNTRAINABLE):
             raise _unknown(name)
         chosen |= set(GROUPS.get(name, (name,)))
     return [name for name in ARMS if name in chosen]

@@ -2,14 +2,18 @@
 figures/bench/kmeans_quality.{csv,png,svg}.
 
     python tests/bench/clusterers.py [--points 10000 31623 100000 316228 1000000] [--dim 64]
-    [--clusters 200] [--draw]
+    [--clusters 200] [--draw] [--memory]
 
 Synthetic embeddings with planted clusters that overlap. Quality is the inertia (sum of squared
 distances to the centroids) as a share of K-means' at the same N, and NMI with the planted clusters.
-Time is of one fit. --draw only draws the figure from the table that is there."""
+Time is of one fit. --draw only draws the figure from the table that is there. --memory measures all
+clusterers, those of lib.beyond too, each fit in a process of its own: seconds of CPU time and peak
+memory, to figures/beyond/clusterers.csv. It goes on with what is missing there."""
 
 import argparse
+import multiprocessing
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -51,6 +55,32 @@ def measure(name: str, x: np.ndarray, truth: np.ndarray, clusters: int) -> dict:
     return {"method": name, "points": len(x), "seconds": seconds, "inertia": inertia, "nmi": nmi}
 
 
+def one_fit(name: str, points: int, dim: int, clusters: int) -> dict:
+    """CPU seconds and peak memory of one fit, points included; for a process of its own."""
+    x, truth = planted(points, dim, clusters)
+    begin = time.process_time()
+    labels = make_clusterer(name, clusters, 0).fit_predict(x)
+    seconds = round(time.process_time() - begin, 2)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GB, on Linux
+    nmi = round(normalized_mutual_info_score(truth, labels), 3)
+    found = {"clusterer": name, "points": points, "dim": dim, "clusters": clusters}
+    return found | {"cpu_seconds": seconds, "gigabytes": round(peak, 2), "nmi": nmi}
+
+
+def memory(sizes: list[int], dim: int, clusters: int) -> None:
+    """`one_fit` of each clusterer and size; graph, sinkhorn and consensus up to 100,000 points."""
+    target = figures_root() / "beyond" / "clusterers.csv"
+    rows = pd.read_csv(target).to_dict("records") if target.exists() else []
+    done = {(row["clusterer"], row["points"]) for row in rows}
+    jobs = [(c, n) for n in sizes for c in CLUSTERERS if n <= 100_000 or c in list(TITLES)[:3]]
+    for job in [job for job in jobs if job not in done]:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(pool.apply(one_fit, (*job, dim, clusters)))
+        print(rows[-1], flush=True)
+        with atomic_write(target, "w") as handle:
+            pd.DataFrame(rows).to_csv(handle, index=False, lineterminator="\n")
+
+
 @style.context()
 def quality(table: pd.DataFrame, dataset_label: str) -> Figure:
     """Quality of each clusterer against its time, a line over the numbers of points."""
@@ -81,15 +111,18 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--clusters", type=int, default=200)
     parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
+    if options.memory:
+        return memory(options.points, options.dim, options.clusters)
     target = figures_root() / "bench" / "kmeans_quality"
     if not options.draw:
         rows = []
-        for name in CLUSTERERS:  # imports and thread pools are paid for once
+        for name in TITLES:  # imports and thread pools are paid for once
             measure(name, *planted(500, 8, 5), 5)
         for n in options.points:
             x, truth = planted(n, options.dim, options.clusters)
-            for name in CLUSTERERS:
+            for name in TITLES:
                 rows.append(measure(name, x, truth, options.clusters))
                 print(rows[-1], flush=True)
         table = pd.DataFrame(rows)

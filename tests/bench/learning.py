@@ -70,8 +70,8 @@ def centroid_start() -> AbstractContextManager:
         return found
 
     @torch.no_grad()
-    def start(self: Any, epoch: int) -> None:
-        reset(self, epoch)
+    def start(self: Any, epoch: int, *of: Any) -> None:
+        reset(self, epoch, *of)
         read = self.model.activated(seen["features"])  # (N, D)
         read = (read - read.mean(0)) / (read.std(0) + 1e-5)
         for k in np.unique(seen["assignments"]):
