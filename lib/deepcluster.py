@@ -79,8 +79,7 @@ def fit(
     FloatingPointError, OSError, RuntimeError
         Loss or features are not finite; the disk is full; one of several processes failed. What was
         finished is kept. A clustering that collapses and a run begun by other code get a
-        RuntimeWarning only.
-    """
+        RuntimeWarning only."""
     run_dir = Path(run_dir)
     _check(images, config, nproc, groups)
     if nproc > 1:
@@ -119,8 +118,7 @@ def cluster(
 ) -> tuple[np.ndarray, PCAWhiten, ClusterMixin]:
     """Features (N, D) -> PCA -> whitening -> unit length -> clusters (N,), with the fitted steps.
 
-    The clusterer runs on the CPU; it gets N x `pca_dim` numbers, 29 MB for the paper's.
-    """
+    The clusterer runs on the CPU; it gets N x `pca_dim` numbers, 29 MB for the paper's."""
     whiten = PCAWhiten(min(config.pca_dim, *features.shape))
     points = _array(whiten.fit_transform(features))  # (N, d)
     seed = int(stream(config, epoch, CLUSTERS).integers(2**31))
@@ -134,8 +132,7 @@ def cluster(
 
 def uniform_over_clusters(pseudo_labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Indices (N,) of one epoch: every cluster in use is drawn equally often, small ones with
-    repetition (Caron et al. 2018, section 3.3).
-    """
+    repetition (Caron et al. 2018, section 3.3)."""
     clusters = np.unique(pseudo_labels)
     share = len(pseudo_labels) // len(clusters) + 1
     drawn = []
@@ -149,8 +146,7 @@ def labels_to_train_on(
     assignments: np.ndarray, earlier: np.ndarray, config: TrainConfig, groups: Any = None
 ) -> np.ndarray:
     """Pseudo-labels (N,) of an epoch from its clusters (N,), all earlier ones (epochs, N) and, if
-    the kind of labels takes some, `groups` (N,).
-    """
+    the kind of labels takes some, `groups` (N,)."""
     if config.pseudo_labels in runs.LABELS:
         return runs.LABELS[config.pseudo_labels](assignments, earlier, groups)
     if config.pseudo_labels == "index":
@@ -173,8 +169,7 @@ def train_epoch(
     """One pass of cross-entropy over uint8 images (N, 64, 64) with their pseudo-labels (N,).
 
     Returns the mean loss over the images drawn, in nats; ln K is chance. `epoch` counts from 1.
-    FloatingPointError if the loss of a batch is not finite.
-    """
+    FloatingPointError if the loss of a batch is not finite."""
     device, n = next(model.parameters()).device, len(images)
     order = uniform_over_clusters(pseudo_labels, stream(config, epoch, ORDER))
     limit = config.rotation_degrees
@@ -224,8 +219,7 @@ def _check_loss(losses: list[Tensor], config: TrainConfig, epoch: int) -> None:
 
 class Training:
     """What changes from epoch to epoch: network, optimisers, metrics, assignments. All of it is in
-    one checkpoint; random numbers need none, see `stream`.
-    """
+    one checkpoint; random numbers need none, see `stream`."""
 
     SAVED = ("model", "body", "top", "scheduler")  # what has a state_dict
 
@@ -292,8 +286,7 @@ class Training:
 
     def reset_top_layer(self, epoch: int, features: Any, pseudo_labels: np.ndarray) -> None:
         """Draw the top layer anew, or set it to the centroids of features (N, D), None on all
-        processes but the first, with these labels (N,). Adam's moments belong to the old one.
-        """
+        processes but the first, with these labels (N,). Adam's moments belong to the old one."""
         seed = int(stream(self.config, epoch, TOP_LAYER).integers(2**63))
         self.model.reset_top_layer(torch.Generator().manual_seed(seed))
         if self.config.head == "centroids":

@@ -1,6 +1,5 @@
 """From images to what is clustered: features, then PCA, whitening and unit length (Caron et al.
-2018, section 3.3).
-"""
+2018, section 3.3)."""
 
 import warnings
 from contextlib import contextmanager
@@ -39,8 +38,7 @@ def estimate_statistics(
 
     Running statistics remember about ten steps, in which the weights move on: in evaluation mode,
     the network that is clustered is then not the one that was trained. Here every batch norm
-    averages over equal batches in train mode, with dropout off; each process takes its share.
-    """
+    averages over equal batches in train mode, with dropout off; each process takes its share."""
     # not the head's, which no feature passes
     inside = [m for name, m in model.named_modules() if name != "standardise"]
     norms = [module for module in inside if isinstance(module, _BatchNorm)]
@@ -80,8 +78,7 @@ def extract(
     batch_size : int
         Images per pass: changes speed and memory, and results only by rounding.
     on_device, autocast : bool
-        Return a tensor on `device` instead of an array; compute in bfloat16.
-    """
+        Return a tensor on `device` instead of an array; compute in bfloat16."""
     if len(images) == 0:
         raise ValueError("there are no images to extract features from: images has length 0")
     device = torch.device(device)
@@ -122,8 +119,7 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
     ----------
     mean_ (D,), components_ (n_components_, D), explained_variance_ (n_components_,) : float64
         As in ``sklearn.decomposition.PCA(whiten=True)``; the largest loading of each axis is
-        positive. Arrays, or tensors on the data's device after fitting a tensor.
-    """
+        positive. Arrays, or tensors on the data's device after fitting a tensor."""
 
     def __init__(self, n_components: int = 64, l2: bool = True) -> None:
         self.n_components = n_components
@@ -131,8 +127,7 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
 
     def fit(self, features: np.ndarray | Tensor, y: None = None) -> Self:
         """Find mean, axes and variances of `features`, (N, D) floating; ValueError if there are
-        fewer than 2 rows, all are equal, or one is not finite.
-        """
+        fewer than 2 rows, all are equal, or one is not finite."""
         x = self._rows(features, reset=True)
         n, d = x.shape
         if self.n_components < 1 or n < 2:
@@ -184,8 +179,7 @@ class PCAWhiten(TransformerMixin, BaseEstimator):
 
     def _rows(self, values: np.ndarray | Tensor, reset: bool = False) -> Tensor:
         """`values` (N, D), finite, as a tensor that shares their memory; arrays pass scikit-learn's
-        checks.
-        """
+        checks."""
         if isinstance(values, Tensor) and values.ndim != 2:
             raise ValueError(f"features must have shape (N, D), got {tuple(values.shape)}")
         if not isinstance(values, Tensor):

@@ -11,8 +11,7 @@ if the sampling grid is symmetric: ``H + 2*padding - kernel_size`` divisible by 
 likewise W. Every stride-1 layer is. A stride-2 layer is on odd sizes and is *not* on even ones: the
 last row and column are never a window's centre. To halve even sizes exactly, use
 `GroupAvgBlurPool`. ``nn.MaxPool2d`` breaks the symmetry as 3x3/2 on even sizes and as 2x2/2 on odd
-ones.
-"""
+ones."""
 
 import math
 from numbers import Integral
@@ -61,8 +60,7 @@ class GroupConv(nn.Module):
         GrouPy's order and convention; He initialisation (He et al. 2015, eq. 10) with fan-in
         ``in_channels * S_in * k * k``.
     bias : Parameter, shape (out_channels,), or None
-        Starts at zero.
-    """
+        Starts at zero."""
 
     group: PointGroup
     lifting: bool
@@ -124,8 +122,7 @@ class GroupConv(nn.Module):
 
         Returns
         -------
-        Tensor, shape (N, out_channels, S, H', W')
-        """
+        Tensor, shape (N, out_channels, S, H', W')"""
         leading = (self.in_channels,) if self.lifting else (self.in_channels, self.group.order)
         if x.ndim != len(leading) + 3 or x.shape[1:-2] != leading:
             expected = ", ".join(("N", *map(str, leading), "H", "W"))
@@ -194,8 +191,7 @@ class GroupAvgBlurPool(nn.Module):
 
     Each axis has a binomial window on a grid that shares its centre with the image: (1, 3, 3, 1) on
     even sizes, (1, 2, 1) on odd ones, with padding 1. A window is divided by the sum of its weights
-    inside the image, so a constant map stays constant.
-    """
+    inside the image, so a constant map stays constant."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim < 4 or 0 in x.shape[-2:]:
@@ -216,8 +212,7 @@ class GroupBlock(nn.Sequential):
     """Group convolution, `GroupBatchNorm`, ReLU and `GroupAvgBlurPool`, in this order.
 
     `lib.fast` may compute the block as one. A norm of another class, as for several processes, and
-    hooks on the modules are respected.
-    """
+    hooks on the modules are respected."""
 
     def forward(self, x: Tensor) -> Tensor:
         kinds = [type(module) for module in self]
@@ -243,8 +238,7 @@ def assert_equivariant(
     -------
     float
         The largest difference, relative to the output's largest value. AssertionError if it is
-        above `tolerance`, or no number.
-    """
+        above `tolerance`, or no number."""
     act = {2: lambda y, g: y, 4: group.act_on_grid, 5: group.act_on_maps}  # by number of axes
     if tolerance is None:
         tolerance = 1e-12 if x.dtype == torch.float64 else 1e-5

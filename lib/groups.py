@@ -8,8 +8,7 @@ the centre of the grid, `g` is the matrix ::
 
 This is the order and the convention of GrouPy, the code of Cohen and Welling, *Group Equivariant
 Convolutional Networks* (ICML 2016, sections 4.2-4.4). An element moves a function by ``[g f](x) =
-f(g^-1 x)`` (eq. 4). Acting with `a * b` is acting with `b`, then with `a`.
-"""
+f(g^-1 x)`` (eq. 4). Acting with `a * b` is acting with `b`, then with `a`."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,16 +55,14 @@ class PointGroup:
     def act_on_grid(self, x: Tensor, g: int) -> Tensor:
         """Move functions on a grid, (..., H, W): ``[g f](x) = f(g^-1 x)``.
 
-        The centre of the grid stays in place. A quarter turn swaps H and W.
-        """
+        The centre of the grid stays in place. A quarter turn swaps H and W."""
         turned = torch.rot90(x, self.element(g) % 4, (-2, -1))
         return turned.flip(-2) if g >= 4 else turned
 
     def act_on_maps(self, x: Tensor, g: int) -> Tensor:
         """Move functions on the group, (..., S, H, W): ``[g f](x, u) = f(g^-1 x, g^-1 u)``.
 
-        See Cohen and Welling (2016), sec. 4.4. A quarter turn swaps H and W.
-        """
+        See Cohen and Welling (2016), sec. 4.4. A quarter turn swaps H and W."""
         if x.ndim < 3 or x.shape[-3] != self.order:
             expected = f"(..., {self.order}, H, W)"
             raise ValueError(f"{self.name} maps have shape {expected}, not {tuple(x.shape)}")
@@ -78,8 +75,7 @@ class PointGroup:
 
         ``psi.flatten(-3)[..., index[g]]`` is the filter moved by g, ``psi(g^-1 u, g^-1 t)``. S_in
         is 1 for filters on the plane, the group's order for filters on the group. ValueError if
-        the side k is even.
-        """
+        the side k is even."""
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd: a filter has a centre; got {kernel_size}")
         places = torch.arange(stabilizer_in * kernel_size**2)

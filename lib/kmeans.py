@@ -1,8 +1,7 @@
 """Clusterings of whitened features, by name: scikit-learn's estimators.
 
 K-means costs N x K x D per iteration; ``tests/bench/clusterers.py`` draws what the others give up
-in quality for their time.
-"""
+in quality for their time."""
 
 from typing import Self
 
@@ -28,8 +27,7 @@ def make_clusterer(name: str, n_clusters: int, seed: int) -> ClusterMixin:
     "kmeans" is Lloyd's, from one greedy k-means++ start (Arthur and Vassilvitskii 2007);
     "minibatch" is mini-batch K-means (Sculley 2010); "hierarchical" bisects the cluster of largest
     inertia until there are K; "graph" is `GraphClusters`; "sinkhorn" and "consensus" are in
-    `lib.beyond.clusterers`. ValueError for any other name.
-    """
+    `lib.beyond.clusterers`. ValueError for any other name."""
     if name == "kmeans":
         return KMeans(n_clusters, n_init=1, max_iter=100, random_state=seed)
     if name == "minibatch":
@@ -45,8 +43,7 @@ def make_clusterer(name: str, n_clusters: int, seed: int) -> ClusterMixin:
 
 class GraphClusters(AgglomerativeClustering):
     """Ward's method along the edges of the graph of 15 nearest neighbours: only neighbours are
-    joined, so that time and memory grow almost linearly with N, and clusters need not be round.
-    """
+    joined, so that time and memory grow almost linearly with N, and clusters need not be round."""
 
     def __init__(self, n_clusters: int = 2) -> None:
         super().__init__(n_clusters, connectivity=_neighbours)
@@ -62,8 +59,7 @@ class GraphClusters(AgglomerativeClustering):
 
 def _neighbours(points: np.ndarray) -> scipy.sparse.csr_matrix:
     """The graph (N, N) of nearest neighbours, in one piece for any K: consecutive points in the
-    order of the first axis are joined, too.
-    """
+    order of the first axis are joined, too."""
     n = len(points)
     graph = kneighbors_graph(points, min(N_NEIGHBORS, n - 1), include_self=False)
     order = np.argsort(points[:, 0], kind="stable")

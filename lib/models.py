@@ -1,6 +1,5 @@
 """The paper's two backbones, AlexNet behind a fixed Sobel filter and a P4M group-equivariant CNN,
-and networks to compare them with: P4M's layout without the mirror, or without the symmetry.
-"""
+and networks to compare them with: P4M's layout without the mirror, or without the symmetry."""
 
 import math
 from collections.abc import Sequence
@@ -28,8 +27,7 @@ class Backbone(nn.Module):
     With any head but "linear", what the top layer reads is first brought to zero mean and unit
     variance (batch norm without weights). The top layer is drawn anew each epoch; features with a
     mean of several times their spread would make its logits start as one large constant. The head
-    "centroids" is `lib.beyond.networks.CentroidLayer`.
-    """
+    "centroids" is `lib.beyond.networks.CentroidLayer`."""
 
     def __init__(self, feature_dim: int, n_clusters: int, head: str = "standardised") -> None:
         super().__init__()
@@ -43,8 +41,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def reset_top_layer(self, generator: torch.Generator | None = None) -> None:
         """Draw the top layer anew, N(0, 0.01) with zero bias: cluster numbers mean nothing from one
-        epoch to the next. `generator` is a CPU's, so every device gets the same numbers.
-        """
+        epoch to the next. `generator` is a CPU's, so every device gets the same numbers."""
         weight = torch.empty(self.top_layer.weight.shape).normal_(0.0, 0.01, generator=generator)
         self.top_layer.weight.copy_(weight)
         self.top_layer.bias.zero_()
@@ -90,8 +87,7 @@ class AlexNet(Backbone):
     layers with dropout. At 64x64 the last map is 1x1 (6x6 at 224x224), so the first fully connected
     layer reads 256 numbers instead of 9,216. ``features`` is the second one before its ReLU.
 
-    `width`: channels of the five convolutions, and of the fully connected layers.
-    """
+    `width`: channels of the five convolutions, and of the fully connected layers."""
 
     WIDTH = (96, 256, 384, 384, 256, 4096)
     LAYOUT = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))  # kernel, stride, padding
@@ -128,8 +124,7 @@ class BlockCNN(Backbone):
     """Three blocks of convolution (kernels 5, 3, 3), batch norm, ReLU and antialiased average pool
     of stride 2 (Cohen and Welling 2016; sizes from Zhuang and Islam 2025).
 
-    `width`: regular fields per block of the P4M network, or of the P4M network to match.
-    """
+    `width`: regular fields per block of the P4M network, or of the P4M network to match."""
 
     WIDTH = (64, 128, 256)
     LAYERS: tuple[type[nn.Module], ...]  # the three convolutions
@@ -159,8 +154,7 @@ class BlockCNN(Backbone):
 
 class P4MCNN(BlockCNN):
     """p4m blocks and a maximum over the group: features that no quarter turn and no mirror can
-    change. Each field is 8 real channels.
-    """
+    change. Each field is 8 real channels."""
 
     LAYERS = (gconv.P4MConvZ2, gconv.P4MConvP4M, gconv.P4MConvP4M)
     NORM = gconv.GroupBatchNorm
@@ -172,8 +166,7 @@ class P4MCNN(BlockCNN):
 
 class P4CNN(P4MCNN):
     """`P4MCNN` without the mirror: quarter turns leave its features unchanged, mirrors do not.
-    Each field is 4 real channels.
-    """
+    Each field is 4 real channels."""
 
     LAYERS = (gconv.P4ConvZ2, gconv.P4ConvP4, gconv.P4ConvP4)
 
@@ -190,8 +183,7 @@ class PlainCNN(BlockCNN):
 
 class MatchedFlopsCNN(PlainCNN):
     """`PlainCNN` with the FLOPs of the P4M network of this `width`, computed densely: 8 channels
-    per field, hence about 8 times its parameters.
-    """
+    per field, hence about 8 times its parameters."""
 
     @staticmethod
     def channels(a: int, b: int, c: int) -> tuple[int, int, int]:
@@ -200,8 +192,7 @@ class MatchedFlopsCNN(PlainCNN):
 
 class MatchedParametersCNN(PlainCNN):
     """`PlainCNN` with the parameters of the P4M network of this `width`, without the top layer:
-    about sqrt(8) channels per field, since a group filter between fields holds 8 planar ones.
-    """
+    about sqrt(8) channels per field, since a group filter between fields holds 8 planar ones."""
 
     @staticmethod
     def channels(a: int, b: int, c: int) -> tuple[int, int, int]:

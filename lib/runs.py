@@ -34,8 +34,7 @@ LEAST |= {"weight_decay": 0, "rotation_degrees": 0}
 class TrainConfig:
     """Settings of a run; the defaults are the paper's but for `head` and `bn_statistics`.
 
-    ValueError if one is out of range, naming it and its value.
-    """
+    ValueError if one is out of range, naming it and its value."""
 
     backbone: str
     n_clusters: int = 200  # K
@@ -123,8 +122,7 @@ def identity(config: TrainConfig, images: np.ndarray, groups: Any = None) -> dic
 
 def check_same_run(run_dir: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json is to hold: `ours`, with the code that the run began with (a warning says if
-    it is another). RunMismatchError if it describes another run, more epochs excepted.
-    """
+    it is another). RunMismatchError if it describes another run, more epochs excepted."""
     path = run_dir / "config.json"
     theirs = load_json(path) if path.exists() else ours
     fixed = [name for name in ours if name not in MAY_DIFFER]
@@ -206,8 +204,7 @@ def whitening(arrays: Mapping[str, np.ndarray], l2: bool = True) -> PCAWhiten:
 
 def embed(run: Run, features: np.ndarray) -> np.ndarray:
     """Features (M, D) of a run's network to what was clustered, (M, d) float32: the run's own PCA,
-    whitening and unit length.
-    """
+    whitening and unit length."""
     with np.load(run.path / "clustering.npz") as stored:
         return whitening(stored).transform(np.asarray(features))
 

@@ -19,8 +19,7 @@ def balanced(cost: np.ndarray, tolerance: float = 1e-3, rounds: int = 1000) -> n
 
     Sinkhorn and Knopp (1967); Cuturi (2013). Rows are exact, columns to a relative `tolerance`, or
     what `rounds` of scaling give. SeLa (Asano et al. 2020) and SwAV (Caron et al. 2020) make their
-    pseudo-labels so. Costs are finite.
-    """
+    pseudo-labels so. Costs are finite."""
     n, k = cost.shape
     plan = np.exp(cost.min(axis=1, keepdims=True) - cost)  # (N, K), the largest of a row is 1
     columns = np.ones(k)
@@ -62,8 +61,7 @@ class _OnKMeans(ClusterMixin, BaseEstimator):
 
 class SinkhornClusters(_OnKMeans):
     """K-means' centroids, but clusters of about equal size: each image goes where the `balanced`
-    plan of the squared distances sends most of it. Not always to its nearest centroid.
-    """
+    plan of the squared distances sends most of it. Not always to its nearest centroid."""
 
     def _labels(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = self._kmeans(points)
@@ -74,8 +72,7 @@ class SinkhornClusters(_OnKMeans):
 
 class ConsensusClusters(_OnKMeans):
     """The `lib.beyond.labels.vote` of five K-means from different starts; of these the one of least
-    inertia names the clusters.
-    """
+    inertia names the clusters."""
 
     def _labels(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = [self._kmeans(points, number) for number in range(VOTERS)]

@@ -1,6 +1,5 @@
 """Pseudo-labels that are more than the epoch's own clusters: votes, labels from elsewhere, and
-labels that the images of one patient share.
-"""
+labels that the images of one patient share."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,8 +12,7 @@ def aligned(labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Cluster numbers (N,) renamed to those of `reference` (N,), so that most images agree.
 
     The names come from the Hungarian method (Kuhn 1955) on the table of common images. Numbers are
-    from 0; the result's are below the larger count of the two.
-    """
+    from 0; the result's are below the larger count of the two."""
     size = 1 + max(labels.max(), reference.max())
     common = np.zeros((size, size), int)
     np.add.at(common, (labels, reference), 1)
@@ -23,8 +21,7 @@ def aligned(labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def most_frequent(places: np.ndarray, labels: np.ndarray, preferred: np.ndarray) -> np.ndarray:
     """The label (G,) that is most frequent among the `labels` (M,) of each place; `places` (M,) are
-    from 0 to G - 1. Of equally frequent ones `preferred` (G,) is taken, else the smallest.
-    """
+    from 0 to G - 1. Of equally frequent ones `preferred` (G,) is taken, else the smallest."""
     counts = np.zeros((len(preferred), 1 + max(labels.max(), preferred.max())))
     np.add.at(counts, (places, labels), 1)
     counts[np.arange(len(preferred)), preferred] += 0.5
@@ -33,8 +30,7 @@ def most_frequent(places: np.ndarray, labels: np.ndarray, preferred: np.ndarray)
 
 def vote(rows: ArrayLike) -> np.ndarray:
     """Consensus (N,) of several clusterings (T, N) of the same images: each is `aligned` to the
-    last, then the majority decides (Dudoit and Fridlyand 2003, BagClust1); in a tie, the last.
-    """
+    last, then the majority decides (Dudoit and Fridlyand 2003, BagClust1); in a tie, the last."""
     rows = np.asarray(rows)
     votes = np.concatenate([aligned(row, rows[-1]) for row in rows])
     return most_frequent(np.tile(np.arange(rows.shape[1]), len(rows)), votes, rows[-1])
@@ -42,8 +38,7 @@ def vote(rows: ArrayLike) -> np.ndarray:
 
 def shared(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """One label for all images of a group, (N,): the most frequent of their `labels` (N,); in a tie
-    that of the group's first image. `groups` (N,) are any whole numbers, such as patients.
-    """
+    that of the group's first image. `groups` (N,) are any whole numbers, such as patients."""
     _, first, places = np.unique(groups, return_index=True, return_inverse=True)
     return most_frequent(places, labels, labels[first])[places]
 
@@ -60,8 +55,7 @@ GROUPED = ("given", "refined", "patients")  # these need groups
 
 def check(groups: np.ndarray | None, name: str, n: int, n_clusters: int, nproc: int) -> None:
     """ValueError unless `groups` are what the pseudo-labels `name` need: whole numbers (n,) from 0,
-    below `n_clusters` if they are labels, for one process; None for all other pseudo-labels.
-    """
+    below `n_clusters` if they are labels, for one process; None for all other pseudo-labels."""
     if name not in GROUPED:
         if groups is not None:
             raise ValueError(f"pseudo_labels {name!r} take no groups: only {', '.join(GROUPED)} do")

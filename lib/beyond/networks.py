@@ -35,8 +35,7 @@ class CentroidLayer(nn.Linear):
     @torch.no_grad()
     def follow(self, features: Tensor | None, labels: np.ndarray) -> None:
         """Set the weights to the centroids, at length 1, of features (N, D) with labels (N,); all
-        to zero if there are no features here. The weights of an empty cluster are zero.
-        """
+        to zero if there are no features here. The weights of an empty cluster are zero."""
         self.weight.zero_()
         if features is not None:
             x = features.to(self.weight)
@@ -73,8 +72,7 @@ class MirrorConvMirror(gconv.GroupConv):
 
 def matched(order: int, a: int, b: int, c: int) -> tuple[int, int, int]:
     """Fields of a network with a group of `order` elements (1, 2 or 4) that has the parameters of
-    the P4M network with a, b, c fields, top layer left out: about sqrt(8 / order) times as many.
-    """
+    the P4M network with a, b, c fields, top layer left out: about sqrt(8 / order) times as many."""
     total = 25 * a + 72 * a * b + 72 * b * c + 2 * (a + b + c)  # P4M: filters and batch norms
     first, second = (max(1, round(math.sqrt(8 / order) * n)) for n in (a, b))
     rest = total - (25 * first + 9 * order * first * second + 2 * (first + second))
@@ -86,8 +84,7 @@ def backbones(p4m: type[nn.Module], p4: type[nn.Module]) -> dict[str, type[nn.Mo
 
     class MirrorCNN(p4m):
         """`P4MCNN` with the mirror alone: left and right swapped leaves its features unchanged,
-        turns do not. Each field is 2 real channels.
-        """
+        turns do not. Each field is 2 real channels."""
 
         LAYERS = (MirrorConvZ2, MirrorConvMirror, MirrorConvMirror)
         channels = staticmethod(partial(matched, MIRROR.order))

@@ -159,8 +159,7 @@ def train_config(
 ) -> TrainConfig:
     """Settings of an arm: those of a preset (see ``notebooks/params/``), with what `ARMS` changes.
 
-    ValueError for an unknown arm, or a value that ``TrainConfig`` refuses.
-    """
+    ValueError for an unknown arm, or a value that ``TrainConfig`` refuses."""
     if arm not in ARMS or not ARMS[arm].backbone:
         raise _unknown(arm)
     chosen = ARMS[arm]
@@ -178,8 +177,7 @@ def cost(backbone: str, n_clusters: int, width: Sequence[int] | None = None) -> 
     """What a network costs: ``parameters`` without the top layer, ``feature_dim`` D and ``flops``.
 
     FLOPs are those of the features of one image, forward, two per multiplication and addition
-    (PyTorch's ``FlopCounterMode``), and on every device those of dense group convolutions.
-    """
+    (PyTorch's ``FlopCounterMode``), and on every device those of dense group convolutions."""
     model = build(backbone, n_clusters, width).eval()
     for module in model.modules():
         if hasattr(module, "algorithm"):  # of a group convolution
@@ -268,8 +266,7 @@ def finished(dataset: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
     Runs are compared with the first finished one of P4M or AlexNet, or of any arm if these have
     none. They must agree in `MATCHED`, and in the number of epochs unless they are untrained; all
     but AlexNets must agree in width, and so must AlexNets. Published arms need not agree.
-    FileNotFoundError if no run is finished.
-    """
+    FileNotFoundError if no run is finished."""
     roots, left_out = (paths.runs_dir(dataset), kept_dir(dataset)), []
     stored: dict[tuple[str, int], tuple[Path, dict[str, Any]]] = {}
     for arm in ARMS:

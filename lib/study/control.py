@@ -1,8 +1,7 @@
 """The positive control: does the loop find classes that are there?
 
 Handwritten digits have ten known classes. The arms are trained on them with the settings of the
-other runs, and the clusters of each epoch are compared with the classes.
-"""
+other runs, and the clusters of each epoch are compared with the classes."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ def on_digits(
     with the classes; with `turned` each digit is turned by a random angle, drawn once.
 
     The settings are those of other runs, but K is at most 20 and no image is rotated. Returns per
-    arm the columns ``epoch`` (0: untrained), ``nmi``, ``ami`` and ``seed``.
-    """
+    arm the columns ``epoch`` (0: untrained), ``nmi``, ``ami`` and ``seed``."""
     images, table = make_digits(turned, n=n)
     dataset = f"control-digits{'-turned' * turned}-{n}"
     tables = {}
