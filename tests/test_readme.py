@@ -13,8 +13,7 @@ from lib.__main__ import parse
 from lib.deepcluster import TrainConfig, fit
 from lib.notebooks import find_notebooks
 from lib.study import report, verdicts
-from tests import readme_commands
-from tests.bench import beyond_measures
+from tests import beyond_measures, readme_commands
 from tests.test_bootstrap import NOTEBOOKS, code
 
 ROOT, FIGURES = paths.ROOT, paths.ROOT / "figures"

@@ -30,7 +30,7 @@ from lib.kmeans import CLUSTERERS  # noqa: E402
 from lib.runs import load_run  # noqa: E402
 from lib.study.arms import ARMS, train_config  # noqa: E402
 from lib.study.subjects import Material, Network, Pixels  # noqa: E402
-from tests.bench import beyond_measures as measures  # noqa: E402
+from tests import beyond_measures as measures  # noqa: E402
 
 PRESETS = {name: {"epochs": 6} for name in ("digits", "phantom-beyond")}  # beside `quick`
 PRESETS["nih-9k"] = {"epochs": 8, "batch_size": 128, "n_clusters": 100}

@@ -275,7 +275,7 @@ def rates(bench: Bench) -> None:
     labels = torch.arange(rows).numpy() % bench.s.k
     for arm, config in configs.items():
         with tempfile.TemporaryDirectory() as folder:
-            loop = Training(images, config, Path(folder), World(device=bench.device), False)
+            loop = Training(images, config, Path(folder), World(device=bench.device), None)
         parts = (loop.model, [loop.body, loop.top], loop.images, labels, config)
         took = {"cluster": bench.cluster_seconds.get(arm, float("nan"))}
         for what, work in (("features", loop.extract), ("train", partial(train_epoch, *parts, 1))):

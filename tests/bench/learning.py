@@ -61,24 +61,18 @@ def torch_start() -> AbstractContextManager:
 
 def centroid_start() -> AbstractContextManager:
     """A cluster's weights start as the mean of what the layer reads of its images, at length 1."""
-    training, seen = deepcluster.Training, {}
-    cluster, reset = training.cluster, training.reset_top_layer
-
-    def remember(self: Any, features: np.ndarray, epoch: int) -> tuple:
-        found = cluster(self, features, epoch)
-        seen["features"], seen["assignments"] = torch.as_tensor(features), found[0]
-        return found
+    reset = deepcluster.Training.reset_top_layer
 
     @torch.no_grad()
-    def start(self: Any, epoch: int, *of: Any) -> None:
-        reset(self, epoch, *of)
-        read = self.model.activated(seen["features"])  # (N, D)
+    def start(self: Any, epoch: int, features: np.ndarray, labels: np.ndarray) -> None:
+        reset(self, epoch, features, labels)
+        read = self.model.activated(torch.as_tensor(features))  # (N, D)
         read = (read - read.mean(0)) / (read.std(0) + 1e-5)
-        for k in np.unique(seen["assignments"]):
-            mean = read[torch.from_numpy(seen["assignments"] == k)].mean(0)
+        for k in np.unique(labels):
+            mean = read[torch.from_numpy(labels == k)].mean(0)
             self.model.top_layer.weight[k] = nn.functional.normalize(mean, dim=0)
 
-    return mock.patch.multiple(training, cluster=remember, reset_top_layer=start)
+    return mock.patch.object(deepcluster.Training, "reset_top_layer", start)
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], Any]] = {  # settings, and what is patched
