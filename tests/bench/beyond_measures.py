@@ -99,7 +99,12 @@ def tables(runs: pd.DataFrame, question: int) -> str:
         text[-1] += f"\n|---|---:|{'---:|' * len(shown)}"
         for arm in [a for a in [*arms, "pixels"] if a in set(some["arm"])]:
             rows = some[some["arm"] == arm]
-            cells = " | ".join(cell(rows[c].dropna()) for c in shown)
+            # the agreements of one set of seeds are not independent: no interval
+            several = [rows[c].dropna() for c in shown]
+            several = [
+                pd.Series([v.mean()]) if v.name == "seeds" and len(v) else v for v in several
+            ]
+            cells = " | ".join(map(cell, several))
             text[-1] += f"\n| {ARMS[arm].title} | {len(rows)} | {cells} |"
         for name in [c for c in ("nmi", "hard", "settled", "ami_halves") if c in shown]:
             wide = some.pivot(index="seed", columns="arm", values=name)
