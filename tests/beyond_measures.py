@@ -99,7 +99,12 @@ def tables(runs: pd.DataFrame, question: int) -> str:
         text[-1] += f"\n|---|---:|{'---:|' * len(shown)}"
         for arm in [a for a in [*arms, "pixels"] if a in set(some["arm"])]:
             rows = some[some["arm"] == arm]
-            cells = " | ".join(cell(rows[c].dropna()) for c in shown)
+            # the agreements of one set of seeds are not independent: no interval
+            several = [rows[c].dropna() for c in shown]
+            several = [
+                pd.Series([v.mean()]) if v.name == "seeds" and len(v) else v for v in several
+            ]
+            cells = " | ".join(map(cell, several))
             text[-1] += f"\n| {ARMS[arm].title} | {len(rows)} | {cells} |"
         for name in [c for c in ("nmi", "hard", "settled", "ami_halves") if c in shown]:
             wide = some.pivot(index="seed", columns="arm", values=name)
@@ -125,10 +130,21 @@ def again(found: pd.DataFrame) -> str:
     return text
 
 
+def cost() -> str:
+    """The table of one fit's CPU time and memory, as Markdown."""
+    names = {"clusterer": "clusterer", "points": "points", "cpu_seconds": "CPU seconds"}
+    names |= {"gigabytes": "GB", "nmi": "NMI with the planted clusters"}
+    text = f"| {' | '.join(names.values())} |\n|---|{'---:|' * (len(names) - 1)}"
+    for row in pd.read_csv(paths.ROOT / "figures" / "beyond" / "clusterers.csv").to_dict("records"):
+        text += f"\n| {' | '.join(str(row[name]) for name in names)} |"
+    return text
+
+
 def write_page(runs: pd.DataFrame, found: pd.DataFrame) -> None:
     """Put the tables into docs/beyond.md, between their marks."""
     page = PAGE.read_text(encoding="utf-8")
     texts = {f"question {q}": tables(runs, q) for q in QUESTIONS} | {"again": again(found)}
+    texts["cost"] = cost()
     for name, text in texts.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         body = begin + text + end

@@ -43,6 +43,7 @@ def test_tables_of_the_small_experiments_are_the_committed_numbers():
     for question in beyond_measures.QUESTIONS:
         assert beyond_measures.tables(runs, question) in page
     assert beyond_measures.again(again) in page
+    assert beyond_measures.cost() in page
 
 
 def test_numbers_in_the_prose_are_the_committed_ones():
