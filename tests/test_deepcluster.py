@@ -180,13 +180,13 @@ KILLED = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL and no fork")
-def test_killed_at_ten_moments(tmp_path):
+def test_killed_at_twenty_moments(tmp_path):
     """kill -9 spread over the length of a run: each that continues ends like the unbroken one."""
-    script = KILLED.format(path=str(tmp_path), times=10)
+    script = KILLED.format(path=str(tmp_path), times=20)
     done = python(script, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert len(set(json.loads(done.stdout))) > 1  # before and after the first epoch
-    for number in range(10):
+    for number in range(20):
         folder = tmp_path / f"killed{number}"
         assert bytes_of(folder) == bytes_of(tmp_path / "unbroken"), number
         assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
