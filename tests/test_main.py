@@ -396,6 +396,8 @@ def beside(checkout):
     one kernel each to wait for, that of the first notebook."""
     for path in notebooks.find_notebooks("01"):
         path.unlink()
+    # ignored in what a shell starts in the background, and then in all that this starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     calls, environment = [], os.environ | {"PYTHON": sys.executable}
     options = {"env": environment, "text": True, "stdout": subprocess.PIPE}
 

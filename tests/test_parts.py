@@ -188,8 +188,9 @@ def test_only_a_code_that_knows_left_tells_the_side_of_an_effusion(code, low, hi
     assert low <= parts.effusion_side(subject, material)["tells_effusion_side"] <= high
     mirrored = parts.laterality(subject, material)["tells_mirrored"]
     assert low <= mirrored <= high or code is apart
-    material.metadata.loc[material.metadata.index >= 8, "findings"] = "Mass"  # too few are left
-    assert "fewer than" in parts.effusion_side(subject, material)["tells_effusion_side"]
+    few = effusions()
+    few.metadata.loc[few.metadata.index >= 8, "findings"] = "Mass"
+    assert "fewer than" in parts.effusion_side(subject, few)["tells_effusion_side"]
 
 
 def test_factors_are_what_differs():
