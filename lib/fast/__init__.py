@@ -1,8 +1,9 @@
-"""Faster ways to compute the layers of `lib.gconv` on a CPU, equal to rounding.
+"""Faster ways to compute the layers of `lib.gconv`, equal to rounding.
 
-The folder is optional: without it every layer is computed densely. ``gfourier`` is the method,
-``gfourier.c`` and ``gkernel`` are the compiled kernel, ``operators`` is PyTorch's view of both.
-This module says when they are taken."""
+The folder is optional: without it every layer is computed densely. On a CPU, ``gfourier`` is the
+method, ``gfourier.c`` and ``gkernel`` are the compiled kernel, ``operators`` is PyTorch's view of
+both. On a GPU, ``gtriton`` computes a block's norm, ReLU and pool at once. This module says when
+they are taken."""
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,11 @@ from torch.autograd import forward_ad
 
 from lib.fast import gkernel, operators
 from lib.fast.gfourier import GROUPS
+
+try:
+    from lib.fast import gtriton
+except ImportError:  # Triton comes with PyTorch for CUDA
+    gtriton = None
 
 # (a, b) by the group's order and whether the compiled kernel is there. Fourier is the faster if
 # a / out_channels + b / (in_channels * k * k) <= 1: all channels share the cost of the transforms,
@@ -71,10 +77,11 @@ def fast_conv(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
-    """A `lib.gconv.GroupBlock` by the compiled kernel, or None if its modules are to be called.
+    """A `lib.gconv.GroupBlock` by the compiled kernel or, on a GPU, by Triton's; None if its
+    modules are to be called.
 
     With statistics of the batch, the norm's come with the convolution of `x`; else the norm is
-    folded into the filters."""
+    folded into the filters, on a GPU into the pool."""
     conv, norm, *_ = block
     hooks = (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in block)
     parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
@@ -86,24 +93,41 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
         or (norm.training and conv.bias is not None)  # which the norm takes out again
         or any(hooks)
         or torch.compiler.is_compiling()
-        or not gkernel.available()
-        or not (possible if conv.algorithm == "fourier" else faster)(conv, x)
     ):
         return None
     geometry = (conv.group.order, conv.stride, conv.padding)
-    if not norm.training:
+    weights = conv.weight, norm.weight, norm.bias
+    if x.device.type == "cuda":
+        special = torch.compiler.is_exporting() or needs_dense(conv, x) or conv.bias is not None
+        special |= torch.is_grad_enabled() and not norm.training
+        if gtriton is None or special or conv.algorithm != "auto":
+            return None
+        out, statistics = gtriton.block(conv, norm, x)
+    elif not gkernel.available() or not (possible if conv.algorithm == "fourier" else faster)(
+        conv, x
+    ):
+        return None
+    elif norm.training:
+        out, statistics = operators.Block.apply(x, *weights, norm.eps, geometry)
+    else:
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         shift = norm.bias - norm.running_mean * scale
         if conv.bias is not None:
             shift = shift + conv.bias * scale
         folded = conv.weight * scale[:, None, None, None, None]
         return operators.ReluPool.apply(operators.conv(x, folded, shift, geometry))
-    weights = conv.weight, norm.weight, norm.bias
-    out, statistics = operators.Block.apply(x, *weights, norm.eps, geometry)
-    with torch.no_grad():  # as PyTorch does; with momentum None the running statistics are means
-        norm.num_batches_tracked.add_(1)
-        count = float(norm.num_batches_tracked)
-        momentum = 1 / count if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(statistics[0].float(), momentum)
-        norm.running_var.lerp_(statistics[2].float(), momentum)
+    if norm.training:
+        _track(norm, statistics)
     return out
+
+
+@torch.no_grad()
+def _track(norm: nn.Module, statistics: Tensor) -> None:
+    """Follow mean, variance and unbiased variance (3, C) as PyTorch does: with momentum None the
+    running statistics are means."""
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 1 / float(norm.num_batches_tracked)
+    norm.running_mean.lerp_(statistics[0].float(), momentum)
+    norm.running_var.lerp_(statistics[2].float(), momentum)

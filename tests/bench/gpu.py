@@ -189,7 +189,8 @@ class Network:
         for layer in self.net.modules():
             if isinstance(layer, gconv.GroupConv):
                 layer.algorithm = name
-                layer.filter_bank = partial(self.channels_last, layer)
+                if name != "auto":  # which is fused, and sees to it by itself
+                    layer.filter_bank = partial(self.channels_last, layer)
                 if name == "fourier":  # it computes in its inputs' dtype, also under autocast
                     layer.weight.data, self.x = layer.weight.data.bfloat16(), self.x.bfloat16()
         self.optimizer = torch.optim.Adam(self.net.parameters(), 1e-4)
@@ -219,7 +220,7 @@ class Network:
 
 
 def speed(bench: Bench) -> None:
-    """P4M, dense and Fourier, beside the plain network of the same channels: cnn_flops."""
+    """P4M, dense, fused and Fourier, beside the plain network of the same channels: cnn_flops."""
     torch._dynamo.config.recompile_limit = 64  # all networks share the code of one class
     if bench.gpu:  # by default as many images at a time as fit a CPU's cache
         gfourier.CHUNK = 1 << 26
@@ -231,7 +232,8 @@ def speed(bench: Bench) -> None:
 
 def race(bench: Bench, fields: tuple[int, ...], compiled: bool) -> None:
     mode = f"{'/'.join(map(str, fields))} fields, {'compiled' if compiled else 'eager'}"
-    names = [f"{mode}, {name}" for name in ("plain", "dense", "fourier")]
+    kinds = ("plain", "dense") if compiled else ("plain", "dense", "auto", "fourier")
+    names = [f"{mode}, {name}" for name in kinds]
     made = {n: bench.attempt(n, Network, bench, n.split()[-1], fields, compiled) for n in names}
     networks = {name: network for name, network in made.items() if network}
     for phase in ("forward", "step"):
