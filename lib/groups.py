@@ -89,8 +89,7 @@ def filter_bank(weight: Tensor, index: Tensor) -> Tensor:
 
     `weight` is (out_channels, in_channels, S_in, k, k), `index` from `PointGroup.filter_indices`.
     """
-    moved = weight.flatten(2).index_select(2, index.flatten())
-    moved = moved.unflatten(2, index.shape)  # (out, in, S, S_in * k * k)
+    moved = weight.flatten(2).index_select(2, index.flatten()).unflatten(2, index.shape)
     return moved.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, *weight.shape[-2:]))
 
 

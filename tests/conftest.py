@@ -6,10 +6,13 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from tests.server import Server
 
 os.environ.pop("CXR_CALLED_FROM", None)  # run_all.sh sets it: a test's folder is its own
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is read, if it is there
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 
 

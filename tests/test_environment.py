@@ -64,7 +64,7 @@ def test_what_is_imported_is_declared():
     cells = [cell for path in NOTEBOOKS for cell in code(path)]
     sources += [re.sub(r"^\s*[%!].*$", "", cell, flags=re.MULTILINE) for cell in cells]
     modules = {module for source in sources for module in imported(source)}
-    modules -= {*sys.stdlib_module_names, "lib", "IPython", "pydicom", "kagglesdk"}
+    modules -= {*sys.stdlib_module_names, "lib", "IPython", "pydicom", "kagglesdk", "triton"}
     there = packages_distributions()
     assert not modules - set(there), "nobody can say which package brings them"
     packages = {module: set(map(canonicalize_name, there[module])) for module in modules}

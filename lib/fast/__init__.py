@@ -117,12 +117,12 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
         folded = conv.weight * scale[:, None, None, None, None]
         return operators.ReluPool.apply(operators.conv(x, folded, shift, geometry))
     if norm.training:
-        _track(norm, statistics)
+        track(norm, statistics)
     return out
 
 
 @torch.no_grad()
-def _track(norm: nn.Module, statistics: Tensor) -> None:
+def track(norm: nn.Module, statistics: Tensor) -> None:
     """Follow mean, variance and unbiased variance (3, C) as PyTorch does: with momentum None the
     running statistics are means."""
     norm.num_batches_tracked.add_(1)

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from lib.fast.operators import once
+
 TILE, CHANNELS, STEPS = 32, 64, 16  # pixels and channels of a tile; tiles that a program adds up
 
 
@@ -24,13 +26,16 @@ def _tile(place, channels, P, inside):
 
 @triton.jit
 def _sums(x, out, rows, P, B: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr):
-    """Sum and sum of squares of each channel, over a share of the pixels."""
+    """Sum and sum of squares of x less its first pixel, over a share of the pixels: what is left of
+    a mean of many standard deviations would be rounding."""
     channels = tl.program_id(1) * C + tl.arange(0, C)
+    first = tl.load(x + channels, channels < P, 0.0).to(tl.float32)[None, :]
     total, squares = tl.zeros([B, C], tl.float32), tl.zeros([B, C], tl.float32)
     for step in range(STEPS):
         row = (tl.program_id(0) * STEPS + step) * B + tl.arange(0, B)
         where, there = _tile(row, channels, P, row < rows)
         value = tl.load(x + where, there, 0.0).to(tl.float32)
+        value = tl.where(there, value - first, 0.0)
         total += value
         squares += value * value
     out += tl.program_id(0) * 2 * P + channels
@@ -142,13 +147,13 @@ def _shape(x: Tensor) -> tuple[int, ...]:
     return n, height, width, planes
 
 
-def _total(kernel, x: Tensor, arguments: tuple, shape: tuple[int, ...], order: int) -> Tensor:
-    """Two sums per field, float64 (2, C), of what `kernel` adds up in each of its programs."""
-    n, planes, height, width = x.shape
+def _add_up(kernel, x: Tensor, before: tuple, after: tuple) -> Tensor:
+    """Two sums per plane, float64 (2, P), of what `kernel` adds up in each of its programs."""
+    n, height, width, planes = _shape(x)
     grid = _grid(n * height * width, planes, STEPS)
     parts = x.new_empty(grid[0], 2, planes, dtype=torch.float32)
-    kernel[grid](x, *arguments[:1], parts, *arguments[1:], *shape, TILE, CHANNELS, STEPS)
-    return parts.double().sum(0).unflatten(1, (-1, order)).sum(2)
+    kernel[grid](x, *before, parts, *after, planes, TILE, CHANNELS, STEPS)
+    return parts.double().sum(0)
 
 
 def pool(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -171,9 +176,13 @@ class NormReluPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, order: int):
         count = x.numel() // len(gamma)
-        n, height, width, planes = _shape(x)
-        sums = _total(_sums, x, (), (n * height * width, planes), order) / count
-        mean, variance = sums[0], (sums[1] - sums[0] ** 2).clamp_(min=0)
+        pixels = count // order
+        first = x[0, :, 0, 0].double()
+        total, squares = _add_up(_sums, x, (), (pixels,))
+        squares = squares + first * (2 * total + pixels * first)
+        of_fields = torch.stack([total + pixels * first, squares]).unflatten(1, (-1, order))
+        mean, square = of_fields.sum(2) / count
+        variance = (square - mean**2).clamp_(min=0)
         spread = torch.rsqrt(variance + eps)
         scale = gamma * spread
         per_plane = [
@@ -187,22 +196,20 @@ class NormReluPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor, _: Tensor) -> tuple:
+        once()
         x, mean, scale, shift, gamma, spread = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        dy, order = dy.contiguous(memory_format=torch.channels_last), ctx.order
         windows = [_window(size, x.device) for size in x.shape[2:]]
-        shape = _shape(x)
-        arguments = dy, mean, scale, shift, *windows
-        sums = _total(_gradient_sums, x, arguments, shape, ctx.order)
-        dgamma, dbeta = sums[1] * spread, sums[0]
-        # dx = scale * (g - mean of g - xhat * mean of (g * xhat)), xhat = (x - mean) * spread
-        slopes = (-(gamma * spread) * spread * dgamma / ctx.count).float()
-        slopes = slopes.repeat_interleave(ctx.order)
-        constants = -scale * (dbeta / ctx.count).float().repeat_interleave(ctx.order)
-        constants -= slopes * mean
-        dx = torch.empty_like(x)
-        grid = _grid(x.numel() // x.shape[1], x.shape[1])
-        numbers = slopes, constants, scale, shift, *windows
-        _input_gradient[grid](x, dy, dx, *numbers, *shape, TILE, CHANNELS)
+        n, height, width, planes = _shape(x)
+        fixed = scale, shift, *windows, n, height, width
+        sums = _add_up(_gradient_sums, x, (dy,), (mean, *fixed))
+        dbeta, products = sums.unflatten(1, (-1, order)).sum(2)
+        dgamma = products * spread
+        # dx = scale * (g - mean of g - z * mean of g z), where z = (x - mean) * spread
+        slopes = (-gamma * spread**2 * dgamma / ctx.count).float().repeat_interleave(order)
+        constants = -scale * (dbeta / ctx.count).float().repeat_interleave(order) - slopes * mean
+        dx, grid = torch.empty_like(x), _grid(n * height * width, planes)
+        _input_gradient[grid](x, dy, dx, slopes, constants, *fixed, planes, TILE, CHANNELS)
         return dx, dgamma.to(gamma.dtype), dbeta.to(gamma.dtype), None, None
 
 

@@ -18,7 +18,7 @@ def _compiled(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and gkernel.available()
 
 
-def _once() -> None:
+def once() -> None:
     """Called by backward passes, in which PyTorch records only if it is to differentiate them."""
     if torch.is_grad_enabled():
         raise NotImplementedError(f"the gradient of a gradient needs {DENSE}")
@@ -90,7 +90,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy: Tensor) -> tuple:
-    _once()
+    once()
     needs = ctx.needs_input_grad[:2]
     gradients = conv_backward(dy, *ctx.saved_tensors, ctx.geometry, needs)
     dx, dweight = (of if need else None for of, need in zip(gradients, needs, strict=True))
@@ -112,7 +112,7 @@ class ReluPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> Tensor:
-        _once()
+        once()
         (y,) = ctx.saved_tensors
         dy = torch.empty_like(y)
         gkernel.pool_gradient(y, dout.contiguous(), dy)
@@ -141,7 +141,7 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout: Tensor, _: Tensor) -> tuple:
-        _once()
+        once()
         x, weight, y, *norm = ctx.saved_tensors
         norm, dout, needs = (*norm, ctx.eps), dout.contiguous(), ctx.needs_input_grad[:2]
         sums = y.new_empty(3, len(weight), dtype=torch.float64), y.new_empty(2, len(weight))
