@@ -127,6 +127,7 @@ def enrichment(n_clusters=4):
             found = name == "Mass" and number == 1
             share, odds, q = (0.8, 3.0, 0.001) if found else (0.1, 0.5, 0.9)
             share = 0.04 if name == "Hernia" else share
-            rows.append((name, kind, number, 25 + number, share, odds, q))
-    columns = ["property", "kind", "cluster", "n", "share", "log2_odds", "q"]
+            agreement = 0.2 if name == "Mass" else 0.0
+            rows.append((name, kind, number, 25 + number, share, odds, q, agreement))
+    columns = ["property", "kind", "cluster", "n", "share", "log2_odds", "q", "ami"]
     return pd.DataFrame(rows, columns=columns)

@@ -109,6 +109,7 @@ def test_enrichment_marks_discoveries_and_hides_what_is_too_rare():
     assert not len(dark.get_xdata())
     assert axes.images[0].get_array().mask.all(axis=1).tolist() == [False, True, False]
     assert axes.get_title() == "P4M, no augmentation\nfinding: 1 of 2; no: 0 of 1"
+    assert [bar.get_width() for bar in figure.axes[1].patches] == [0.2, 0, 0]
 
 
 def test_retrieval_puts_what_is_shared_first_and_marks_the_same_patient():

@@ -293,16 +293,17 @@ def enrichment_maps(tables: Tables, dataset_label: str) -> Figure:
     below it what should not matter.
 
     A dot marks q at or below `LEVEL`. A property of fewer than `LEAST` images is gray: its odds
-    ratios mean nothing. `tables` map an arm to a row per property and cluster: ``property, kind,
-    cluster, n, share, log2_odds, q``."""
+    ratios mean nothing. Bars are the AMI of the property and all clusters. `tables` map an arm to a
+    row per property and cluster: ``property, kind, cluster, n, share, log2_odds, q, ami``."""
     rows = pd.concat(tables.values()) if tables else pd.DataFrame(columns=["property", "kind"])
     kinds = rows.sort_values("kind", kind="stable").drop_duplicates("property")
     kinds = kinds.set_index("property")["kind"]
     height = 0.6 + max(len(tables), 1) * (0.55 + 0.115 * max(len(kinds), 6))
     figure = style.new_figure(height, "What do clusters follow?")
-    panels = figure.subplots(max(len(tables), 1), 1, squeeze=False)[:, 0]
+    shape = {"squeeze": False, "sharey": "row", "width_ratios": (6, 1)}
+    panels, margins = figure.subplots(max(len(tables), 1), 2, **shape).T
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad=LIGHT)
-    for axes, (arm, table) in zip(panels, tables.items(), strict=False):
+    for axes, margin, (arm, table) in zip(panels, margins, tables.items(), strict=False):
         sizes = table.groupby("cluster")["n"].max().sort_values(ascending=False, kind="stable")
         some = sizes.index[:20]
         grids = table.pivot(index="property", columns="cluster", values=["log2_odds", "q"])
@@ -322,10 +323,15 @@ def enrichment_maps(tables: Tables, dataset_label: str) -> Figure:
         axes.axhline((kinds == kinds.iloc[0]).sum() - 0.5, color=DARK, linewidth=0.8)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+        agreement = table.groupby("property")["ami"].first().reindex(kinds.index)
+        margin.barh(range(len(kinds)), agreement, color=style.arm(arm).colour)
+        margin.set(xlim=(0, max(rows["ami"].max(), 0.01) * 1.05), xlabel="AMI")
+        margin.tick_params(left=False, labelleft=False)
     if tables:
         bar = {"orientation": "horizontal", "aspect": 40, "extend": "both", "pad": 0.01}
-        figure.colorbar(drawn, ax=list(panels), label="log2 of the odds ratio", **bar)
+        figure.colorbar(drawn, ax=[*panels, *margins], label="log2 of the odds ratio", **bar)
     else:
+        margins[0].remove()
         style.absent(panels[0], "no clusters with known properties")
     notes = [f"first seed; dots: false-discovery rate at most {LEVEL:g} (Fisher's exact test)"]
     notes += [f"below the line: what should not matter; gray: fewer than {LEAST} images"]

@@ -76,9 +76,11 @@ def enrichment(assignments: np.ndarray, properties: Mapping[str, Property]) -> p
     One row per property and cluster: ``property, kind, cluster``; ``n``, images of the cluster of
     which the property is known; ``share`` of them that have it, ``elsewhere`` in all other
     clusters; ``log2_odds``, with 1/2 added to each count, so that it is finite; ``p``, two-sided;
-    ``q``, false-discovery rate over all rows (Benjamini and Hochberg 1995)."""
+    ``ami`` of the property and all clusters; ``q``, false-discovery rate over all rows (Benjamini
+    and Hochberg 1995)."""
     rows = []
     for name, (kind, has, known) in properties.items():
+        agreement = ami(assignments[known], has[known])
         for cluster in np.unique(assignments):
             inside = known & (assignments == cluster)
             outside = known & ~inside
@@ -88,8 +90,9 @@ def enrichment(assignments: np.ndarray, properties: Mapping[str, Property]) -> p
             odds = (a + 0.5) * (d + 0.5) / ((b + 0.5) * (c + 0.5))
             p = stats.fisher_exact([[a, b], [c, d]]).pvalue
             share, elsewhere = a / n if n else np.nan, c / m if m else np.nan
-            rows.append((name, kind, int(cluster), n, share, elsewhere, np.log2(odds), p))
-    columns = ("property", "kind", "cluster", "n", "share", "elsewhere", "log2_odds", "p")
+            numbers = n, share, elsewhere, np.log2(odds), p, agreement
+            rows.append((name, kind, int(cluster), *numbers))
+    columns = ("property", "kind", "cluster", "n", "share", "elsewhere", "log2_odds", "p", "ami")
     frame = pd.DataFrame(rows, columns=columns)
     return frame.assign(q=stats.false_discovery_control(frame["p"]) if rows else [])
 
