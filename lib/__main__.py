@@ -389,17 +389,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream.reconfigure(errors="replace")  # for consoles that lack a character
     only_check = argv[:1] == ["--check"]
     options = parse(argv[only_check:])
-    missing = nb.missing_packages(options.command == "test")
-    if missing:
-        lacks = f"{sys.executable} lacks {', '.join(missing)}: use ./run_all.sh"
-        print(lacks, file=sys.stdout if only_check else sys.stderr)
-        return 3
-    if only_check:
-        return 0
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
+        if missing := nb.missing_packages(options.command == "test"):
+            lacks = f"{sys.executable} lacks {', '.join(missing)}: use ./run_all.sh"
+            print(lacks, file=sys.stdout if only_check else sys.stderr)
+            return 3
+        if only_check:
+            return 0
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
         if options.command != "train":
             nb.prepare_environment(caller())
         globals()[options.command](options)

@@ -275,6 +275,9 @@ def test_missing_packages_are_named(project, monkeypatch, capsys):
     assert all("numpy>=999" in text for text in capsys.readouterr())
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)  # a bare Python
     assert len(notebooks.missing_packages()) == 3
+    monkeypatch.setattr(notebooks, "missing_packages", Mock(side_effect=KeyboardInterrupt))
+    assert command.main(["--check"]) == 130
+    assert "the same command" in capsys.readouterr().err
 
 
 # --- the other commands
