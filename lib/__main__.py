@@ -229,9 +229,9 @@ def get_ready(options: Namespace, parameters: Mapping) -> None:
 
             resolve_device(options.device)
         if options.data.startswith("embeddings:"):
-            from lib.study import given
+            from lib.explore import explorer
 
-            print(given.measure_file(path_in(options.data), options.dataset, parameters))
+            print(explorer.of_file(path_in(options.data), options.dataset, parameters))
         elif options.data not in DRAWN and not os.path.isabs(options.data):
             from lib import paths
             from lib.data.sources import fetch

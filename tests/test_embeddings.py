@@ -3,10 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import lib.__main__ as command
 from lib import data, metrics, paths
 from lib.data import embeddings
+from lib.explore import explorer
 from lib.notebooks import read_preset
 from lib.study import arms, given
 from tests.test_kmeans import planted
@@ -88,12 +90,23 @@ def test_what_cannot_be_read_is_named(file, changes, message):
         read(file(**changes))
 
 
+def test_pictures_are_those_that_the_paths_name(file, tmp_path):
+    Image.new("L", (128, 128), 77).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_text("no image")
+    names = np.array(["a.png", "", str(tmp_path / "a.png"), *["bad.png"] * (N - 3)])
+    with pytest.warns(UserWarning, match=r"2 of 5 pictures that given.npz .*'bad.png': not a PNG"):
+        found, there = embeddings.pictures(file(paths=names), np.array([0, 1, 2, 3, 9]))
+    assert there.tolist() == [True, False, True, False, False]
+    assert (found == np.where(there, 77, 0)[:, None, None]).all()
+    assert not embeddings.pictures(file(), np.arange(4))[1].any()
+
+
 @pytest.mark.slow
 def test_planted_clusters_are_found_and_measured(file, monkeypatch):
     preset = read_preset("smoke") | {"n_clusters": K, "seeds": [0, 1], "n_map": 40}
     preset |= {"pca_dim": 4, "command": "COMMAND"}
     monkeypatch.setattr(given, "Effort", lambda **_: EFFORT)
-    text, folder = given.measure_file(file(), "given", preset), paths.figures_dir("given")
+    text, folder = explorer.of_file(file(), "given", preset), paths.figures_dir("given")
     kinds = np.arange(N) % K
     assert metrics.nmi(pd.read_csv(folder / "clusters.csv")["seed1"].to_numpy(), kinds) > 0.95
     found = paths.load_json(folder / "results.json")
@@ -108,7 +121,8 @@ def test_planted_clusters_are_found_and_measured(file, monkeypatch):
     page = (folder / "given.md").read_text(encoding="utf-8")
     assert arms.ARMS["given"].title in page
     monkeypatch.setattr(given.measure, "MADE", None)
-    again = given.measure_file(file(), "given", preset)  # read, not measured again
+    again = explorer.of_file(file(), "given", preset)  # read, not measured again
+    assert "given embeddings" in (folder / "explorer.html").read_text(encoding="utf-8")
     assert again == text
     assert text.startswith(page)
     with pytest.raises(ValueError, match="n_clusters=97"):
@@ -137,6 +151,7 @@ def test_the_command(file, monkeypatch, capsys):
         patch.setattr(given, "clusters_of", lambda *_: [pd.DataFrame()] * 2)
         patch.setattr(given, "page", lambda *_: "THE PAGE\n")
         patch.setattr(given.measure, "save", lambda *_: None)
+        patch.setattr(explorer, "of_file", given.measure_file)
         assert command.main([*words, "--seeds", "3,4", "--clusterer", "graph"]) == 0
     assert "THE PAGE" in capsys.readouterr().out
     assert (asked["seeds"], asked["clusterer"]) == ([3, 4], "graph")

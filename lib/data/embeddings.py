@@ -1,18 +1,20 @@
 """Embeddings that a network elsewhere has made, one per image, in place of the images.
 
 A file of them, ``.npz`` or ``.parquet``, holds ``embeddings`` (N, D) and, if known, columns of N:
-``ids``, ``labels`` (joined by ``|``), ``patients``, ``split``, and any of the names that a table of
-X-rays may have, such as ``view_position``, ``age`` and ``sex``."""
+``ids``, ``labels`` (joined by ``|``), ``patients``, ``split``, ``paths`` of pictures, and any of
+the names that a table of X-rays may have, such as ``view_position``, ``age`` and ``sex``."""
 
 import os
+import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lib import paths
-from lib.data import finished, load_metadata, save, sha256, tables
+from lib.data import decode, finished, load_metadata, save, sha256, tables
 
 NAME = "embeddings.npy"
 RENAMED = {"ids": "image_id", "labels": "findings", "patients": "patient_id"}
@@ -87,3 +89,21 @@ def load(dataset_dir: Path) -> tuple[np.ndarray, pd.DataFrame]:
     """What `preprocess` wrote: embeddings, float32 (N, D), and what is known of each row."""
     points = np.load(dataset_dir / NAME, mmap_mode="r", allow_pickle=False)
     return points, load_metadata(dataset_dir, len(points))
+
+
+def pictures(path: Path | str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of some rows (M,) of a file of embeddings, uint8 (M, 64, 64), and which are there,
+    bool (M,); what is not there is black.
+
+    Its column ``paths`` names PNG, JPEG or DICOM files, relative to its folder or absolute. Without
+    it there are none; a warning names the first that cannot be read."""
+    path, black = Path(path).absolute(), np.zeros((decode.SIZE, decode.SIZE), np.uint8)
+    names = read(path)[1].get("paths", pd.Series("", range(max(rows) + 1))).iloc[rows]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
+        found = list(pool.map(decode.decode, [path.parent / name for name in names]))
+    pictured = np.array([picture is not None for picture, _ in found])
+    if len(bad := np.flatnonzero(~pictured & (names != ""))):
+        text = f"{len(bad)} of {len(rows)} pictures that {path.name} names cannot be read"
+        first = f"{names.iloc[bad[0]]!r}: {found[bad[0]][1]['reason']}"
+        warnings.warn(f"{text} ({first}); correct `paths`", stacklevel=2)
+    return np.stack([black if picture is None else picture for picture, _ in found]), pictured
