@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -107,3 +108,37 @@ def pictures(path: Path | str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray
         first = f"{names.iloc[bad[0]]!r}: {found[bad[0]][1]['reason']}"
         warnings.warn(f"{text} ({first}); correct `paths`", stacklevel=2)
     return np.stack([black if picture is None else picture for picture, _ in found]), pictured
+
+
+def read_clusters(path: Path | str, images_file: Path | str, config: Any) -> np.ndarray:
+    """Cluster of each of N images, int64 (N,), of a clustering from elsewhere, to train on with
+    `config` (`lib.runs.TrainConfig`): whole numbers from 0 to K - 1, or any of patients.
+
+    `path` is an .npy or an .npz of one array, in the order of the images; or a .csv, of which the
+    first column besides ``image_id`` is read. With that column, ``metadata.csv`` beside the images
+    says which row is whose. ValueError that names file and value if the numbers do not fit."""
+    path, n = Path(path), len(np.load(images_file, mmap_mode="r", allow_pickle=False))
+    try:
+        if path.suffix.lower() == ".csv":
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            if "image_id" in table:
+                names = load_metadata(Path(images_file).parent, n)["image_id"]
+                table = table.set_index("image_id").loc[names]
+            values = table.iloc[:, 0].to_numpy()
+        else:
+            with open(path, "rb") as handle:
+                values = np.load(handle, allow_pickle=False)
+                (values,) = [values] if isinstance(values, np.ndarray) else dict(values).values()
+        numbers = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(float)
+    except Exception as error:  # a damaged file may raise anything
+        text = f"{path.name} has no number for each image: {error!r:.200}"
+        raise ValueError(f"{text}; give an .npy, an .npz of one array, or a .csv") from None
+    if len(numbers) != n:
+        text = f"{path.name} has {len(numbers)} numbers for {n} images"
+        raise ValueError(f"{text}: give each one (the first line of a .csv is its head)")
+    most = 2**53 if config.pseudo_labels == "patients" else config.n_clusters - 1
+    bad = np.flatnonzero(~((numbers >= 0) & (numbers <= most) & (numbers % 1 == 0)))
+    if len(bad):
+        text = f"{path.name} has {values[bad[0]]} for image {bad[0]}"
+        raise ValueError(f"{text}: give whole numbers from 0 to n_clusters - 1, here {most}")
+    return numbers.astype(np.int64)
