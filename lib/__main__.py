@@ -148,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--images", required=True, metavar="FILE", help="images.npy that 01_preprocess wrote")
     add("--run-dir", required=True, metavar="DIR", help="folder of the run")
     add("--config", required=True, metavar="JSON", help="file with the settings of TrainConfig")
+    add("--labels", metavar="FILE", help=".npy, .npz or .csv of a cluster per image, to train on")
     add("--restart", action="store_true", help="move a run that is there aside")
 
     about = "Use a finished run again, without training."
@@ -229,9 +230,9 @@ def get_ready(options: Namespace, parameters: Mapping) -> None:
 
             resolve_device(options.device)
         if options.data.startswith("embeddings:"):
-            from lib.study import given
+            from lib.explore import explorer
 
-            print(given.measure_file(path_in(options.data), options.dataset, parameters))
+            print(explorer.of_file(path_in(options.data), options.dataset, parameters))
         elif options.data not in DRAWN and not os.path.isabs(options.data):
             from lib import paths
             from lib.data.sources import fetch
@@ -275,8 +276,7 @@ def study(options: Namespace) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     if options.status:
-        print(arms.status(dataset, preset, chosen, seeds).to_string())
-        return
+        return print(arms.status(dataset, preset, chosen, seeds).to_string())
     if options.redraw:
         return notebooks.run(nb.find_notebooks("05", "06"))
     get_ready(options, preset)
@@ -314,15 +314,18 @@ def train(options: Namespace) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from lib import paths
+    from lib.data.embeddings import read_clusters
     from lib.deepcluster import TrainConfig, fit
 
     try:
         config = TrainConfig(**paths.load_json(options.config))
         images = np.load(options.images, mmap_mode="r", allow_pickle=False)
+        groups = options.labels and read_clusters(options.labels, options.images, config)
         # record shows torchrun the traceback of the process that failed first
-        record(fit)(images, config, options.run_dir, restart=options.restart)
+        record(fit)(images, config, options.run_dir, groups=groups, restart=options.restart)
     except Exception as error:
-        traceback.print_exc()
+        if not (options.labels and isinstance(error, ValueError)):  # which a person reads
+            traceback.print_exc()
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise RunError(f"{what} ({options.config})") from error
 
@@ -341,8 +344,8 @@ def reuse(options: Namespace) -> None:
         raise UsageError(f"{options.run!r} is no run; finished runs: {known}")
     try:
         if options.export is not None:
-            print(*finished.export(folder, caller() / Path(options.export).expanduser()), sep="\n")
-            return
+            out = caller() / Path(options.export).expanduser()
+            return print(*finished.export(folder, out), sep="\n")
         model = finished.load(folder, options.device)
         out = paths.runs_dir(dataset_name(options.data)) / "reuse" / model.name.replace("/", "-")
         reading = {name: vars(options)[name] for name in READING if vars(options)[name] is not None}
@@ -389,17 +392,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream.reconfigure(errors="replace")  # for consoles that lack a character
     only_check = argv[:1] == ["--check"]
     options = parse(argv[only_check:])
-    missing = nb.missing_packages(options.command == "test")
-    if missing:
-        lacks = f"{sys.executable} lacks {', '.join(missing)}: use ./run_all.sh"
-        print(lacks, file=sys.stdout if only_check else sys.stderr)
-        return 3
-    if only_check:
-        return 0
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
+        if missing := nb.missing_packages(options.command == "test"):
+            lacks = f"{sys.executable} lacks {', '.join(missing)}: use ./run_all.sh"
+            print(lacks, file=sys.stdout if only_check else sys.stderr)
+            return 3
+        if only_check:
+            return 0
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
         if options.command != "train":
             nb.prepare_environment(caller())
         globals()[options.command](options)

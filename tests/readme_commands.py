@@ -36,6 +36,8 @@ COMMANDS: dict[str, str] = {
     "./run_all.sh --data PATH --reuse phantom/p4m/seed0": f"./run_all.sh {OWN} --reuse {P4M}",
     "python -m lib reuse RUN --export DIR": f"PYTHON -m lib reuse {P4M} --export exported",
     "./run_all.sh --data embeddings.npz": NOT + "tests/test_embeddings.py makes a file and does",
+    "python -m lib train --images data/NAME/images.npy --config given.json --labels clusters.csv "
+    "--run-dir RUN_DIR": NOT + "tests/test_main.py trains both backbones so",
     REDRAW: REDRAW,
     "./run_all.sh --study --preset xrays --data PATH/nih-9k --dataset nih-9k --jobs 2": (
         NOT + "hours, and the X-rays"

@@ -3,11 +3,14 @@
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import lib.__main__ as command
 from lib import data, metrics, paths
 from lib.data import embeddings
+from lib.explore import explorer
 from lib.notebooks import read_preset
+from lib.runs import TrainConfig
 from lib.study import arms, given
 from tests.test_kmeans import planted
 from tests.test_parts import EFFORT
@@ -88,12 +91,70 @@ def test_what_cannot_be_read_is_named(file, changes, message):
         read(file(**changes))
 
 
+def test_pictures_are_those_that_the_paths_name(file, tmp_path):
+    Image.new("L", (128, 128), 77).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_text("no image")
+    names = np.array(["a.png", "", str(tmp_path / "a.png"), *["bad.png"] * (N - 3)])
+    with pytest.warns(UserWarning, match=r"2 of 5 pictures that given.npz .*'bad.png': not a PNG"):
+        found, there = embeddings.pictures(file(paths=names), np.array([0, 1, 2, 3, 9]))
+    assert there.tolist() == [True, False, True, False, False]
+    assert (found == np.where(there, 77, 0)[:, None, None]).all()
+    assert not embeddings.pictures(file(), np.arange(4))[1].any()
+
+
+NUMBERS = np.arange(5) % 3
+
+
+@pytest.fixture
+def clustering(tmp_path):
+    """Write a clustering of five images in any form and read it for a run with K = 3."""
+    np.save(tmp_path / "images.npy", np.zeros((5, 64, 64), np.uint8))
+    names = dict.fromkeys(["patient_id", "findings", "view_position", "age", "sex", "split"], "")
+    names = pd.DataFrame({"image_id": [*"abcde"]}).assign(**names)
+    names.to_csv(tmp_path / "metadata.csv", index=False)
+
+    def there_and_back(name, values, kind="given"):
+        if name.endswith(".csv"):
+            pd.DataFrame(values).to_csv(tmp_path / name, index=False)
+        else:
+            (np.savez if name.endswith(".npz") else np.save)(tmp_path / name, values)
+        config = TrainConfig("p4m", 3, pseudo_labels=kind)
+        return embeddings.read_clusters(tmp_path / name, tmp_path / "images.npy", config)
+
+    return there_and_back
+
+
+def test_a_clustering_is_read_in_the_order_of_the_images(clustering):
+    turned = {"image_id": [*"edcbax"], "seed0": [*NUMBERS[::-1], 9], "seed1": [7] * 6}
+    forms = {"a.npy": NUMBERS, "a.npz": NUMBERS.astype(float), "a.csv": {"k": NUMBERS}}
+    for name, values in (forms | {"b.csv": turned}).items():
+        found = clustering(name, values)
+        assert (found.tolist(), found.dtype) == (NUMBERS.tolist(), np.int64)
+    assert clustering("a.npy", NUMBERS + 70, "patients").max() == 72
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        *(("a.npy", NUMBERS[1:], "4 numbers for 5"), ("a.npy", NUMBERS + 1, "3 for image 2: ")),
+        *(("a.npz", NUMBERS / 2, "0.5 for image 1"), ("a.npy", -NUMBERS, "-1 for image 1")),
+        *(("a.csv", {"k": ["", *NUMBERS[1:]]}, "for image 0"), ("a.npy", np.eye(5), "1-dim")),
+        ("a.csv", {"image_id": [*"abcd"], "k": NUMBERS[1:]}, r"\['e'\] not in index"),
+        ("a.csv", {"image_id": [*"abcdea"], "k": [0] * 6}, "6 numbers for 5"),
+        ("a.npy", np.array([{}] * 5), "pickle"),
+    ],
+)
+def test_a_clustering_that_does_not_fit_is_named(clustering, name, values, message):
+    with pytest.raises(ValueError, match=rf"^{name} has .*{message}"):
+        clustering(name, values)
+
+
 @pytest.mark.slow
 def test_planted_clusters_are_found_and_measured(file, monkeypatch):
     preset = read_preset("smoke") | {"n_clusters": K, "seeds": [0, 1], "n_map": 40}
     preset |= {"pca_dim": 4, "command": "COMMAND"}
     monkeypatch.setattr(given, "Effort", lambda **_: EFFORT)
-    text, folder = given.measure_file(file(), "given", preset), paths.figures_dir("given")
+    text, folder = explorer.of_file(file(), "given", preset), paths.figures_dir("given")
     kinds = np.arange(N) % K
     assert metrics.nmi(pd.read_csv(folder / "clusters.csv")["seed1"].to_numpy(), kinds) > 0.95
     found = paths.load_json(folder / "results.json")
@@ -108,7 +169,8 @@ def test_planted_clusters_are_found_and_measured(file, monkeypatch):
     page = (folder / "given.md").read_text(encoding="utf-8")
     assert arms.ARMS["given"].title in page
     monkeypatch.setattr(given.measure, "MADE", None)
-    again = given.measure_file(file(), "given", preset)  # read, not measured again
+    again = explorer.of_file(file(), "given", preset)  # read, not measured again
+    assert "given embeddings" in (folder / "explorer.html").read_text(encoding="utf-8")
     assert again == text
     assert text.startswith(page)
     with pytest.raises(ValueError, match="n_clusters=97"):
@@ -137,6 +199,7 @@ def test_the_command(file, monkeypatch, capsys):
         patch.setattr(given, "clusters_of", lambda *_: [pd.DataFrame()] * 2)
         patch.setattr(given, "page", lambda *_: "THE PAGE\n")
         patch.setattr(given.measure, "save", lambda *_: None)
+        patch.setattr(explorer, "of_file", given.measure_file)
         assert command.main([*words, "--seeds", "3,4", "--clusterer", "graph"]) == 0
     assert "THE PAGE" in capsys.readouterr().out
     assert (asked["seeds"], asked["clusterer"]) == ([3, 4], "graph")

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +185,28 @@ def test_images_of_which_nothing_is_known(study, opened):
         page.select_option("#color", color)
     assert page.inner_text("#about-findings") == "No findings are known of these images."
     assert "findings not known" in page.inner_text("#facts")
+
+
+def test_embeddings_are_points_with_pictures_if_there_are_some(study, opened):
+    images, metadata, found = study
+    answers = {"final_assignments": found["p4m"].final_assignments, "config": found["p4m"].config}
+    answers |= {"embedding": np.array(found["p4m"].features), "assignments": np.empty((0, 72), int)}
+    runs, notes = {"given": SimpleNamespace(**answers)}, (LABEL, "mine")
+    given = explorer.gather(
+        answers["embedding"], metadata, runs, *notes, look=lambda rows: (images[rows], rows < 3)
+    )
+    page = opened(given)
+    assert points(page, "picture") == {i: "block" if i < 3 else "none" for i in range(72)}
+    for row in (2, 9):
+        page.select_option("#cluster", str(answers["final_assignments"][row]))
+        for i in shown(page, "nearest"):
+            tile = page.locator(f"#nearest [data-image='{i}']")
+            assert (given["ids"][i] in tile.inner_text()) == (i >= 3)
+        tile.click()
+        assert page.locator("#large").is_visible() == (i < 3)
+    page.keyboard.press("r")
+    assert not page.locator("#turning").is_visible()
+    assert page.inner_text("#epoch-name") == "nothing was trained"
 
 
 def test_any_number_of_own_labels(study, opened):

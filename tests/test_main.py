@@ -275,6 +275,9 @@ def test_missing_packages_are_named(project, monkeypatch, capsys):
     assert all("numpy>=999" in text for text in capsys.readouterr())
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)  # a bare Python
     assert len(notebooks.missing_packages()) == 3
+    monkeypatch.setattr(notebooks, "missing_packages", Mock(side_effect=KeyboardInterrupt))
+    assert command.main(["--check"]) == 130
+    assert "the same command" in capsys.readouterr().err
 
 
 # --- the other commands
@@ -310,7 +313,7 @@ def test_a_study_trains_what_is_missing_and_compares(executed, monkeypatch, tmp_
         command.study(command.parse(["--study", "--arms", "resnet"]))
 
 
-def test_train_trains_one_run_or_says_why_not(tmp_path, monkeypatch):
+def test_train_trains_one_run_or_says_why_not(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     settings = {"backbone": "p4m", "n_clusters": 3, "pca_dim": 4, "epochs": 0, "device": "cpu"}
     paths.save_json(tmp_path / "config.json", settings | {"width": [2, 2, 4]})
@@ -319,6 +322,16 @@ def test_train_trains_one_run_or_says_why_not(tmp_path, monkeypatch):
     words = ["train", "--images", "images.npy", "--run-dir", "run", "--config", "config.json"]
     command.train(command.parse(words))
     assert np.load(tmp_path / "run" / "features.npy").shape == (24, 4)
+    for backbone, width in (("p4m", [1, 2, 4]), ("alexnet", [2] * 6)):
+        some = {"pseudo_labels": "given", "epochs": 1, "backbone": backbone, "width": width}
+        paths.save_json(tmp_path / "config.json", settings | some)
+        np.save(tmp_path / "labels.npy", np.arange(24) % 3)
+        command.train(command.parse([*words, "--run-dir", backbone, "--labels", "labels.npy"]))
+        assert "groups" in paths.load_json(tmp_path / backbone / "config.json")
+    np.save(tmp_path / "labels.npy", np.arange(24))
+    capfd.readouterr()
+    assert command.main([*words, "--labels", "labels.npy"]) == 1
+    assert re.fullmatch(r"error: .*labels.npy has 3 for image 3.*\n", capfd.readouterr().err)
     paths.save_json(tmp_path / "config.json", settings | {"lrr": 1})
     with pytest.raises(RunError, match=r"lrr.*config\.json"):
         command.train(command.parse(words))

@@ -3,12 +3,14 @@
 import builtins
 import io
 import itertools
+import re
 from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -127,11 +129,20 @@ def test_save_writes_300_dpi_and_self_contained_svg(tmp_path):
     assert sorted(p.name for p in png.parent.iterdir()) == [png.name, svg.name]
 
 
+def test_an_interrupted_cell_says_so_in_one_line(monkeypatch, capsys):
+    shell = InteractiveShell()
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    style.show_in_notebooks()
+    assert isinstance(shell.run_cell("raise KeyboardInterrupt").error_in_exec, KeyboardInterrupt)
+    assert re.fullmatch("KeyboardInterrupt: .*last whole epoch\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("name", ["nmi", "sobel"])
 def test_notebooks_show_all_figures_alike_and_thin_lines_in_colour(name, monkeypatch):
     kept = {}
     formatters = {"image/png": SimpleNamespace(for_type=lambda kind, png: kept.update({kind: png}))}
     shell = SimpleNamespace(display_formatter=SimpleNamespace(formatters=formatters))
+    shell.set_custom_exc = lambda kinds, _: kept.update({kinds: None})
     monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
     style.show_in_notebooks()
     image = Image.open(io.BytesIO(kept[Figure](FIGURES[name]()))).convert("RGB")

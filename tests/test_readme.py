@@ -88,7 +88,7 @@ def test_links_lead_somewhere(page):
 
 def test_options_named_are_options(capsys):
     known = set()
-    for name in ("run", "study", "reuse"):  # the help of run names the other commands
+    for name in ("run", "study", "reuse", "train"):  # the help of run names the other commands
         with pytest.raises(SystemExit):
             parse([name, "--help"])
         known |= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))

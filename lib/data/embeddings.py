@@ -1,18 +1,21 @@
 """Embeddings that a network elsewhere has made, one per image, in place of the images.
 
 A file of them, ``.npz`` or ``.parquet``, holds ``embeddings`` (N, D) and, if known, columns of N:
-``ids``, ``labels`` (joined by ``|``), ``patients``, ``split``, and any of the names that a table of
-X-rays may have, such as ``view_position``, ``age`` and ``sex``."""
+``ids``, ``labels`` (joined by ``|``), ``patients``, ``split``, ``paths`` of pictures, and any of
+the names that a table of X-rays may have, such as ``view_position``, ``age`` and ``sex``."""
 
 import os
+import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lib import paths
-from lib.data import finished, load_metadata, save, sha256, tables
+from lib.data import decode, finished, load_metadata, save, sha256, tables
 
 NAME = "embeddings.npy"
 RENAMED = {"ids": "image_id", "labels": "findings", "patients": "patient_id"}
@@ -87,3 +90,55 @@ def load(dataset_dir: Path) -> tuple[np.ndarray, pd.DataFrame]:
     """What `preprocess` wrote: embeddings, float32 (N, D), and what is known of each row."""
     points = np.load(dataset_dir / NAME, mmap_mode="r", allow_pickle=False)
     return points, load_metadata(dataset_dir, len(points))
+
+
+def pictures(path: Path | str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of some rows (M,) of a file of embeddings, uint8 (M, 64, 64), and which are there,
+    bool (M,); what is not there is black.
+
+    Its column ``paths`` names PNG, JPEG or DICOM files, relative to its folder or absolute. Without
+    it there are none; a warning names the first that cannot be read."""
+    path, black = Path(path).absolute(), np.zeros((decode.SIZE, decode.SIZE), np.uint8)
+    names = read(path)[1].get("paths", pd.Series("", range(max(rows) + 1))).iloc[rows]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
+        found = list(pool.map(decode.decode, [path.parent / name for name in names]))
+    pictured = np.array([picture is not None for picture, _ in found])
+    if len(bad := np.flatnonzero(~pictured & (names != ""))):
+        text = f"{len(bad)} of {len(rows)} pictures that {path.name} names cannot be read"
+        first = f"{names.iloc[bad[0]]!r}: {found[bad[0]][1]['reason']}"
+        warnings.warn(f"{text} ({first}); correct `paths`", stacklevel=2)
+    return np.stack([black if picture is None else picture for picture, _ in found]), pictured
+
+
+def read_clusters(path: Path | str, images_file: Path | str, config: Any) -> np.ndarray:
+    """Cluster of each of N images, int64 (N,), of a clustering from elsewhere, to train on with
+    `config` (`lib.runs.TrainConfig`): whole numbers from 0 to K - 1, or any of patients.
+
+    `path` is an .npy or an .npz of one array, in the order of the images; or a .csv, of which the
+    first column besides ``image_id`` is read. With that column, ``metadata.csv`` beside the images
+    says which row is whose. ValueError that names file and value if the numbers do not fit."""
+    path, n = Path(path), len(np.load(images_file, mmap_mode="r", allow_pickle=False))
+    try:
+        if path.suffix.lower() == ".csv":
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            if "image_id" in table:
+                names = load_metadata(Path(images_file).parent, n)["image_id"]
+                table = table.set_index("image_id").loc[names]
+            values = table.iloc[:, 0].to_numpy()
+        else:
+            with open(path, "rb") as handle:
+                values = np.load(handle, allow_pickle=False)
+                (values,) = [values] if isinstance(values, np.ndarray) else dict(values).values()
+        numbers = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(float)
+    except Exception as error:  # a damaged file may raise anything
+        text = f"{path.name} has no number for each image: {error!r:.200}"
+        raise ValueError(f"{text}; give an .npy, an .npz of one array, or a .csv") from None
+    if len(numbers) != n:
+        text = f"{path.name} has {len(numbers)} numbers for {n} images"
+        raise ValueError(f"{text}: give each one (the first line of a .csv is its head)")
+    most = 2**53 if config.pseudo_labels == "patients" else config.n_clusters - 1
+    bad = np.flatnonzero(~((numbers >= 0) & (numbers <= most) & (numbers % 1 == 0)))
+    if len(bad):
+        text = f"{path.name} has {values[bad[0]]} for image {bad[0]}"
+        raise ValueError(f"{text}: give whole numbers from 0 to n_clusters - 1, here {most}")
+    return numbers.astype(np.int64)

@@ -9,7 +9,9 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,14 +24,14 @@ from skimage.util import montage
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from lib.data import finding_matrix, label_set
-from lib.features import extract
+from lib import paths
+from lib.data import embeddings, finding_matrix, label_set
+from lib.features import PCAWhiten, extract
 from lib.images import SYMMETRIES, moved
 from lib.parallel import resolve_device
-from lib.paths import atomic_write
 from lib.plots import style
 from lib.runs import Run, assign, embed, load_model
-from lib.study import clusters
+from lib.study import clusters, given, measure, report
 
 MOST_IMAGES = 10_000  # every browser can draw a picture of 6,400 pixels, which holds so many
 MOST_BYTES = 15_000_000
@@ -40,20 +42,25 @@ TEXTS = {"image_id": "ids", "patient_id": "patients", "view_position": "views", 
 _TOOLTIP = """
 <div style="display:flex;gap:8px;font:12px sans-serif;max-width:320px">
   <div style="flex:none;width:64px;height:64px;background-image:var(--sprite);
-    background-position:@position"></div>
+    background-position:@position;display:@picture"></div>
   <div><b>@id</b><br>@findings<br>patient @patient, @view<br>cluster @cluster</div>
 </div>
 """
 
 
-def gather(images, metadata, runs, dataset_label, attribution, n_images=2000, seed=0) -> dict:
+def gather(
+    images, metadata, runs, dataset_label, attribution, n_images=2000, seed=0, look=None
+) -> dict:
     """Compute what the page shows: plain values, and ``pixels``, uint8 (M, 64, 64).
 
     `images` are uint8 (N, 64, 64); `metadata` has image_id, findings, and patient_id,
     view_position, age and sex if known; `runs` map arms to finished runs of these images. At most
     `n_images` are shown, a random choice by `seed`, which is also that of t-SNE; clusters are
     followed and tested for findings on all images. ValueError without a run, for a run of another
-    number of images, or `n_images` out of range."""
+    number of images, or `n_images` out of range.
+
+    For embeddings (N, D) in the place of `images`, `look` is a function from rows (M,) to pictures,
+    (M, 64, 64), and which there are, bool (M,). A run has an ``embedding`` then, and no network."""
     if not runs:
         raise ValueError("there is no run to explore: runs is empty")
     if not 4 <= n_images <= MOST_IMAGES:
@@ -64,6 +71,7 @@ def gather(images, metadata, runs, dataset_label, attribution, n_images=2000, se
             raise ValueError(f"run {arm!r} clustered {n} images, there are {len(images)}")
     rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:n_images])
     shown = metadata.iloc[rows]
+    pixels, pictured = look(rows) if look else (images[rows], np.ones(len(rows), bool))
     names = {name: name.replace("_", " ") for name in label_set(metadata)}
     known = clusters.attributes(images, metadata)
     known = {title: known[name] for name, title in names.items() if name in known}
@@ -71,24 +79,28 @@ def gather(images, metadata, runs, dataset_label, attribution, n_images=2000, se
     texts = shown.reindex(columns=[*TEXTS], fill_value="").fillna("").astype(str)
     ages = shown["age"] if "age" in shown else [np.nan] * len(rows)
     found = {"label": dataset_label, "attribution": attribution, "total": len(images)}
-    found |= {"turns": TURNS, "finding_names": list(names.values()), "pixels": images[rows]}
+    found |= {"turns": TURNS[: 1 if look else None], "finding_names": list(names.values())}
+    found |= {"pixels": pixels, "pictured": pictured.tolist()}
     found |= texts.rename(columns=TEXTS).to_dict("list")
     found["ages"] = [int(age) if np.isfinite(age) else None for age in ages]
     found["labelled"] = (shown["findings"] != "").tolist()
     found["findings"] = [np.flatnonzero(row).tolist() for row in has]
-    arms = [_arm(arm, run, images[rows], rows, known, seed) for arm, run in runs.items()]
+    arms = [_arm(arm, run, pixels, rows, known, seed) for arm, run in runs.items()]
     return found | {"arms": arms}
 
 
 def _arm(arm: str, run: Run, pixels: np.ndarray, rows: np.ndarray, known: Mapping, seed) -> dict:
     """What the page shows of one run, of the images in `rows`, which have these `pixels`."""
-    embedding = embed(run, np.asarray(run.features))
+    trained = isinstance(run, Run)
+    embedding = embed(run, np.asarray(run.features)) if trained else run.embedding
     epochs = clusters.follow(np.vstack([run.assignments, run.final_assignments[None]]))
-    device = resolve_device(run.config.device)
-    model, turned = load_model(run, device), [run.final_assignments[rows].tolist()]
-    for symmetry in SYMMETRIES[1:]:
-        features = extract(model, moved(pixels, *symmetry), device=device)
-        turned.append(assign(run, features).tolist())
+    turned = [run.final_assignments[rows].tolist()]
+    if trained:
+        device = resolve_device(run.config.device)
+        model = load_model(run, device)
+        for symmetry in SYMMETRIES[1:]:
+            features = extract(model, moved(pixels, *symmetry), device=device)
+            turned.append(assign(run, features).tolist())
     table = clusters.enrichment(run.final_assignments, known)
     table["q"] = [float(f"{q:.2g}") for q in table["q"]]
     perplexity = min(30, (len(rows) - 1) / 3)
@@ -131,7 +143,8 @@ def sprite(images: np.ndarray) -> tuple[bytes, int]:
 def _map() -> Model:
     """The empty map; the page fills its sources."""
     rings = ("x", "y", "size", "color")
-    names = (*rings, "marker", "alpha", "id", "findings", "patient", "view", "cluster", "position")
+    names = (*rings, "marker", "alpha", "id", "findings", "patient", "view", "cluster")
+    names += ("position", "picture")
     source = ColumnDataSource({name: [] for name in names}, name="points")
     marks = ColumnDataSource({name: [] for name in rings}, name="marks")
     area = {"width": 600, "aspect_ratio": 1, "sizing_mode": "scale_width"}
@@ -178,6 +191,22 @@ def save(content: Mapping, path: Path | str) -> Path:
     if len(text) > MOST_BYTES:
         size = f"{path.name} has {len(text) / 1e6:.0f} MB and is slow to open"
         warnings.warn(f"{size}; lower n_images", stacklevel=2)
-    with atomic_write(path, "w") as handle:
+    with paths.atomic_write(path, "w") as handle:
         handle.write(text)
     return path
+
+
+def of_file(path: Path | str, dataset: str, preset: Mapping) -> str:
+    """`lib.study.given.measure_file`, and beside its files the page ``explorer.html`` of the first
+    seed, with the pictures that `lib.data.embeddings.pictures` finds. Returns its text, raises its
+    errors."""
+    text, seed = given.measure_file(path, dataset, preset), preset["seeds"][0]
+    points, metadata = embeddings.load(paths.dataset_dir(dataset))
+    found = np.load(paths.run_dir(dataset, "given", seed) / measure.ANSWERS)["final"]
+    whitened = PCAWhiten(min(preset["pca_dim"], *points.shape)).fit_transform(points)
+    run = SimpleNamespace(config=SimpleNamespace(seed=seed), embedding=whitened)
+    run.assignments, run.final_assignments = found[None][:0], found  # there are no epochs
+    notes = report.dataset_label("embeddings", len(points)), embeddings.ATTRIBUTION
+    look = partial(embeddings.pictures, path)
+    content = gather(points, metadata, {"given": run}, *notes, look=look)
+    return f"{text}, {save(content, paths.figures_dir(dataset) / 'explorer.html')}"

@@ -78,7 +78,8 @@ def save(figure: Figure, path: Path | str, dpi: int = 300) -> list[Path]:
 
 def show_in_notebooks(dpi: int = 110, colors: int = 64) -> None:
     """Show figures that end a cell as PNGs of few colours, so that a saved notebook stays small.
-    `dpi` is of a figure 7 in wide; narrower ones get up to 1.4 times as much. Only in IPython."""
+    `dpi` is of a figure 7 in wide; narrower ones get up to 1.4 times as much. A cell that is
+    interrupted says so in one line. Only in IPython."""
     try:
         shell = get_ipython()  # a builtin in IPython
     except NameError:
@@ -93,7 +94,13 @@ def show_in_notebooks(dpi: int = 110, colors: int = 64) -> None:
         few.save(small, format="png", optimize=True)
         return small.getvalue()
 
+    def interrupted(shell, kind, error, trace, tb_offset=None) -> None:
+        text = "KeyboardInterrupt: run the cell again; training goes on after the last whole epoch"
+        error._render_traceback_ = lambda: [text]  # IPython's own way; else 40 lines of frames
+        shell.showtraceback((kind, error, trace))
+
     shell.display_formatter.formatters["image/png"].for_type(Figure, png)
+    shell.set_custom_exc((KeyboardInterrupt,), interrupted)
 
 
 def _few_colours(image: Image.Image, colors: int) -> Image.Image:
