@@ -291,12 +291,13 @@ def compare(results: Results, *arms: str, purpose="", answers=None, n_boot=300) 
     seeds, if there are any) and ``needed`` (seeds that would tell)."""
     entries = {k: _difference(results, m, arms, answers or {}, n_boot) for k, m in MEASURE.items()}
     decisive = [next(m for m in MEASURES if m.primary and m.claim == c.key) for c in CLAIMS]
-    found, verdicts = _decide([entries[m.key] for m in decisive]), []
+    decided, verdicts = _decide([entries[m.key] for m in decisive]), []
     fallen = sorted({seed for arm in arms for seed in collapsed(results, arm)}, key=int)
-    for measure, how in zip(decisive, found, strict=True):
+    for measure, how in zip(decisive, decided, strict=True):
         entry = entries[measure.key]
         about = {"claim": measure.claim, "measure": measure.key, "n": len(entry["seeds"])}
-        needed = seeds_to_tell(entry.get("sd", math.inf), measure.smallest)
+        found = (entry.get(key, 0.0) for key in ("n", "mean", "patient_se"))
+        needed = seeds_to_tell(entry.get("sd", math.inf), measure.smallest, *found)
         about |= {"verdict": how, "needed": needed}
         if fallen:
             whole = _difference(results, measure, arms, answers or {}, n_boot, fallen)

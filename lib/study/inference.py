@@ -73,8 +73,20 @@ def detectable(n: int, power: float = 0.8) -> float:
     return float(found)
 
 
-def seeds_to_tell(sd: float, smallest: float) -> float:
-    """Seeds that find `smallest` at standard deviation `sd` and 80 % power; infinity above 200."""
-    tried = range(LEAST_SEEDS, 201)
-    place = bisect_left(tried, True, key=lambda n: detectable(n) * sd <= smallest)
+def seeds_to_tell(
+    sd: float, smallest: float, n: int = 0, mean: float = 0.0, extra_se: float = 0.0
+) -> float:
+    """Seeds that would tell: those that find `smallest` with 80 % power at standard deviation `sd`
+    of the difference; once `n` are enough for a verdict, more than these, that find `mean`, or set
+    an interval around it within `smallest`. `extra_se` as in `paired`. Infinity above 200."""
+
+    def told(seeds: int) -> bool:
+        spread = math.hypot(sd, extra_se * math.sqrt(seeds))
+        wanted = smallest if n < LEAST_SEEDS else abs(mean)
+        half = stats.t.ppf(1 - ALPHA / 2, seeds - 1) * spread / math.sqrt(seeds)
+        alike = n >= LEAST_SEEDS and half + abs(mean) <= smallest
+        return detectable(seeds) * spread <= wanted or alike
+
+    tried = range(max(LEAST_SEEDS, n + 1), 201)
+    place = bisect_left(tried, True, key=told)
     return float(tried[place]) if place < len(tried) else math.inf
