@@ -1,8 +1,5 @@
 """What the page leaves for later: the mathematics of each switch, and a killed run with it."""
 
-import signal
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +15,7 @@ from lib.metrics import ami
 from lib.models import build
 from lib.runs import RunMismatchError
 from lib.study.arms import ARMS, GROUPS, choose_arms, cost
-from tests.test_deepcluster import bytes_of, changed, python, run
+from tests.test_deepcluster import bytes_of, changed, kill, no_kill, run
 from tests.test_models import changes, images, trained_statistics
 
 PATIENTS = np.arange(40) // 4
@@ -166,25 +163,11 @@ def test_a_run_that_was_stopped_ends_like_the_unbroken_one(tmp_path, name):
     assert bytes_of(run(tmp_path / "parts", config, groups=groups).path) == bytes_of(whole.path)
 
 
+@no_kill
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL and no fork")
 def test_a_killed_run_ends_like_the_unbroken_one(tmp_path):
     settings = dict(head="centroids", clusterer="sinkhorn", pseudo_labels="patients", epochs=3)
-    script = f"""
-        import os, signal
-        from tests.test_beyond import PATIENTS, changed, run
-        real, count = os.replace, 0
-        def replace(*names):
-            global count
-            count += 1
-            if count == 6:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(*names)
-        os.replace = replace
-        run({str(tmp_path / "killed")!r}, changed(**{settings!r}), groups=PATIENTS)
-    """
-    assert python(script).returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "clustering.npz").exists()
+    kill(tmp_path / "killed", 6, PATIENTS.tolist(), **settings)
     runs = [run(tmp_path / n, changed(**settings), groups=PATIENTS) for n in ("killed", "whole")]
     assert bytes_of(runs[0].path) == bytes_of(runs[1].path)
     with pytest.raises(RunMismatchError, match="groups"):

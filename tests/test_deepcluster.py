@@ -4,8 +4,8 @@ classes that are there, and bad input is named.
 
 import dataclasses
 import errno
-import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -150,71 +150,38 @@ def test_finished_run_is_not_trained_again(unbroken):
 
 
 KILLED = """
-    import json, os, signal, time
-    from pathlib import Path
-    from tests.test_deepcluster import run
-
-    def forked(name):
-        pid = os.fork()
-        if pid == 0:
-            run(Path({path!r}) / name)
-            os._exit(0)
-        return pid
-
-    start = time.monotonic()
-    os.waitpid(forked("unbroken"), 0)
-    length, epochs = time.monotonic() - start, []
-    for number in range({times}):
-        folder = Path({path!r}) / f"killed{{number}}"
-        pid = forked(folder.name)
-        time.sleep(length * (0.1 + 0.85 * number / {times}))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        table = folder / "metrics.csv"
-        epochs.append(table.read_text().count("\\n") - 1 if table.exists() else 0)
-        status = os.waitpid(forked(folder.name), 0)[1]
-        assert status == 0, folder
-    print(json.dumps(epochs))
+    import os, signal
+    import numpy as np
+    from tests.test_deepcluster import changed, run
+    real, count = os.replace, 0
+    def replace(*names):
+        global count
+        count += 1
+        if count == {rename}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*names)
+    os.replace = replace
+    groups = {groups}
+    run({path!r}, changed(**{settings}), groups=groups and np.array(groups))
 """
+no_kill = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL and no fork")
-def test_killed_at_twenty_moments(tmp_path):
-    """kill -9 spread over the length of a run: each that continues ends like the unbroken one."""
-    script = KILLED.format(path=str(tmp_path), times=20)
-    done = python(script, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert len(set(json.loads(done.stdout))) > 1  # before and after the first epoch
-    for number in range(20):
-        folder = tmp_path / f"killed{number}"
-        assert bytes_of(folder) == bytes_of(tmp_path / "unbroken"), number
-        assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
+def kill(path, rename, groups=None, **settings):
+    """A run in a process of its own that is killed where it would move its k-th file into place:
+    what is on the disk changes there alone."""
+    given = {"path": str(path), "rename": rename, "groups": groups, "settings": settings}
+    assert python(KILLED.format(**given)).returncode == -signal.SIGKILL
+    with pytest.raises(FileNotFoundError):
+        load_run(path)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL and no fork")
-def test_killed_at_a_rename_ends_like_an_unbroken_run(unbroken, tmp_path):
-    script = f"""
-        import os, signal
-        from tests.test_deepcluster import run
-        real, count = os.replace, 0
-        def replace(*names):
-            global count
-            count += 1
-            if count == rename:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(*names)
-        os.replace = replace
-        for rename in (3, 8):
-            if os.fork() == 0:
-                run(os.path.join({str(tmp_path)!r}, str(rename)))
-            assert os.wait()[1] == signal.SIGKILL
-    """
-    assert python(script).returncode == 0
-    for rename in ("3", "8"):
-        with pytest.raises(FileNotFoundError):
-            load_run(tmp_path / rename)
-        assert bytes_of(run(tmp_path / rename).path) == bytes_of(unbroken.path)
+@no_kill
+@pytest.mark.parametrize("rename", [3, 8])
+def test_killed_at_a_rename_ends_like_an_unbroken_run(unbroken, tmp_path, rename):
+    kill(tmp_path, rename)
+    assert bytes_of(run(tmp_path).path) == bytes_of(unbroken.path)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "features.npy"])
