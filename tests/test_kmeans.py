@@ -4,7 +4,6 @@ pass scikit-learn's own checks: clone, get_params, pipelines, odd input."""
 import numpy as np
 import pytest
 from sklearn.base import clone
-from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
 from lib.features import PCAWhiten
@@ -61,15 +60,3 @@ def test_scikit_learns_checks(estimator):
     failed = {r["check_name"]: r["exception"] for r in results if r["status"] != "passed"}
     assert failed.keys() <= NOT_APPLICABLE.keys(), failed
     assert len(results) > 40
-
-
-@pytest.mark.parametrize("name", ["kmeans", "graph"])
-def test_in_a_pipeline(name):
-    points, labels = planted()
-    pipeline = make_pipeline(PCAWhiten(5), make_clusterer(name, 6, 0))
-    pipeline.set_params(pcawhiten__n_components=4)
-    assert nmi(pipeline.fit_predict(points), labels) > 0.95
-    assert pipeline[:-1].transform(points).shape == (len(points), 4)
-    assert pipeline[0].n_features_in_ == points.shape[1]
-    with pytest.raises(ValueError, match=r"row 3"):
-        pipeline[0].transform(np.where(np.arange(len(points))[:, None] == 3, np.nan, points))
