@@ -4,7 +4,7 @@
 
 `COMMANDS` has every command that `PAGES` show: with the text that is run for it, which is smaller
 if the page's own takes hours or names a folder of the reader's, or with the reason why it is not
-run. With ``--python`` that Python is used, must have the packages, and no network is needed.
+run. Benchmarks are left out, since each takes minutes. With ``--python`` that Python is used, must have the packages, and no network is needed.
 tests/test_readme.py compares this list with the pages."""
 
 import argparse
@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-STARTS = r"(?:uv |\./run_all\.sh|\.venv/bin/|python |pip |conda |torchrun |srun |git |PYTHON=|%)"
+STARTS = r"(?:uv |\./run_all\.sh|\.venv/bin/|pip |conda |torchrun |srun |git |PYTHON=|%"
+STARTS += r"|python (?!tests/bench/))"
 SMOKE = "./run_all.sh --preset smoke"
 OWN = "--data data/raw/phantom-smoke"
 RUNS, P4M = "data/runs/phantom-smoke", "phantom-smoke/p4m/seed0"
@@ -27,7 +28,6 @@ TORCHRUN = "PYTHON -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --stan
 STUDY = f"./run_all.sh --study --preset smoke {OWN} --arms alexnet,p4m --seeds 0"
 NOT = "not run: "
 CLOUD = NOT + "tests/test_bootstrap.py runs the first cell and a notebook by %run as Colab would"
-BENCH = NOT + "a benchmark of some minutes; CONTRIBUTING asks for it where speed is claimed"
 COMMANDS: dict[str, str] = {
     "git clone https://github.com/OWNER/equivariant-cxr-clustering "
     "&& cd equivariant-cxr-clustering": NOT + "this script clones this repository instead",
@@ -67,17 +67,6 @@ COMMANDS: dict[str, str] = {
     "--no-annotate --no-header --no-emit-index-url": NOT + "wants uv and a network",
     "srun --nodes 2": NOT + "wants a cluster with Slurm",
     "PYTHON=/path/to/python3.12 ./run_all.sh": NOT + "with --python all commands are run so",
-    "python tests/bench/gpu.py": BENCH,
-    "python tests/bench/clusterers.py": BENCH,
-    "python tests/bench/switches.py": BENCH,
-    "python tests/bench/gconv.py": BENCH,
-    "python tests/bench/library.py": BENCH,
-    "python tests/bench/learning.py --jobs 2": BENCH,
-    "python tests/bench/digits.py": BENCH,
-    "python tests/bench/beyond.py": BENCH,
-    "python tests/bench/beyond.py --train digits phantom-beyond": BENCH,
-    "python tests/bench/clusterers.py --memory": BENCH,
-    "python tests/bench/collapse.py --data-set nih-9k --fields 8 16 32": BENCH,
     "%cd companion/notebooks": CLOUD,
     "%run 00_download.ipynb": CLOUD,
     "%run 01_preprocess.ipynb": CLOUD,

@@ -18,17 +18,17 @@ All of it is on the CPU: tests/bench/gpu.py is for a GPU."""
 
 import argparse
 import importlib.util
-import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import torch
 from torch import nn
 
@@ -145,26 +145,11 @@ class Bench:
 
 
 def peak_memory(bench: Bench) -> int:
-    """Largest memory during three training steps above that before them, in bytes."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    start = peak = resident()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    """Largest memory of this process after three training steps above that before, in bytes."""
+    start = psutil.Process().memory_info().rss
     for _ in range(3):
         bench.run("step")
-    done.set()
-    watcher.join()
-    return peak - start
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
 
 
 def networks(options: argparse.Namespace) -> None:
