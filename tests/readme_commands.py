@@ -4,8 +4,8 @@
 
 `COMMANDS` has every command that `PAGES` show: with the text that is run for it, which is smaller
 if the page's own takes hours or names a folder of the reader's, or with the reason why it is not
-run. Benchmarks are left out, since each takes minutes. With ``--python`` that Python is used, must have the packages, and no network is needed.
-tests/test_readme.py compares this list with the pages."""
+run. Benchmarks are left out, since each takes minutes. With ``--python`` that Python is used, must
+have the packages, and no network is needed. tests/test_readme.py compares list and pages."""
 
 import argparse
 import os

@@ -7,10 +7,8 @@ from sklearn.cluster import KMeans
 
 from lib.beyond import labels
 from lib.beyond.clusterers import SinkhornClusters, balanced
-from lib.beyond.networks import MIRROR, TEMPERATURE, CentroidLayer, MirrorConvMirror, MirrorConvZ2
+from lib.beyond.networks import TEMPERATURE, CentroidLayer
 from lib.deepcluster import TrainConfig, labels_to_train_on
-from lib.gconv import GroupAvgBlurPool, GroupBatchNorm, assert_equivariant
-from lib.groups import P4
 from lib.metrics import ami
 from lib.models import build
 from lib.runs import RunMismatchError
@@ -122,22 +120,6 @@ def test_logits_are_cosines_by_the_temperature():
 def test_the_body_starts_as_with_any_head():
     a, b = (build("p4m", 5, (2, 4, 8), 3, head).state_dict() for head in ("centroids", "linear"))
     assert all(torch.equal(a[name], b[name]) for name in b)
-
-
-def mirror_layers(size):
-    torch.manual_seed(0)
-    blocks = [MirrorConvZ2(1, 3, 5, padding=2), MirrorConvMirror(3, 4, 3, padding=1)]
-    layers = [m for conv in blocks for m in (conv, GroupBatchNorm(conv.out_channels))]
-    net = torch.nn.Sequential(*layers, torch.nn.ReLU(), GroupAvgBlurPool()).double().eval()
-    return net, torch.randn(2, 1, size, size, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("size", [12, 13])
-def test_mirror_layers_are_equivariant_under_the_mirror_and_not_under_turns(size):
-    net, x = mirror_layers(size)
-    assert_equivariant(net, MIRROR, x, 1e-12)
-    with pytest.raises(AssertionError, match="not equivariant under p4"):
-        assert_equivariant(lambda y: net(y).amax(2), P4, x)
 
 
 def test_mirror_features_know_no_left_and_no_right():
