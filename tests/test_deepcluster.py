@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pandas as pd
@@ -273,17 +274,26 @@ def test_labels_that_know_nothing_of_the_images(tmp_path):
     assert not np.array_equal(found.assignments[0], np.arange(40) % 4)
 
 
+def another_fifth_step(monkeypatch, loss):
+    """The second step of the second epoch gives this loss, or raises it."""
+    steps = [DEFAULT] * 4 + [loss] + [DEFAULT] * 9
+    patched = Mock(wraps=torch.nn.functional.cross_entropy, side_effect=steps)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", patched)
+
+
 def test_loss_that_is_not_finite_stops_and_says_where(tmp_path, monkeypatch):
-    real, calls = torch.nn.functional.cross_entropy, []
-
-    def cross_entropy(*args, **options):
-        calls.append(0)
-        return real(*args, **options) * (torch.nan if len(calls) == 5 else 1)  # 3 per epoch
-
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
+    another_fifth_step(monkeypatch, torch.tensor(torch.nan, requires_grad=True))
     with pytest.raises(FloatingPointError, match="epoch 2, batch 2"):
         run(tmp_path)
     assert len(pd.read_csv(tmp_path / "metrics.csv")) == 1
+
+
+def test_an_interrupted_run_goes_on_in_the_same_process(unbroken, tmp_path, monkeypatch):
+    another_fifth_step(monkeypatch, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert len(pd.read_csv(tmp_path / "metrics.csv")) == 1
+    assert bytes_of(run(tmp_path).path) == bytes_of(unbroken.path)
 
 
 @pytest.mark.filterwarnings("ignore:PCA keeps")
