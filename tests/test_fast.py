@@ -13,6 +13,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from lib import fast
 from lib.fast import gfourier, gkernel, operators
@@ -274,6 +276,13 @@ def test_onnx(dynamo):
 def surroundings(conv, x):
     """What programs do with any layer; each gives what the layer gives."""
 
+    def meta():
+        with torch.device("meta"):
+            other = P4MConvP4M(16, 16, 3, padding=1, algorithm=conv.algorithm)
+        assert other(x.to("meta")).shape == x.shape
+        other.to_empty(device="cpu").load_state_dict(conv.state_dict())
+        return other(x)
+
     def ensemble():
         weights, buffers = torch.func.stack_module_state([conv, conv])
         call = partial(torch.func.functional_call, copy.deepcopy(conv).to("meta"))
@@ -285,8 +294,10 @@ def surroundings(conv, x):
         return torch.cat([program.module()(image[None]) for image in x])
 
     return {
+        "meta": meta,
         "pickle": lambda: pickle.loads(pickle.dumps(conv))(x),
         "weight_norm": lambda: nn.utils.parametrizations.weight_norm(copy.deepcopy(conv))(x),
+        "checkpoint": lambda: checkpoint(conv, x, use_reentrant=False),
         "ensemble": ensemble,
         "any batch": any_batch,
     }
@@ -316,8 +327,13 @@ def derivatives(conv, x):
         first = torch.autograd.grad(conv(leaf).pow(3).sum(), leaf, create_graph=True)[0]
         return torch.autograd.grad(first.sum(), leaf)[0]
 
+    def dual():
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(conv(forward_ad.make_dual(x, v))).tangent
+
     return {
         "jvp": lambda: torch.func.jvp(conv, (x,), (v,))[1],
+        "forward AD": dual,
         "grad": lambda: torch.func.grad(lambda x: conv(x).sum())(x),
         "vmap": lambda: torch.func.vmap(torch.func.grad(loss))(x),
         "trace": lambda: torch.jit.trace(conv, x, check_trace=False)(x),

@@ -1,6 +1,8 @@
 """Features keep rows and images together, batch-norm statistics follow the weights, and
 PCA-whitening agrees with scikit-learn."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from lib.features import PCAWhiten, estimate_statistics, extract
+from lib.images import normalise
+from lib.models import build
 
 KINDS = {"array": np.asarray, "tensor": torch.from_numpy}
 
@@ -67,6 +71,33 @@ def test_extract_changes_nothing_in_the_network(images):
 
 
 # ---------------------------------------------------------------- batch-norm statistics
+
+
+@pytest.mark.parametrize("backbone", ["p4m", "alexnet"])
+def test_running_statistics_lag_behind_the_weights_and_fresh_ones_do_not(backbone):
+    """Features in evaluation mode against train mode of the batch norms, on one large batch."""
+    width = {"p4m": (2, 4, 8), "alexnet": (8, 16, 24, 24, 16, 64)}[backbone]
+    model = build(backbone, 10, width)
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (384, 8, 8), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(12):
+        x = normalise(torch.from_numpy(pictures[step * 32 : (step + 1) * 32]))
+        nn.functional.cross_entropy(model(x), torch.arange(32) % 10).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def gap():
+        evaluated, other = extract(model, pictures), copy.deepcopy(model).eval()
+        for module in other.modules():
+            module.train(isinstance(module, nn.modules.batchnorm._BatchNorm))
+        with torch.no_grad():
+            trained = other.features(normalise(torch.from_numpy(pictures))).numpy()
+        return np.linalg.norm(evaluated - trained) / np.linalg.norm(trained)
+
+    assert gap() > 0.1
+    estimate_statistics(model, pictures, np.arange(len(pictures)))
+    assert gap() < 0.05
 
 
 def test_fresh_statistics_are_those_of_the_chosen_images(images):

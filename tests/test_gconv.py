@@ -17,12 +17,11 @@ from torch import nn
 from lib import gconv
 from lib.fast import gkernel
 from lib.gconv import P4ConvP4, P4ConvZ2, P4MConvP4M, P4MConvZ2, assert_equivariant
-from lib.groups import P4, P4M
-from tests.test_groups import matrix
+from lib.groups import P4M
+from tests.test_groups import GROUPS, matrix
 
 LAYERS = [P4ConvZ2, P4ConvP4, P4MConvZ2, P4MConvP4M]
 ALL_LAYERS = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
-GROUPS = pytest.mark.parametrize("group", [P4, P4M], ids=lambda group: group.name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 

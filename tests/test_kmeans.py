@@ -35,11 +35,6 @@ def test_planted_clusters_are_found(name):
     np.testing.assert_array_equal(again, found)  # same seed, same bits
 
 
-def test_an_unknown_clusterer_is_named():
-    with pytest.raises(ValueError, match="spectral"):
-        make_clusterer("spectral", 2, 0)
-
-
 def test_nearest_centroid():
     rng = np.random.default_rng(0)
     points, centroids = rng.normal(size=(50, 4)), rng.normal(size=(7, 4))
