@@ -4,8 +4,9 @@
 
 `COMMANDS` has every command that `PAGES` show: with the text that is run for it, which is smaller
 if the page's own takes hours or names a folder of the reader's, or with the reason why it is not
-run. Benchmarks are left out, since each takes minutes. With ``--python`` that Python is used, must
-have the packages, and no network is needed. tests/test_readme.py compares list and pages."""
+run. Left out are benchmarks, which take minutes, and what is not of this project: pip, uv, conda,
+srun. With ``--python`` that Python is used, must have the packages, and no network is needed.
+tests/test_readme.py compares list and pages."""
 
 import argparse
 import os
@@ -17,8 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-STARTS = r"(?:uv |\./run_all\.sh|\.venv/bin/|pip |conda |torchrun |srun |git |PYTHON=|%"
-STARTS += r"|python (?!tests/bench/))"
+STARTS = r"(?:\./run_all\.sh|\.venv/bin/|python (?!tests/bench/)|torchrun |git |PYTHON=|%)"
 SMOKE = "./run_all.sh --preset smoke"
 OWN = "--data data/raw/phantom-smoke"
 RUNS, P4M = "data/runs/phantom-smoke", "phantom-smoke/p4m/seed0"
@@ -57,15 +57,9 @@ COMMANDS: dict[str, str] = {
         NOT + "wants eight GPUs; tests/test_parallel.py trains with two processes"
     ),
     ".venv/bin/jupyter lab": NOT + "tests/test_jupyterlab.py runs notebooks in a browser",
-    "conda env create -f environment.yml": NOT + "wants conda; see tests/test_environment.py",
-    "pip install -e .[dicom]": NOT + "wants a network",
     "git grep -lz OWNER/equivariant | xargs -0 sed -i 's#OWNER/equivariant#YOU/equivariant#'": (
         NOT + "changes every page"
     ),
-    "pip install pre-commit && pre-commit install": NOT + "changes the repository's hooks",
-    "uv pip compile requirements.lock --universal --python-version 3.11.7 --generate-hashes "
-    "--no-annotate --no-header --no-emit-index-url": NOT + "wants uv and a network",
-    "srun --nodes 2": NOT + "wants a cluster with Slurm",
     "PYTHON=/path/to/python3.12 ./run_all.sh": NOT + "with --python all commands are run so",
     "%cd companion/notebooks": CLOUD,
     "%run 00_download.ipynb": CLOUD,
@@ -82,7 +76,7 @@ def shown(text: str) -> list[str]:
     prose = re.sub(block, "", text, flags=re.MULTILINE)
     lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
     found = [re.sub(r"\s{2,}#.*", "", line).strip() for line in lines]
-    found = [re.sub(r"^((?:srun|torchrun) \S+ \S+).*", r"\1", line) for line in found]
+    found = [re.sub(r"^(torchrun \S+ \S+).*", r"\1", line) for line in found]
     return list(dict.fromkeys(line for line in found if re.match(STARTS, line)))
 
 

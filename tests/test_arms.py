@@ -6,17 +6,15 @@ import re
 
 import numpy as np
 import pytest
-import yaml
 
 from lib import paths
 from lib.deepcluster import fit
 from lib.models import BACKBONES
+from lib.notebooks import read_preset
 from lib.study import arms
 from lib.study.arms import ARMS, GROUPS, choose_arms, finished, state, train_config
 
-SMOKE = yaml.safe_load(
-    (paths.ROOT / "notebooks" / "params" / "smoke.yaml").read_text(encoding="utf-8")
-)
+SMOKE = read_preset("smoke")
 TINY = SMOKE | {"alexnet_width": [4, 4, 4, 4, 4, 8], "p4m_width": [1, 2, 4], "n_clusters": 4}
 TINY |= {"pca_dim": 4, "epochs": 2, "batch_size": 32}
 

@@ -134,12 +134,8 @@ def test_git_swallows_no_file_of_lib():
     assert {path.relative_to(ROOT).as_posix() for path in files} <= {*listed.decode().split("\0")}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("data/phantom/images.npy", "data/raw/x", "figures/x/fig1_nmi.png", ".venv/bin/python"),
-        *("figures/phantom/explorer.html", "figures/x/explorer.html"),  # hold every X-ray shown
-    ],
-)
-def test_git_ignores_what_is_computed(name):
-    assert git("check-ignore", "--no-index", "--quiet", name).returncode == 0
+def test_git_ignores_what_is_computed():
+    names = ["data/phantom/images.npy", "data/raw/x", "figures/x/fig1_nmi.png", ".venv/bin/python"]
+    names += ["figures/phantom/explorer.html", "figures/x/explorer.html"]  # with every X-ray shown
+    for name in names:
+        assert git("check-ignore", "--no-index", "--quiet", name).returncode == 0, name

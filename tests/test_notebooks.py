@@ -9,7 +9,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
 
 from lib.notebooks import find_notebooks, read_parameters, read_preset
 from lib.paths import ROOT
@@ -165,8 +164,7 @@ def test_presets_have_the_same_keys_and_that_of_the_paper_is_the_papers():
 @each_notebook
 def test_defaults_are_the_smoke_preset(path):
     """The tests run notebooks as they are saved, without papermill."""
-    file = ROOT / "notebooks" / "params" / "smoke.yaml"
-    smoke, defaults = yaml.safe_load(file.read_text(encoding="utf-8")), read_parameters(path)
+    smoke, defaults = read_preset("smoke"), read_parameters(path)
     shared = set(defaults) & set(smoke)
     assert shared
     assert {name: defaults[name] for name in shared} == {name: smoke[name] for name in shared}
