@@ -65,17 +65,6 @@ def test_maps_move_their_group_axis_by_the_inverse_element(group, g, u):
     assert group.act_on_maps(x, g)[u].unique().tolist() == [group.product(group.inverse(g), u)]
 
 
-@GROUPS
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
-def test_filter_indices_are_distinct_permutations(group, kernel_size):
-    for stabilizer in (1, group.order):
-        indices, n = group.filter_indices(kernel_size, stabilizer), stabilizer * kernel_size**2
-        assert indices.shape == (group.order, n)
-        assert torch.equal(indices.sort(1).values, torch.arange(n).expand_as(indices))
-        assert torch.equal(indices[0], torch.arange(n))
-        assert len(indices.unique(dim=0)) == (1 if indices.shape[1] == 1 else group.order)
-
-
 def test_bad_arguments_are_named():
     for size in (0, 2, 4):
         with pytest.raises(ValueError, match=f"kernel_size.*{size}"):

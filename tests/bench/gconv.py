@@ -2,7 +2,7 @@
 plain network of the same real channels.
 
     python tests/bench/gconv.py [--widths 64,128,256 ...] [--repeats 7] [--threads 2] [--batch 8]
-                                [--give-back] [--layers]
+                                [--layers]
 
 Networks: lifting 5x5, then two group convolutions 3x3, each with batch norm, ReLU and pool of
 stride 2; group max-pool, mean, linear layer. If escnn (Cesa, Lang and Weiler 2022) is installed,
@@ -12,8 +12,8 @@ and the faster one is the measure.
 A round runs every variant once. A share is the median over the rounds of (variant / plain, same
 round). "step" is forward, backward and an SGD update. Peak memory is that of training steps, above
 the start's, each variant in a process of its own. Freed memory is kept for the next array, as in
-this project's training; with --give-back, and for peak memory, the C library returns it. --layers
-compares the Fourier transform with the dense way layer by layer instead, in bold what "auto" takes.
+this project's training; for peak memory the C library returns it. --layers compares the Fourier
+transform with the dense way layer by layer instead, in bold what "auto" takes.
 All of it is on the CPU: tests/bench/gpu.py is for a GPU."""
 
 import argparse
@@ -216,7 +216,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--widths", nargs="+", default=WIDTHS)
-    parser.add_argument("--give-back", action="store_true")
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -229,7 +228,7 @@ def main() -> None:
     where = f"{platform.machine()}, {options.threads} threads, batch {options.batch}, {kernel}"
     print(f"PyTorch {torch.__version__}, {where}")
     print(f"{options.repeats} rounds\n")
-    with nullcontext() if options.give_back else freed_memory_kept():
+    with freed_memory_kept():
         layers(options) if options.layers else networks(options)
 
 
