@@ -258,8 +258,6 @@ def _look_up(item: Any, values: np.ndarray, little: bool) -> tuple[np.ndarray, i
     if bits <= 8 and len(entries) < count:
         entries = entries.view(np.uint8)
     entries = entries[:count]
-    if first >= 2**15 and values.min() < 0:
-        first -= 2**16  # a negative number that was written as an unsigned one
     places = np.clip((values - first).astype(np.int64), 0, len(entries) - 1)
     return entries[places], 0, 2 ** max(8, int(entries.max()).bit_length()) - 1
 

@@ -19,8 +19,6 @@ def finding_scores(features, targets, train, test, groups=None, seed: int = 0) -
     """Log-odds (n_test, F) of each finding, by a logistic regression of each column of `targets`,
     bool (N, F). Other parameters and errors as `lib.metrics.probe`."""
     features, targets = np.asarray(features), np.asarray(targets)
-    if targets.ndim != 2 or targets.dtype != bool:
-        raise ValueError(f"targets must be bool (N, F), got {targets.dtype} {targets.shape}")
     train, test, _ = checked_split(features, targets, train, test, groups)
     x_train, x_test = standardised(features, train, test, seed)
     scores = np.full((len(test), targets.shape[1]), np.nan)
@@ -90,9 +88,6 @@ def multilabel_scores(probabilities, targets, weights=None, micro=True) -> dict[
     once. `micro` averages cost as much as all else. Returns ``auroc_macro, auroc_micro, ap_macro,
     ap_micro`` (B,); ``auroc, ap`` (B, F)."""
     probabilities, targets = np.asarray(probabilities, dtype=float), np.asarray(targets)
-    if probabilities.shape != targets.shape or targets.ndim != 2 or targets.dtype != bool:
-        got = f"{probabilities.shape} and {targets.dtype} {targets.shape}"
-        raise ValueError(f"expected probabilities and bool targets (n, F), got {got}")
     weights = np.ones((1, len(targets))) if weights is None else np.asarray(weights, dtype=float)
     known = ~np.isnan(probabilities).any(axis=0)
     pairs = probabilities[:, known].ravel(), targets[:, known].ravel()

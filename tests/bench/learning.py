@@ -35,9 +35,8 @@ from lib.study import report
 
 WIDTHS = {"alexnet": (24, 48, 64, 64, 48, 192), "p4m": (4, 8, 32), "cnn_params": (4, 8, 32)}
 SETTINGS = {"n_clusters": 20, "pca_dim": 16, "batch_size": 32, "device": "cpu"}
-COLUMNS = ("NMI with the classes, untrained", "trained", "last loss / ln K", "NMI(t, t-1)")
-COLUMNS += ("perplexity",)
-MEASURES = ("untrained", "trained", "loss", "nmi_prev", "perplexity")
+MEASURES = {"untrained": "NMI with the classes, untrained", "trained": "trained"}
+MEASURES |= {"loss": "last loss / ln K", "nmi_prev": "NMI(t, t-1)", "perplexity": "perplexity"}
 
 
 def rate(times: float) -> AbstractContextManager:
@@ -131,7 +130,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             rose = f"{sum(row['trained'] > row['untrained'] for row in good)} of {len(runs)} seeds"
             cells = [cell([row[name] for row in good]) for name in MEASURES]
             lines.append([variant, arm, rose, *cells])
-    return report.table(["variant", "arm", "rose above untrained", *COLUMNS], lines, figures=True)
+    header = ["variant", "arm", "rose above untrained", *MEASURES.values()]
+    return report.table(header, lines, figures=True)
 
 
 def main() -> None:
