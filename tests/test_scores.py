@@ -98,8 +98,6 @@ def test_finding_neighbourhood_finds_what_lies_together():
     assert abs(scores.finding_neighbourhood(noise, targets)) < 0.02
     assert scores.finding_neighbourhood(noise + 20 * targets[:, :2], targets[:, :2]) > 0.7
     assert np.isnan(scores.finding_neighbourhood(noise, np.zeros((400, 3), bool)))
-    with pytest.raises(ValueError, match="n_neighbors"):
-        scores.finding_neighbourhood(noise, targets, 400)
 
 
 def test_areas_of_averaged_roc_curves_are_the_averaged_areas():

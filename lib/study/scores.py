@@ -1,7 +1,7 @@
 """How well findings can be read off features or lie together in a map: arrays in, numbers out.
 
 `lib.metrics` holds what needs no findings. A finding that all or none of the training or of the
-test images have is NaN. Arrays that do not fit raise a ValueError."""
+test images have is NaN."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,6 @@ from scipy.spatial.distance import pdist
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
 from sklearn.neighbors import NearestNeighbors
-from sklearn.utils import check_consistent_length
 
 from lib.metrics import bootstrap_weights, checked_split, fit_linear, standardised
 
@@ -149,7 +148,6 @@ def finding_neighbourhood(points, targets: np.ndarray, n_neighbors=10, least=5) 
     The mean over findings of at least `least` images: of the share of their `n_neighbors` nearest
     others that have it too, less the share of all others that have it. 0 is chance, 1 the most, NaN
     if no finding is frequent enough. Images of one patient may lie together for other reasons."""
-    check_consistent_length(points, targets)
     nearest = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors()[1]  # without self
     frequent = targets.T[targets.sum(axis=0) >= least]
     lifts = [has[nearest[has]].mean() - (has.sum() - 1) / (len(has) - 1) for has in frequent]
