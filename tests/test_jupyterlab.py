@@ -31,7 +31,6 @@ QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": Tru
 HELP = """window.lab = {
   panel: () => [...jupyterapp.shell.widgets('main')]
     .find(w => w.sessionContext && w.content && w.content.widgets),
-  code: () => lab.panel().content.widgets.filter(cell => cell.model.type === 'code'),
   idle: () => {
     const ready = lab.panel() && lab.panel().context.isReady;
     const session = ready && lab.panel().sessionContext.session;
@@ -86,63 +85,43 @@ def server(tmp_path_factory):
         process.wait(60)
 
 
-class Notebook:
-    """A notebook that is open in JupyterLab."""
-
-    def __init__(self, server, browser, name):
-        url, token, project = server
-        self.file, self.requests = project / "notebooks" / f"{name}.ipynb", []
-        self.page = browser.new_page(viewport={"width": 1360, "height": 1600})
-        self.page.set_default_timeout(120_000)
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(f"{url}lab/tree/notebooks/{name}.ipynb?token={token}&reset")
-        self.page.wait_for_function("window.jupyterapp && jupyterapp.restored.then(() => true)")
-        self.page.evaluate(f"() => {{ {HELP} }}")
-        self.page.wait_for_function("lab.idle()")
-        self.page.evaluate("jupyterapp.shell.activateById(lab.panel().id)")
-
-    def run(self, command, minutes=5):
-        """Run a command of a menu, press the button of the dialog that asks, and wait for the
-        command and for the kernel."""
-        self.page.evaluate("command => lab.start(command)", command)
-        if command == "notebook:restart-run-all":
-            self.page.click(".jp-Dialog .jp-mod-accept")
-        done = "lab.ran !== undefined && lab.idle()"
-        self.page.wait_for_function(done, timeout=60_000 * minutes)
-        return self.page.evaluate("lab.ran")
-
-    def errors(self):
-        """Of all outputs: the page itself holds only those of cells in view."""
-        outputs = self.page.evaluate("lab.code().flatMap(cell => cell.model.outputs.toJSON())")
-        return [output["ename"] for output in outputs if output["output_type"] == "error"]
-
-    def save(self):
-        """Save it, close it, and read the file: no widget is kept, and nothing came from afar."""
-        self.run("docmanager:save")
-        text = self.file.read_text(encoding="utf-8")
-        assert "widgets" not in json.loads(text)["metadata"]
-        assert "widget-view" not in text
-        assert not list(filter(FAR.match, self.requests)), "it fetches from elsewhere"
-        self.close()
-        return json.loads(text)["cells"]
-
-    def close(self):
-        if folder := os.environ.get("CXR_LAB_PICTURES"):
-            self.page.screenshot(path=Path(folder) / f"{self.file.stem}.png")
-        self.page.evaluate("lab.panel().sessionContext.shutdown()")
-        self.page.close()
+@pytest.fixture
+def opened(server, browser, request):
+    """A notebook that is open in JupyterLab: its page, its file, and what it has asked for."""
+    (url, token, project), name, asked = server, request.param, []
+    page = browser.new_page(viewport={"width": 1360, "height": 1600})
+    page.set_default_timeout(120_000)
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{url}lab/tree/notebooks/{name}.ipynb?token={token}&reset")
+    page.wait_for_function("window.jupyterapp && jupyterapp.restored.then(() => true)")
+    page.evaluate(f"() => {{ {HELP} }}")
+    page.wait_for_function("lab.idle()")
+    page.evaluate("jupyterapp.shell.activateById(lab.panel().id)")
+    yield page, project / "notebooks" / f"{name}.ipynb", asked
+    if folder := os.environ.get("CXR_LAB_PICTURES"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+    page.evaluate("lab.panel().sessionContext.shutdown()")
+    page.close()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_restart_and_run_all(server, browser, name):
+@pytest.mark.parametrize("opened", NAMES, indirect=True)
+def test_restart_and_run_all_and_save(opened):
     """They build on each other, so their order is that of the names."""
-    notebook = Notebook(server, browser, name)
-    assert notebook.page.locator(".jp-Dialog").count() == 0, "a notebook asks on opening"
-    assert notebook.run("notebook:restart-run-all") is True
-    assert notebook.errors() == []
-    saved = notebook.save()
-    before = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
-    assert [c["source"] for c in saved] == [c["source"] for c in before["cells"]]
-    codes = [cell for cell in saved if cell["cell_type"] == "code"]
+    page, file, asked = opened
+    before = json.loads((ROOT / "notebooks" / file.name).read_text(encoding="utf-8"))
+    assert page.locator(".jp-Dialog").count() == 0, "a notebook asks on opening"
+    for command in ("notebook:restart-run-all", "docmanager:save"):
+        page.evaluate("command => lab.start(command)", command)
+        if "restart" in command:
+            page.click(".jp-Dialog .jp-mod-accept")
+        page.wait_for_function("lab.ran !== undefined && lab.idle()", timeout=300_000)
+        assert page.evaluate("lab.ran") is True
+    saved = json.loads(text := file.read_text(encoding="utf-8"))
+    assert "widgets" not in saved["metadata"]
+    assert "widget-view" not in text
+    assert not list(filter(FAR.match, asked)), "it fetches from elsewhere"
+    assert [c["source"] for c in saved["cells"]] == [c["source"] for c in before["cells"]]
+    codes = [cell for cell in saved["cells"] if cell["cell_type"] == "code"]
+    assert not [o for cell in codes for o in cell["outputs"] if o["output_type"] == "error"]
     assert [cell["execution_count"] for cell in codes] == list(range(1, len(codes) + 1))
     assert codes[-1]["outputs"], "the last cell says what was written"
