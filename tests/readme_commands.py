@@ -1,6 +1,6 @@
 """Runs the commands of the pages, as a reader would, in a fresh clone of what is committed.
 
-    python tests/readme_commands.py [--python PYTHON] [--only WORD]
+    python tests/readme_commands.py [--python PYTHON]
 
 `COMMANDS` has every command that `PAGES` show: with the text that is run for it, which is smaller
 if the page's own takes hours or names a folder of the reader's, or with the reason why it is not
@@ -83,7 +83,6 @@ def shown(text: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", help="use this Python instead of making .venv")
-    parser.add_argument("--only", default="", help="run the commands that contain this word")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cxr-readme-", ignore_cleanup_errors=True) as folder:
         clone = Path(folder, "clone")
@@ -93,7 +92,7 @@ def main() -> int:
         clean |= {"PYTHONPATH": str(clone)} | ({"PYTHON": python} if given.python else {})
         failed = []
         for text, command in COMMANDS.items():
-            if command.startswith(NOT) or given.only not in text:
+            if command.startswith(NOT):
                 continue
             if "settings.json" in command:  # the settings of a finished run alone
                 code = "import sys; from dataclasses import asdict; from lib import paths, runs; "

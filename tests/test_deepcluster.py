@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from unittest.mock import DEFAULT, Mock
 
 import numpy as np
@@ -46,13 +45,6 @@ def run(path, config=SMALL, images=IMAGES, **options):
 
 def changed(**settings):
     return dataclasses.replace(SMALL, **settings)
-
-
-def python(script, **options):
-    """Run code in a process of its own, with this one's number of threads: they decide the bits."""
-    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
-    command = [sys.executable, "-c", threads + textwrap.dedent(script)]
-    return subprocess.run(command, cwd=ROOT, **options)
 
 
 def bytes_of(run_dir):
@@ -152,21 +144,23 @@ def test_finished_run_is_not_trained_again(unbroken):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("rename", [3, 8])
 def test_killed_at_a_rename_ends_like_an_unbroken_run(unbroken, tmp_path, rename):
-    """What is on the disk changes there alone."""
+    """What is on the disk changes there alone. The number of threads decides the bits."""
     script = f"""
-        import os, signal
-        from tests.test_deepcluster import run
-        real, count = os.replace, 0
-        def replace(*names):
-            global count
-            count += 1
-            if count == {rename}:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(*names)
-        os.replace = replace
-        run({str(tmp_path)!r})
-    """
-    assert python(script).returncode == -signal.SIGKILL
+import os, signal, torch
+from tests.test_deepcluster import run
+torch.set_num_threads({torch.get_num_threads()})
+real, count = os.replace, 0
+def replace(*names):
+    global count
+    count += 1
+    if count == {rename}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*names)
+os.replace = replace
+run({str(tmp_path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
     with pytest.raises(FileNotFoundError):
         load_run(tmp_path)
     assert bytes_of(run(tmp_path).path) == bytes_of(unbroken.path)
