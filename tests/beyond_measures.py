@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.special import softmax
 
 from lib import metrics, paths
-from lib.study import clusters, curves, parts, scores
+from lib.study import clusters, curves, parts, report, scores
 from lib.study.arms import ARMS
 from lib.study.subjects import Material, Network, Pixels
 
@@ -78,12 +78,13 @@ def measure(subject: Network | Pixels, material: Material, sides: bool) -> dict[
     return {name: value for name, value in found.items() if not isinstance(value, str)}
 
 
-def cell(values: pd.Series) -> str:
-    """Mean over seeds, and the 95 % interval if there are several."""
+def cell(values: pd.Series, interval: bool = True) -> str:
+    """Mean over seeds, and the 95 % interval if there are several. The agreements of one set of
+    seeds are not independent: no interval."""
     if values.empty:
         return ""
     mean, low, high = metrics.seed_interval(values)
-    return f"{mean:.3f}" + (f" ({low:.3f} to {high:.3f})" if len(values) > 1 else "")
+    return f"{mean:.3f}" + (f" ({low:.3f} to {high:.3f})" if interval and len(values) > 1 else "")
 
 
 def tables(runs: pd.DataFrame, question: int) -> str:
@@ -95,49 +96,37 @@ def tables(runs: pd.DataFrame, question: int) -> str:
         shown = [c for c in wanted if c in some and some[c].notna().any()]
         if set(some["arm"]) <= {"pixels"} or len(shown) < 2:
             continue
-        text += [f"{label}:", f"| arm | n | {' | '.join(COLUMNS[c] for c in shown)} |"]
-        text[-1] += f"\n|---|---:|{'---:|' * len(shown)}"
+        body = []
         for arm in [a for a in [*arms, "pixels"] if a in set(some["arm"])]:
-            rows = some[some["arm"] == arm]
-            # the agreements of one set of seeds are not independent: no interval
-            several = [rows[c].dropna() for c in shown]
-            several = [
-                pd.Series([v.mean()]) if v.name == "seeds" and len(v) else v for v in several
-            ]
-            cells = " | ".join(map(cell, several))
-            text[-1] += f"\n| {ARMS[arm].title} | {len(rows)} | {cells} |"
+            rows = some.loc[some["arm"] == arm, shown]
+            cells = [cell(rows[c].dropna(), c != "seeds") for c in shown]
+            body.append([ARMS[arm].title, str(len(rows)), *cells])
+        header = ["arm", "n", *(COLUMNS[c] for c in shown)]
+        text += [f"{label}:", report.table(header, body, figures=True)]
         for name in [c for c in ("nmi", "hard", "settled", "ami_halves") if c in shown]:
             wide = some.pivot(index="seed", columns="arm", values=name)
             against = {a: (wide[a] - wide[arms[0]]).dropna() for a in arms[1:] if a in wide}
             words = [f"{ARMS[a].title} {cell(d)}" for a, d in against.items() if len(d) > 1]
-            if words:
-                text.append(
-                    f"{COLUMNS[name]}, difference from P4M, seed by seed: {'; '.join(words)}."
-                )
-    text = ["\n".join(textwrap.wrap(s, 100)) if s[0] != "|" else s for s in text]
+            said = f"{COLUMNS[name]}, difference from P4M, seed by seed: {'; '.join(words)}."
+            text += ["\n".join(textwrap.wrap(said, 100))] * bool(words)
     return "\n\n".join(text) or "Not run yet."
 
 
 def again(found: pd.DataFrame) -> str:
     """The table of clusterers on the features of finished runs, as Markdown."""
-    if found.empty:
-        return "Not run yet."
     shown = ["hard", "soft", "perplexity", "ami_halves", "view", "pairs"]
-    text = f"| clusterer | n | {' | '.join(COLUMNS[c] for c in shown)} |"
-    text += f"\n|---|---:|{'---:|' * len(shown)}"
-    for name, rows in found.groupby("clusterer", sort=False):
-        text += f"\n| {name} | {len(rows)} | {' | '.join(cell(rows[c]) for c in shown)} |"
-    return text
+    groups = found.groupby("clusterer", sort=False)
+    rows = [[name, str(len(of)), *(cell(of[c]) for c in shown)] for name, of in groups]
+    return report.table(["clusterer", "n", *(COLUMNS[c] for c in shown)], rows, figures=True)
 
 
 def cost() -> str:
     """The table of one fit's CPU time and memory, as Markdown."""
     names = {"clusterer": "clusterer", "points": "points", "cpu_seconds": "CPU seconds"}
     names |= {"gigabytes": "GB", "nmi": "NMI with the planted clusters"}
-    text = f"| {' | '.join(names.values())} |\n|---|{'---:|' * (len(names) - 1)}"
-    for row in pd.read_csv(paths.ROOT / "figures" / "beyond" / "clusterers.csv").to_dict("records"):
-        text += f"\n| {' | '.join(str(row[name]) for name in names)} |"
-    return text
+    found = pd.read_csv(paths.ROOT / "figures" / "beyond" / "clusterers.csv")
+    rows = found[list(names)].astype(object).to_numpy()
+    return report.table(list(names.values()), rows, figures=True)
 
 
 def write_page(runs: pd.DataFrame, found: pd.DataFrame) -> None:

@@ -1,11 +1,12 @@
 """Runs the commands of the pages, as a reader would, in a fresh clone of what is committed.
 
-    python tests/readme_commands.py [--python PYTHON] [--only WORD]
+    python tests/readme_commands.py [--python PYTHON]
 
 `COMMANDS` has every command that `PAGES` show: with the text that is run for it, which is smaller
 if the page's own takes hours or names a folder of the reader's, or with the reason why it is not
-run. With ``--python`` that Python is used, must have the packages, and no network is needed.
-tests/test_readme.py compares this list with the pages."""
+run. Left out are benchmarks, which take minutes, and what is not of this project: pip, uv, conda,
+srun. With ``--python`` that Python is used, must have the packages, and no network is needed.
+tests/test_readme.py compares list and pages."""
 
 import argparse
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-STARTS = r"(?:uv |\./run_all\.sh|\.venv/bin/|python |pip |conda |torchrun |srun |git |PYTHON=|%)"
+STARTS = r"(?:\./run_all\.sh|\.venv/bin/|python (?!tests/bench/)|torchrun |git |PYTHON=|%)"
 SMOKE = "./run_all.sh --preset smoke"
 OWN = "--data data/raw/phantom-smoke"
 RUNS, P4M = "data/runs/phantom-smoke", "phantom-smoke/p4m/seed0"
@@ -27,7 +28,6 @@ TORCHRUN = "PYTHON -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --stan
 STUDY = f"./run_all.sh --study --preset smoke {OWN} --arms alexnet,p4m --seeds 0"
 NOT = "not run: "
 CLOUD = NOT + "tests/test_bootstrap.py runs the first cell and a notebook by %run as Colab would"
-BENCH = NOT + "a benchmark of some minutes; CONTRIBUTING asks for it where speed is claimed"
 COMMANDS: dict[str, str] = {
     "git clone https://github.com/OWNER/equivariant-cxr-clustering "
     "&& cd equivariant-cxr-clustering": NOT + "this script clones this repository instead",
@@ -59,27 +59,10 @@ COMMANDS: dict[str, str] = {
         NOT + "wants eight GPUs; tests/test_parallel.py trains with two processes"
     ),
     ".venv/bin/jupyter lab": NOT + "tests/test_jupyterlab.py runs notebooks in a browser",
-    "conda env create -f environment.yml": NOT + "wants conda; see tests/test_environment.py",
-    "pip install -e .[dicom]": NOT + "wants a network",
     "git grep -lz OWNER/equivariant | xargs -0 sed -i 's#OWNER/equivariant#YOU/equivariant#'": (
         NOT + "changes every page"
     ),
-    "pip install pre-commit && pre-commit install": NOT + "changes the repository's hooks",
-    "uv pip compile requirements.lock --universal --python-version 3.11.7 --generate-hashes "
-    "--no-annotate --no-header --no-emit-index-url": NOT + "wants uv and a network",
-    "srun --nodes 2": NOT + "wants a cluster with Slurm",
     "PYTHON=/path/to/python3.12 ./run_all.sh": NOT + "with --python all commands are run so",
-    "python tests/bench/gpu.py": BENCH,
-    "python tests/bench/clusterers.py": BENCH,
-    "python tests/bench/switches.py": BENCH,
-    "python tests/bench/gconv.py": BENCH,
-    "python tests/bench/library.py": BENCH,
-    "python tests/bench/learning.py --jobs 2": BENCH,
-    "python tests/bench/digits.py": BENCH,
-    "python tests/bench/beyond.py": BENCH,
-    "python tests/bench/beyond.py --train digits phantom-beyond": BENCH,
-    "python tests/bench/clusterers.py --memory": BENCH,
-    "python tests/bench/collapse.py --data-set nih-9k --fields 8 16 32": BENCH,
     "%cd companion/notebooks": CLOUD,
     "%run 00_download.ipynb": CLOUD,
     "%run 01_preprocess.ipynb": CLOUD,
@@ -95,14 +78,13 @@ def shown(text: str) -> list[str]:
     prose = re.sub(block, "", text, flags=re.MULTILINE)
     lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
     found = [re.sub(r"\s{2,}#.*", "", line).strip() for line in lines]
-    found = [re.sub(r"^((?:srun|torchrun) \S+ \S+).*", r"\1", line) for line in found]
+    found = [re.sub(r"^(torchrun \S+ \S+).*", r"\1", line) for line in found]
     return list(dict.fromkeys(line for line in found if re.match(STARTS, line)))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", help="use this Python instead of making .venv")
-    parser.add_argument("--only", default="", help="run the commands that contain this word")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cxr-readme-", ignore_cleanup_errors=True) as folder:
         clone = Path(folder, "clone")
@@ -112,7 +94,7 @@ def main() -> int:
         clean |= {"PYTHONPATH": str(clone)} | ({"PYTHON": python} if given.python else {})
         failed = []
         for text, command in COMMANDS.items():
-            if command.startswith(NOT) or given.only not in text:
+            if command.startswith(NOT):
                 continue
             if "settings.json" in command:  # the settings of a finished run alone
                 code = "import sys; from dataclasses import asdict; from lib import paths, runs; "

@@ -107,13 +107,6 @@ def test_on_colab_it_asks_for_what_is_absent_and_holds_numpy_and_torch(run):
     assert run(hidden={"bokeh"}, where="elsewhere")[1] == calls, "only on Colab"
 
 
-def test_without_a_network_it_says_what_it_could_not_fetch(run, tmp_path):
-    shutil.rmtree(tmp_path / "origin")
-    done, _ = run()
-    assert done.returncode != 0
-    assert "clone" in done.stderr
-
-
 BEFORE = """
 import sys
 from IPython.core.interactiveshell import InteractiveShell

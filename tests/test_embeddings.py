@@ -189,17 +189,12 @@ def test_files_are_told_apart_by_what_they_hold(tmp_path, name, kind):
 
 
 def test_the_command(file, monkeypatch, capsys):
-    path = file()
+    path, asked = file(), {}
     words = ["run", "--preset", "smoke", "--data", str(path)]
     with pytest.raises(SystemExit):
         command.parse(["study", *words[1:]])
-    asked = {}
     with monkeypatch.context() as patch:
-        patch.setattr(given, "gather", lambda dataset, preset: asked.update(preset))
-        patch.setattr(given, "clusters_of", lambda *_: [pd.DataFrame()] * 2)
-        patch.setattr(given, "page", lambda *_: "THE PAGE\n")
-        patch.setattr(given.measure, "save", lambda *_: None)
-        patch.setattr(explorer, "of_file", given.measure_file)
+        patch.setattr(explorer, "of_file", lambda *some: asked.update(some[2]) or "THE PAGE")
         assert command.main([*words, "--seeds", "3,4", "--clusterer", "graph"]) == 0
     assert "THE PAGE" in capsys.readouterr().out
     assert (asked["seeds"], asked["clusterer"]) == ([3, 4], "graph")

@@ -106,6 +106,7 @@ def test_fresh_statistics_are_those_of_the_chosen_images(images):
     estimate_statistics(model, images, rows)
     pixels = images[rows][:, 0, :2] / 127.5 - 1
     np.testing.assert_allclose(model.norm.running_mean, pixels.mean(0), atol=1e-6)
+    np.testing.assert_allclose(model.norm.running_var, pixels.var(0, ddof=1), rtol=1e-2)
     assert model.norm.momentum == 0.1
     assert model.dropout.training
 

@@ -2,10 +2,8 @@
 with controls that must fail."""
 
 import copy
-import importlib.util
 import itertools
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -17,12 +15,11 @@ from torch import nn
 from lib import gconv
 from lib.fast import gkernel
 from lib.gconv import P4ConvP4, P4ConvZ2, P4MConvP4M, P4MConvZ2, assert_equivariant
-from lib.groups import P4, P4M
-from tests.test_groups import matrix
+from lib.groups import P4M
+from tests.test_groups import GROUPS, matrix
 
 LAYERS = [P4ConvZ2, P4ConvP4, P4MConvZ2, P4MConvP4M]
 ALL_LAYERS = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
-GROUPS = pytest.mark.parametrize("group", [P4, P4M], ids=lambda group: group.name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 
@@ -219,20 +216,6 @@ def test_initial_variance_counts_the_group(layer):
     expected = 2 / (64 * conv.stabilizer_in * 9)
     assert conv.weight.var().item() == pytest.approx(expected, rel=0.05)
     assert not conv.bias.any()
-
-
-def test_without_the_folder_fast_every_layer_is_dense(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lib.fast", None)
-    spec = importlib.util.spec_from_file_location("gconv_alone", gconv.__file__)
-    alone = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(alone)
-    x = torch.randn(2, 16, 8, 6, 6)
-    for algorithm in ("auto", "dense", "fourier"):
-        conv = make(P4MConvP4M, 16, 16, dtype=torch.float32, algorithm=algorithm)
-        other = alone.P4MConvP4M(16, 16, algorithm=algorithm)
-        other.load_state_dict(conv.state_dict())
-        torch.testing.assert_close(other(x), conv(x), rtol=1e-4, atol=1e-4)
-        assert torch.equal(other(x), other.dense(x))
 
 
 @given(st.integers(1, 12), st.integers(1, 12))

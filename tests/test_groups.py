@@ -49,31 +49,11 @@ def test_action_moves_each_pixel_where_the_matrix_says(group, size):
             assert torch.equal(moved[:, i, j], x[:, row, column])
 
 
-@given(groups, st.integers(0, 7), st.integers(0, 7), st.integers(1, 6), st.integers(1, 6))
-def test_the_actions_are_group_actions(group, a, b, height, width):
-    a, b = a % group.order, b % group.order
-    x = torch.randn(2, group.order, height, width)
-    for act in (group.act_on_grid, group.act_on_maps):
-        assert torch.equal(act(act(x, b), a), act(x, group.product(a, b)))
-        assert torch.equal(act(act(x, a), group.inverse(a)), x)
-
-
 @given(groups, st.integers(0, 7), st.integers(0, 7))
 def test_maps_move_their_group_axis_by_the_inverse_element(group, g, u):
     g, u = g % group.order, u % group.order
     x = torch.arange(group.order, dtype=torch.float32)[:, None, None].expand(-1, 3, 3)
     assert group.act_on_maps(x, g)[u].unique().tolist() == [group.product(group.inverse(g), u)]
-
-
-@GROUPS
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
-def test_filter_indices_are_distinct_permutations(group, kernel_size):
-    for stabilizer in (1, group.order):
-        indices, n = group.filter_indices(kernel_size, stabilizer), stabilizer * kernel_size**2
-        assert indices.shape == (group.order, n)
-        assert torch.equal(indices.sort(1).values, torch.arange(n).expand_as(indices))
-        assert torch.equal(indices[0], torch.arange(n))
-        assert len(indices.unique(dim=0)) == (1 if indices.shape[1] == 1 else group.order)
 
 
 def test_bad_arguments_are_named():

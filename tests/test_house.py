@@ -128,38 +128,20 @@ def test_files_and_functions_are_short():
     assert long_files(LIB) == []
 
 
-@pytest.fixture
-def house(tmp_path):
-    """Build a small lib from texts; what `read_lib` finds in it."""
-
-    def build(texts):
-        for name, text in texts.items():
-            path = tmp_path / "lib" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return read_lib(tmp_path)
-
-    return build
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["from lib import data", "import lib.data.nih", "def f():\n    from lib.data import nih"],
-)
-def test_a_label_that_training_could_see_is_found(house, text):
-    lib = house({"deepcluster.py": text, "data/__init__.py": "", "data/nih.py": ""})
-    assert list(forbidden_imports(lib)) == ["deepcluster.py imports data"]
-
-
-def test_a_circle_in_a_function_is_found(house):
-    first, second = "def f():\n    from lib.study import b", "from lib.study import a"
-    lib = house({"study/a.py": first, "study/b.py": second, "study/c.py": "import lib.study.a"})
+def test_the_checks_find_what_they_look_for(tmp_path):
+    inside = "def f():\n    from lib.study import b"
+    texts = {"data/__init__.py": "", "data/nih.py": "", "runs.py": "x = 1\n" * 451}
+    texts |= {"deepcluster.py": "from lib import data", "features.py": "import lib.data.nih"}
+    texts |= {"study/a.py": inside, "study/b.py": "from lib.study import a"}
+    texts |= {"study/c.py": "import lib.study.a", "models.py": "def g():\n" + "    x = 1\n" * 80}
+    for name, text in texts.items():
+        (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / name).write_text(text)
+    lib = read_lib(tmp_path)
+    labels = ["deepcluster.py imports data", "features.py imports data"]
+    assert sorted(forbidden_imports(lib)) == labels, "training could see a label"
     assert set(circle(lib)) == {"study/a.py", "study/b.py"}
-
-
-def test_what_is_long_is_found(house):
-    lib = house({"models.py": "def f():\n" + "    x = 1\n" * 80, "runs.py": "x = 1\n" * 451})
-    assert list(long_functions(lib)) == ["models.py: f"]
+    assert list(long_functions(lib)) == ["models.py: g"]
     assert long_files(lib) == ["runs.py: 451"]
 
 
@@ -173,7 +155,7 @@ def test_without_any_wing_the_core_still_trains(tmp_path):
         shutil.copy(ROOT / "tests" / f"{name}.py", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     some = "run_folder or classes_that_are_there or same_seed or test_models"
-    some = f"({some}) and not None and not paper_width"  # the paper's widths take long
+    some = f"({some}) and not None"  # the paper's widths take long
     command = [sys.executable, "-m", "pytest", "-q", "-k", some, "tests"]
     path = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)

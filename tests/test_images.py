@@ -54,22 +54,6 @@ def test_what_turning_does_to_fine_detail():
     assert errors == pytest.approx([0.014, 0.055, 0.213], abs=0.005)
 
 
-def test_rotation_equals_torchvision():
-    try:
-        from torchvision.transforms.v2 import functional as tv
-    except Exception as error:  # a torchvision built for another torch raises many kinds
-        pytest.skip(f"torchvision cannot be imported here: {error}")
-    x = noise(1, 1, 33, 33)
-    bilinear = tv.InterpolationMode.BILINEAR
-    theirs = tv.rotate(x + 1, 37.0, interpolation=bilinear) - 1  # with a fill the rim is blended
-    torch.testing.assert_close(rotate(x, torch.tensor([37.0])), theirs, rtol=0, atol=1e-4)
-
-
-def test_shapes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"\(3,\)"):
-        rotate(torch.zeros(2, 1, 8, 8), torch.zeros(3))
-
-
 def test_the_eight_symmetries_are_exact_and_different():
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64), dtype=np.uint8)
     copies = [moved(images, *symmetry) for symmetry in SYMMETRIES]

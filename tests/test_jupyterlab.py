@@ -1,7 +1,7 @@
-"""In the real JupyterLab, in a real browser: run a notebook, interrupt it, go on, save.
+"""In the real JupyterLab, in a real browser: open a notebook, run it, save it.
 
-All cells of all notebooks run in ``./run_all.sh --test`` already. So only the first one and 02 are
-opened here, for what a browser can break: opening, dialogs, progress, drawing, saving.
+All cells of all notebooks run in ``./run_all.sh --test`` already. So only the first one is opened
+here, for what a browser can break: opening, dialogs, progress, drawing, saving.
 ``CXR_LAB=all`` opens every notebook, and ``CXR_LAB_PICTURES=FOLDER`` keeps a picture of each."""
 
 import contextlib
@@ -16,25 +16,21 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
-import pandas as pd
 import pytest
 
-from lib import paths
-from lib.data.preprocess import preprocess
 from lib.notebooks import find_notebooks
 from lib.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
 ALL = [path.stem for path in find_notebooks()] + ["equivariance"]
-NAMES = ALL if os.environ.get("CXR_LAB") == "all" else ALL[:1]  # 02 is the one interrupted
+NAMES = ALL if os.environ.get("CXR_LAB") == "all" else ALL[:1]
 FAR = re.compile(r"https?://(?!127\.0\.0\.1[:/]).*(?<!\.svg)$")  # badges are SVG
 QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
 
 HELP = """window.lab = {
   panel: () => [...jupyterapp.shell.widgets('main')]
     .find(w => w.sessionContext && w.content && w.content.widgets),
-  code: () => lab.panel().content.widgets.filter(cell => cell.model.type === 'code'),
   idle: () => {
     const ready = lab.panel() && lab.panel().context.isReady;
     const session = ready && lab.panel().sessionContext.session;
@@ -89,110 +85,43 @@ def server(tmp_path_factory):
         process.wait(60)
 
 
-class Notebook:
-    """A notebook that is open in JupyterLab."""
-
-    def __init__(self, server, browser, name):
-        url, token, project = server
-        self.file, self.requests = project / "notebooks" / f"{name}.ipynb", []
-        self.page = browser.new_page(viewport={"width": 1360, "height": 1600})
-        self.page.set_default_timeout(120_000)
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(f"{url}lab/tree/notebooks/{name}.ipynb?token={token}&reset")
-        self.page.wait_for_function("window.jupyterapp && jupyterapp.restored.then(() => true)")
-        self.page.evaluate(f"() => {{ {HELP} }}")
-        self.page.wait_for_function("lab.idle()")
-        self.page.evaluate("jupyterapp.shell.activateById(lab.panel().id)")
-
-    def start(self, command):
-        """Start a command of a menu, and press the button of the dialog that asks."""
-        self.page.evaluate("command => lab.start(command)", command)
-        if command == "notebook:restart-run-all":
-            self.page.click(".jp-Dialog .jp-mod-accept")
-
-    def finish(self, minutes=5):
-        """Wait for the command that was started, and for the kernel."""
-        done = "lab.ran !== undefined && lab.idle()"
-        self.page.wait_for_function(done, timeout=60_000 * minutes)
-        return self.page.evaluate("lab.ran")
-
-    def outputs(self):
-        """All outputs: the page itself holds only those of cells in view."""
-        return self.page.evaluate("lab.code().flatMap(cell => cell.model.outputs.toJSON())")
-
-    def errors(self):
-        return [output["ename"] for output in self.outputs() if output["output_type"] == "error"]
-
-    def save(self):
-        """Save it, close it, and read the file: no widget is kept, and nothing came from afar."""
-        self.start("docmanager:save")
-        self.finish()
-        text = self.file.read_text(encoding="utf-8")
-        assert "widgets" not in json.loads(text)["metadata"]
-        assert "widget-view" not in text
-        assert not list(filter(FAR.match, self.requests)), "it fetches from elsewhere"
-        self.close()
-        return json.loads(text)["cells"]
-
-    def close(self):
-        if folder := os.environ.get("CXR_LAB_PICTURES"):
-            self.page.screenshot(path=Path(folder) / f"{self.file.stem}.png")
-        self.page.evaluate("lab.panel().sessionContext.shutdown()")
-        self.page.close()
+@pytest.fixture
+def opened(server, browser, request):
+    """A notebook that is open in JupyterLab: its page, its file, and what it has asked for."""
+    (url, token, project), name, asked = server, request.param, []
+    page = browser.new_page(viewport={"width": 1360, "height": 1600})
+    page.set_default_timeout(120_000)
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{url}lab/tree/notebooks/{name}.ipynb?token={token}&reset")
+    page.wait_for_function("window.jupyterapp && jupyterapp.restored.then(() => true)")
+    page.evaluate(f"() => {{ {HELP} }}")
+    page.wait_for_function("lab.idle()")
+    page.evaluate("jupyterapp.shell.activateById(lab.panel().id)")
+    yield page, project / "notebooks" / f"{name}.ipynb", asked
+    if folder := os.environ.get("CXR_LAB_PICTURES"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+    page.evaluate("lab.panel().sessionContext.shutdown()")
+    page.close()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_restart_and_run_all(server, browser, name):
+@pytest.mark.parametrize("opened", NAMES, indirect=True)
+def test_restart_and_run_all_and_save(opened):
     """They build on each other, so their order is that of the names."""
-    notebook = Notebook(server, browser, name)
-    assert notebook.page.locator(".jp-Dialog").count() == 0, "a notebook asks on opening"
-    notebook.start("notebook:restart-run-all")
-    assert notebook.finish() is True
-    assert notebook.errors() == []
-    saved = notebook.save()
-    before = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
-    assert [c["source"] for c in saved] == [c["source"] for c in before["cells"]]
-    codes = [cell for cell in saved if cell["cell_type"] == "code"]
+    page, file, asked = opened
+    before = json.loads((ROOT / "notebooks" / file.name).read_text(encoding="utf-8"))
+    assert page.locator(".jp-Dialog").count() == 0, "a notebook asks on opening"
+    for command in ("notebook:restart-run-all", "docmanager:save"):
+        page.evaluate("command => lab.start(command)", command)
+        if "restart" in command:
+            page.click(".jp-Dialog .jp-mod-accept")
+        page.wait_for_function("lab.ran !== undefined && lab.idle()", timeout=300_000)
+        assert page.evaluate("lab.ran") is True
+    saved = json.loads(text := file.read_text(encoding="utf-8"))
+    assert "widgets" not in saved["metadata"]
+    assert "widget-view" not in text
+    assert not list(filter(FAR.match, asked)), "it fetches from elsewhere"
+    assert [c["source"] for c in saved["cells"]] == [c["source"] for c in before["cells"]]
+    codes = [cell for cell in saved["cells"] if cell["cell_type"] == "code"]
+    assert not [o for cell in codes for o in cell["outputs"] if o["output_type"] == "error"]
     assert [cell["execution_count"] for cell in codes] == list(range(1, len(codes) + 1))
     assert codes[-1]["outputs"], "the last cell says what was written"
-
-
-EPOCHS = 12  # enough to see it move and to stop it, on a fast machine, too
-
-
-def test_interrupted_training_goes_on_where_it_stopped(server, browser, monkeypatch):
-    """Runs after 00, whose images it takes."""
-    project = server[2]
-    monkeypatch.setenv("CXR_DATA_DIR", str(project / "data"))
-    preprocess(paths.raw_dir("phantom-smoke"), paths.dataset_dir("phantom-smoke"))
-    text = (ROOT / "notebooks" / "02_train_alexnet.ipynb").read_text(encoding="utf-8")
-    text, n = re.subn(r'"epochs = 2 ', f'"epochs = {EPOCHS} ', text)
-    text, m = re.subn(r'"seeds = \[0\]', '"seeds = [7]', text)
-    assert (n, m) == (1, 1)
-    (project / "notebooks" / "stopped.ipynb").write_text(text, encoding="utf-8")
-    run_dir = paths.run_dir("phantom-smoke", "alexnet", 7)
-
-    def epochs():
-        file = run_dir / "metrics.csv"
-        return pd.read_csv(file) if file.exists() else pd.DataFrame()
-
-    notebook = Notebook(server, browser, "stopped")
-    notebook.start("notebook:restart-run-all")
-    end = time.monotonic() + 300
-    while len(epochs()) < 3 or not re.search(r"\d%\|", str(notebook.outputs())):
-        assert time.monotonic() < end, f"{len(epochs())} epochs, and no progress bar"
-        time.sleep(0.2)
-    notebook.start("notebook:interrupt-kernel")
-    notebook.finish()
-    assert notebook.errors() == ["KeyboardInterrupt"]
-    stopped = epochs()
-    assert 3 <= len(stopped) < EPOCHS
-    notebook.start("notebook:run-all-cells")  # in the same kernel, as one does
-    notebook.finish()
-    assert notebook.errors() == []
-    final = epochs()
-    assert len(final) == EPOCHS
-    # with their seconds: these epochs were not trained again
-    pd.testing.assert_frame_equal(final.iloc[: len(stopped)], stopped)
-    assert "100%|" in str(notebook.outputs())
-    notebook.save()

@@ -202,14 +202,8 @@ def test_processes_measure_what_one_measures(results):
 
 
 def test_as_many_processes_as_memory_allows(results, monkeypatch):
-    asked = []
-
-    class Parallel(measure.joblib.Parallel):
-        def __init__(self, n_jobs):
-            asked.append(n_jobs)
-            super().__init__(n_jobs=1)
-
-    monkeypatch.setattr(measure.joblib, "Parallel", Parallel)
+    asked, real = [], measure.joblib.Parallel
+    monkeypatch.setattr(measure.joblib, "Parallel", lambda n_jobs: asked.append(n_jobs) or real(1))
     for limit in (None, 2e9, 4e9):
         monkeypatch.setattr(measure, "memory_limit", lambda limit=limit: limit)
         measure.gather("tiny", jobs=3, effort=EFFORT)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
 
 from lib.notebooks import find_notebooks, read_parameters, read_preset
 from lib.paths import ROOT
@@ -139,6 +138,9 @@ def test_outputs_hold_no_error_no_warning_and_no_widget(path):
 
 @each_notebook
 def test_says_nothing_of_the_machine_it_ran_on(path):
+    assert MACHINE_PATH.search("saved to " + "/".join(["", "home", "ann", "x.png"]))
+    assert not MACHINE_PATH.search("https://example.org/home/x and figures/usr/")
+    assert SECRET.search('api_key = "0123456789abcdef"')
     private, user = {str(ROOT), str(Path.home())} - {"/", "/root"}, getpass.getuser()
     private |= {user} if len(user) > 4 and user not in {"runner", "admin", "jovyan"} else set()
     words = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in private]
@@ -146,21 +148,6 @@ def test_says_nothing_of_the_machine_it_ran_on(path):
         for text in [cell.source, *strings(cell.get("outputs", []))]:
             found = [re.search(pattern, text) for pattern in (MACHINE_PATH, SECRET, *words)]
             assert not any(found), found
-
-
-@pytest.mark.parametrize(
-    ("pattern", "text", "expected"),
-    [
-        (MACHINE_PATH, "saved to " + "/".join(["", "home", "ann", "x.png"]), True),
-        (MACHINE_PATH, "\\\\".join(["C:", "Users", "ann"]), True),
-        (MACHINE_PATH, "data/runs/phantom and figures/usr/", False),
-        (MACHINE_PATH, "https://example.org/home/x", False),
-        (SECRET, 'api_key = "0123456789abcdef"', True),
-        (SECRET, "tokens are words", False),
-    ],
-)
-def test_the_patterns_find_what_they_should(pattern, text, expected):
-    assert bool(pattern.search(text)) is expected
 
 
 def test_presets_have_the_same_keys_and_that_of_the_paper_is_the_papers():
@@ -177,8 +164,7 @@ def test_presets_have_the_same_keys_and_that_of_the_paper_is_the_papers():
 @each_notebook
 def test_defaults_are_the_smoke_preset(path):
     """The tests run notebooks as they are saved, without papermill."""
-    file = ROOT / "notebooks" / "params" / "smoke.yaml"
-    smoke, defaults = yaml.safe_load(file.read_text(encoding="utf-8")), read_parameters(path)
+    smoke, defaults = read_preset("smoke"), read_parameters(path)
     shared = set(defaults) & set(smoke)
     assert shared
     assert {name: defaults[name] for name in shared} == {name: smoke[name] for name in shared}

@@ -9,7 +9,7 @@ import pytest
 
 from lib.runs import TrainConfig
 from lib.study import parts
-from lib.study.subjects import Effort, Gaussian, Material, Metadata
+from lib.study.subjects import Effort, Material, Metadata
 
 EFFORT = Effort(8, 80, 40, perplexities=(5,), map_seeds=(0,), n_neighbors=5, n_boot=50)
 
@@ -256,9 +256,3 @@ def test_what_view_and_sex_tell_needs_no_image():
     untold = parts.label_probe(Metadata(table, Code.config), material)
     assert told["auroc_macro"] > 0.99
     assert untold["auroc_macro"] == 0.5
-
-
-def test_gaussian_points_have_the_shape_of_what_is_clustered():
-    subject = Gaussian(noise(60), Code.config)
-    assert subject.embedding.shape == (60, 2)
-    assert np.bincount(subject.assignments).size == 4

@@ -51,11 +51,3 @@ def test_texture_has_a_panel_per_number_and_the_median_of_each_label():
     assert rows(figure.axes[0]) == ["No Finding (9)", "7 (1)", "Mass (3)"]
     dots = next(line for line in figure.axes[0].lines if line.get_marker() == "o")
     np.testing.assert_allclose(np.sort(dots.get_xdata()), [4, 10, 12])
-
-
-def test_edges_are_those_of_a_step():
-    image = np.zeros((1, 8, 8), np.uint8)
-    image[:, :, 4:] = 255
-    edges = data.sobel(image, ["step"], LABEL).axes[1].images[0].get_array()
-    assert edges[4, 3] > 0.5
-    assert edges[4, 1] == 0

@@ -157,5 +157,8 @@ def test_every_command_is_found_and_is_run_or_says_why_not():
     pages = [page.read_text(encoding="utf-8") for page in readme_commands.PAGES]
     found = {command for page in pages for command in readme_commands.shown(page)}
     assert found == set(readme_commands.COMMANDS)
+    named = {name for page in pages for name in re.findall(r"python tests/(bench/\w+\.py)", page)}
+    assert len(named) > 5
+    assert all((ROOT / "tests" / name).exists() for name in named)
     run = [how for how in readme_commands.COMMANDS.values() if readme_commands.NOT not in how]
     assert len(run) >= 8

@@ -17,21 +17,16 @@ from lib.explore import reuse
 from tests import finished
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("reuse")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXR_DATA_DIR", str(tmp_path_factory.mktemp("reuse")))
+        yield paths.data_root()
 
 
 @pytest.fixture(scope="module")
 def images(root):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXR_DATA_DIR", str(root))
-        return np.array(finished.make())
-
-
-@pytest.fixture(autouse=True)
-def _here(root, images, monkeypatch):
-    monkeypatch.setenv("CXR_DATA_DIR", str(root))
+    return np.array(finished.make())
 
 
 def folder(arm="p4m"):

@@ -63,8 +63,6 @@ def test_findings_auroc_of_planted_random_and_missing_findings():
         assert area == pytest.approx(found[finding])
     assert np.isnan(answers[:, 3:]).all()
     assert np.isnan(scores.findings_auroc(x, targets[:, 2:], train, test)).all()
-    with pytest.raises(ValueError, match="bool"):
-        scores.findings_auroc(np.eye(10), np.zeros((10, 3)), *halves(10))
 
 
 def test_micro_average_flatters_a_guess_that_sees_no_image_and_macro_does_not():
@@ -82,8 +80,6 @@ def test_micro_average_flatters_a_guess_that_sees_no_image_and_macro_does_not():
     assert found["ap_macro"][0] == pytest.approx(targets[test].mean(axis=0).mean())
     guess[:, 3] = np.nan
     assert np.isnan(scores.multilabel_scores(guess, targets[test])["auroc"][0, 3])
-    with pytest.raises(ValueError, match="bool"):
-        scores.multilabel_scores(guess, targets[test].astype(int))
 
 
 def test_relative_distance_is_0_for_no_change_and_1_for_another_image():
@@ -102,8 +98,6 @@ def test_finding_neighbourhood_finds_what_lies_together():
     assert abs(scores.finding_neighbourhood(noise, targets)) < 0.02
     assert scores.finding_neighbourhood(noise + 20 * targets[:, :2], targets[:, :2]) > 0.7
     assert np.isnan(scores.finding_neighbourhood(noise, np.zeros((400, 3), bool)))
-    with pytest.raises(ValueError, match="n_neighbors"):
-        scores.finding_neighbourhood(noise, targets, 400)
 
 
 def test_areas_of_averaged_roc_curves_are_the_averaged_areas():

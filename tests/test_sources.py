@@ -16,16 +16,13 @@ from lib import data, paths
 from lib.data import chestmnist, digits, http, phantom, sources
 from lib.data.http import DownloadError
 from lib.data.preprocess import preprocess
-from tests.server import SIGNATURE, make_folder, make_tar, packed, visible
+from tests.server import SIGNATURE, cuts, make_folder, make_tar, packed, visible
 from tests.test_chestmnist import medmnist
 from tests.xrays import HEADER, png
 
 SECRET = "KGAT_0123456789abcdefSECRET"
 IMAGES = [f"{i // 2 + 1:08d}_{i % 2:03d}.png" for i in range(6)]
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = cuts
 
 
 def image(seed):

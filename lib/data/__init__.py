@@ -150,6 +150,5 @@ def label_combinations(findings: Iterable[str]) -> np.ndarray:
     """Class of each image, (N,) int64, if every distinct text is a class, as in the published
     evaluation: 0..C-1 in the alphabetical order of the texts; -1 for empty text, which is no label.
     """
-    texts = list(findings)
-    codes = {text: code for code, text in enumerate(sorted(set(texts) - {""}))} | {"": -1}
-    return np.array([codes[text] for text in texts], dtype=np.int64)
+    texts = pd.Series(list(findings), dtype=object)
+    return pd.factorize(texts.mask(texts == ""), sort=True)[0].astype(np.int64)

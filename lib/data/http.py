@@ -159,16 +159,17 @@ def download(url: str, path: Path, md5: str) -> Path:
 def unzip(opened: BinaryIO, target: Path, name: str) -> int:
     """Unpack a zip, here or on a server; return its number of files. `name` is for messages.
 
-    A file gets its place if its length and CRC-32 are right. Files that are there in this way are
-    not read again. Of files with the same last name, length and CRC-32 one is taken, since Kaggle's
-    sample holds every image twice."""
+    A file gets its place if its length and CRC-32 are right. Files that are there with their length
+    are not unpacked again. Of files with the same last name, length and CRC-32 one is taken, since
+    Kaggle's sample holds every image twice."""
     staging = target / ".part"
     try:
         with zipfile.ZipFile(opened) as archive, naming_disk_errors(target):
             files = [info for info in archive.infolist() if not info.is_dir()]
             files.sort(key=lambda info: -info.filename.count("/"))  # of doubles the last one stays
             wanted = {(Path(f.filename).name, f.file_size, f.CRC): f for f in files}
-            todo = [f for f in wanted.values() if not _is_whole(target / f.filename, f)]
+            sizes = {file: file.stat().st_size for file in target.rglob("*") if file.is_file()}
+            todo = [f for f in wanted.values() if sizes.get(target / f.filename) != f.file_size]
             total = sum(info.file_size for info in todo)
             need_space(target, total, name)
             with tqdm(total=total, desc=name, unit="B", unit_scale=True) as bar:
@@ -184,16 +185,6 @@ def unzip(opened: BinaryIO, target: Path, name: str) -> int:
         raise DownloadError(f"{name} is a damaged zip ({error}): try again") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _is_whole(path: Path, info: zipfile.ZipInfo) -> bool:
-    if not path.is_file() or path.stat().st_size != info.file_size:
-        return False
-    crc = 0
-    with open(path, "rb") as handle:
-        while block := handle.read(_BLOCK):
-            crc = zlib.crc32(block, crc)
-    return crc == info.CRC
 
 
 def untar(path: Path, target: Path) -> None:

@@ -22,10 +22,9 @@ def cooccurrence(findings: Sequence[str], dataset_label: str) -> Figure:
     how many have that of the column.
 
     Numbers are images, colour is their share; a row of fewer than `LEAST` images is left blank."""
-    parts = [set(text.split("|")) for text in findings]
-    names = [name for name in style.label_names(findings) if name != NO_FINDING]
-    matrix = np.array([[name in part for name in names] for part in parts], np.int64)
-    counts = matrix.T @ matrix  # (F, F)
+    has = {k: v for k, v in style.members(findings).items() if k not in (NO_FINDING, "")}
+    names, matrix = list(has), np.array([*has.values()], np.int64)  # (F, N)
+    counts = matrix @ matrix.T  # (F, F)
     totals = np.diag(counts)
     left_out = np.eye(len(names), dtype=bool) | (totals < LEAST)[:, None]
     figure = style.new_figure(1.4 + 0.22 * len(names), "Which labels come together?", 2)

@@ -1,5 +1,5 @@
 """The clusters of a run one by one: who is in them, who represents them, and which findings, and
-which things that should not matter, they follow. Arrays that do not fit raise a ValueError."""
+which things that should not matter, they follow."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ import pandas as pd
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import confusion_matrix, pairwise_distances_chunked
-from sklearn.utils import check_consistent_length
 
 from lib.data import finding_matrix, label_set
 from lib.metrics import ami
@@ -149,7 +148,6 @@ def atlas(images, embedding, assignments, properties: Mapping, n_nearest: int = 
 
     `images` are uint8 (N, H, W); `embedding` (N, d) was clustered into `assignments` (N,);
     `properties` are `attributes`."""
-    check_consistent_length(images, embedding, assignments)
     table = enrichment(assignments, properties)
     more = table[(table["q"] <= LEVEL) & (table["log2_odds"] > 0)]
     more = more.sort_values(["kind", "log2_odds", "property"], ascending=[True, False, True])

@@ -1,6 +1,6 @@
 """How fast and how steadily a curve of epochs settles: arrays in, numbers out.
 
-A curve is a row (T,) of finite values, one per epoch. ValueError for anything else."""
+A curve is a row (T,) of finite values, one per epoch, T at least 1."""
 
 import math
 
@@ -8,23 +8,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-def _checked(curve: ArrayLike) -> np.ndarray:
-    curve = np.asarray(curve, dtype=float)
-    if curve.ndim != 1 or len(curve) == 0 or not np.isfinite(curve).all():
-        raise ValueError(f"expected finite values (T,), got {curve}: leave out epochs without one")
-    return curve
-
-
 def plateau(curve: ArrayLike) -> float:
     """Mean of the last quarter (rounded up) of a curve (T,)."""
-    curve = _checked(curve)
-    return float(curve[-math.ceil(len(curve) / 4) :].mean())
+    return float(np.mean(curve[-math.ceil(len(curve) / 4) :]))
 
 
 def settling_time(curve: ArrayLike, share: float = 0.9) -> float:
     """Where a curve (T,) first reaches `share` of its own plateau, 0 to T - 1, interpolated. Early
     is not good in itself: a network that never learns has settled from the start."""
-    curve = _checked(curve)
+    curve = np.asarray(curve)
     least = share * plateau(curve)
     above = int(np.flatnonzero(curve >= least)[0]) if (curve >= least).any() else len(curve) - 1
     if above == 0:
@@ -36,7 +28,7 @@ def settling_time(curve: ArrayLike, share: float = 0.9) -> float:
 def shortfall(curve: ArrayLike) -> float:
     """Area between a curve (T,) and its plateau, in epochs of the plateau; NaN if that is <= 0."""
     level = plateau(curve)
-    return float((1 - _checked(curve) / level).sum()) if level > 0 else math.nan
+    return float((1 - np.asarray(curve) / level).sum()) if level > 0 else math.nan
 
 
 def spread(curve: ArrayLike) -> float:
@@ -45,8 +37,7 @@ def spread(curve: ArrayLike) -> float:
     Each value is compared with the mean of its two neighbours, which no straight trend changes; the
     square of the difference is 3/2 of the variance of independent values (Gasser, Sroka and
     Jennen-Steinmetz 1986). 0 is steady; NaN if three values are not left."""
-    curve = _checked(curve)
-    rest = curve[len(curve) // 4 :]
+    rest = np.asarray(curve)[len(curve) // 4 :]
     if len(rest) < 3:
         return math.nan
     return float(np.sqrt(np.mean((rest[1:-1] - (rest[:-2] + rest[2:]) / 2) ** 2) * 2 / 3))
@@ -54,13 +45,12 @@ def spread(curve: ArrayLike) -> float:
 
 def convergence_epoch(curve: ArrayLike, tolerance: float = 0.02) -> float:
     """Version 0.1: epoch from which a curve (T,) is within `tolerance` of its plateau, or NaN."""
-    curve = _checked(curve)
-    outside = np.flatnonzero(np.abs(curve - plateau(curve)) > tolerance)
+    outside = np.flatnonzero(np.abs(np.asarray(curve) - plateau(curve)) > tolerance)
     first = outside[-1] + 2 if len(outside) else 1
     return float(first) if first <= len(curve) else math.nan
 
 
 def raw_spread(curve: ArrayLike) -> float:
     """Version 0.1: standard deviation (n - 1) of the second half of a curve (T,), or NaN."""
-    half = _checked(curve)[len(curve) // 2 :]
+    half = np.asarray(curve)[len(curve) // 2 :]
     return float(half.std(ddof=1)) if len(half) > 1 else math.nan

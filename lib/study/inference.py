@@ -28,12 +28,9 @@ def paired(differences: ArrayLike, extra_se: float = 0.0, resolution: float = 0.
     rounding both arms, resolution / sqrt(6): three equal whole numbers are no proof of no spread.
 
     Returns ``n, mean, sd, low, high`` (95 %), ``p`` (Student's, two-sided) and ``sign_flip_p``; NaN
-    if n is too small. ValueError for no difference, or one that is not finite."""
+    if n is too small. The differences are finite, and n is at least 1."""
     differences = np.asarray(differences, dtype=float)
-    n = differences.size
-    if differences.ndim != 1 or n == 0 or not np.isfinite(differences).all():
-        raise ValueError(f"expected finite differences (n,), n at least 1, got {differences}")
-    mean = float(differences.mean())
+    n, mean = differences.size, float(differences.mean())
     found = {"n": n, "mean": mean}
     found |= dict.fromkeys(("sd", "low", "high", "p", "sign_flip_p"), math.nan)
     if n < 2:

@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.preprocessing import normalize
-from sklearn.utils import check_consistent_length
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,7 +82,6 @@ def precision_at_k(descriptors: np.ndarray, targets: np.ndarray, patients, k: in
     (F,), of all images of other patients; NaN if no query has it. ``same_patient``: of the queries
     whose patient has other images, the mean share of the k nearest that are of this patient, which
     says nothing of disease; ``same_patient_chance``, of all."""
-    check_consistent_length(descriptors, targets, patients)
     n, by_patient = len(targets), pd.DataFrame(targets).groupby(patients)
     size = by_patient.transform("size").to_numpy()  # (N,), images of the same patient
     theirs = by_patient.transform("sum").to_numpy()  # (N, F), those of them with the finding

@@ -1,7 +1,7 @@
 """How well findings can be read off features or lie together in a map: arrays in, numbers out.
 
 `lib.metrics` holds what needs no findings. A finding that all or none of the training or of the
-test images have is NaN. Arrays that do not fit raise a ValueError."""
+test images have is NaN."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,6 @@ from scipy.spatial.distance import pdist
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
 from sklearn.neighbors import NearestNeighbors
-from sklearn.utils import check_consistent_length
 
 from lib.metrics import bootstrap_weights, checked_split, fit_linear, standardised
 
@@ -19,8 +18,6 @@ def finding_scores(features, targets, train, test, groups=None, seed: int = 0) -
     """Log-odds (n_test, F) of each finding, by a logistic regression of each column of `targets`,
     bool (N, F). Other parameters and errors as `lib.metrics.probe`."""
     features, targets = np.asarray(features), np.asarray(targets)
-    if targets.ndim != 2 or targets.dtype != bool:
-        raise ValueError(f"targets must be bool (N, F), got {targets.dtype} {targets.shape}")
     train, test, _ = checked_split(features, targets, train, test, groups)
     x_train, x_test = standardised(features, train, test, seed)
     scores = np.full((len(test), targets.shape[1]), np.nan)
@@ -90,9 +87,6 @@ def multilabel_scores(probabilities, targets, weights=None, micro=True) -> dict[
     once. `micro` averages cost as much as all else. Returns ``auroc_macro, auroc_micro, ap_macro,
     ap_micro`` (B,); ``auroc, ap`` (B, F)."""
     probabilities, targets = np.asarray(probabilities, dtype=float), np.asarray(targets)
-    if probabilities.shape != targets.shape or targets.ndim != 2 or targets.dtype != bool:
-        got = f"{probabilities.shape} and {targets.dtype} {targets.shape}"
-        raise ValueError(f"expected probabilities and bool targets (n, F), got {got}")
     weights = np.ones((1, len(targets))) if weights is None else np.asarray(weights, dtype=float)
     known = ~np.isnan(probabilities).any(axis=0)
     pairs = probabilities[:, known].ravel(), targets[:, known].ravel()
@@ -154,7 +148,6 @@ def finding_neighbourhood(points, targets: np.ndarray, n_neighbors=10, least=5) 
     The mean over findings of at least `least` images: of the share of their `n_neighbors` nearest
     others that have it too, less the share of all others that have it. 0 is chance, 1 the most, NaN
     if no finding is frequent enough. Images of one patient may lie together for other reasons."""
-    check_consistent_length(points, targets)
     nearest = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors()[1]  # without self
     frequent = targets.T[targets.sum(axis=0) >= least]
     lifts = [has[nearest[has]].mean() - (has.sum() - 1) / (len(has) - 1) for has in frequent]

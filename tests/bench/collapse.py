@@ -41,12 +41,11 @@ def main() -> None:
     parser.add_argument("--fields", type=int, nargs=3, default=[16, 32, 64])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--at", type=int, nargs="*", default=[1, 5, 10, 15, 20])
-    parser.add_argument("--pca", type=int, help="half of the features if not given")
     options = parser.parse_args()
     images = load_images(paths.dataset_dir(options.data_set))
     page = {"pseudo_labels": "index", "head": "linear", "bn_statistics": "running"}
-    pca_dim = options.pca or options.fields[-1] // 2
-    config = TrainConfig("p4m", n_clusters=200, pca_dim=pca_dim, width=options.fields, **page)
+    page["pca_dim"] = options.fields[-1] // 2
+    config = TrainConfig("p4m", n_clusters=200, width=options.fields, **page)
     run_dir = paths.run_dir(options.data_set, "p4m-collapse", 0)
     target = paths.figures_dir(options.data_set) / "published_collapse.json"
     rows = []

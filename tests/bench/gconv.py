@@ -2,7 +2,7 @@
 plain network of the same real channels.
 
     python tests/bench/gconv.py [--widths 64,128,256 ...] [--repeats 7] [--threads 2] [--batch 8]
-                                [--give-back] [--layers]
+                                [--layers]
 
 Networks: lifting 5x5, then two group convolutions 3x3, each with batch norm, ReLU and pool of
 stride 2; group max-pool, mean, linear layer. If escnn (Cesa, Lang and Weiler 2022) is installed,
@@ -12,23 +12,23 @@ and the faster one is the measure.
 A round runs every variant once. A share is the median over the rounds of (variant / plain, same
 round). "step" is forward, backward and an SGD update. Peak memory is that of training steps, above
 the start's, each variant in a process of its own. Freed memory is kept for the next array, as in
-this project's training; with --give-back, and for peak memory, the C library returns it. --layers
-compares the Fourier transform with the dense way layer by layer instead, in bold what "auto" takes.
+this project's training; for peak memory the C library returns it. --layers compares the Fourier
+transform with the dense way layer by layer instead, in bold what "auto" takes.
 All of it is on the CPU: tests/bench/gpu.py is for a GPU."""
 
 import argparse
 import importlib.util
-import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import torch
 from torch import nn
 
@@ -145,26 +145,11 @@ class Bench:
 
 
 def peak_memory(bench: Bench) -> int:
-    """Largest memory during three training steps above that before them, in bytes."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    start = peak = resident()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    """Largest memory of this process after three training steps above that before, in bytes."""
+    start = psutil.Process().memory_info().rss
     for _ in range(3):
         bench.run("step")
-    done.set()
-    watcher.join()
-    return peak - start
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
 
 
 def networks(options: argparse.Namespace) -> None:
@@ -231,7 +216,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--widths", nargs="+", default=WIDTHS)
-    parser.add_argument("--give-back", action="store_true")
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -244,7 +228,7 @@ def main() -> None:
     where = f"{platform.machine()}, {options.threads} threads, batch {options.batch}, {kernel}"
     print(f"PyTorch {torch.__version__}, {where}")
     print(f"{options.repeats} rounds\n")
-    with nullcontext() if options.give_back else freed_memory_kept():
+    with freed_memory_kept():
         layers(options) if options.layers else networks(options)
 
 

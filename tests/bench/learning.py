@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lib import deepcluster, metrics, models, parallel, paths
 from lib.data.digits import make_digits
+from lib.study import report
 
 WIDTHS = {"alexnet": (24, 48, 64, 64, 48, 192), "p4m": (4, 8, 32), "cnn_params": (4, 8, 32)}
 SETTINGS = {"n_clusters": 20, "pca_dim": 16, "batch_size": 32, "device": "cpu"}
-COLUMNS = "NMI with the classes, untrained | trained | last loss / ln K | NMI(t, t-1) | perplexity"
-MEASURES = ("untrained", "trained", "loss", "nmi_prev", "perplexity")
+MEASURES = {"untrained": "NMI with the classes, untrained", "trained": "trained"}
+MEASURES |= {"loss": "last loss / ln K", "nmi_prev": "NMI(t, t-1)", "perplexity": "perplexity"}
 
 
 def rate(times: float) -> AbstractContextManager:
@@ -121,16 +122,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         spread = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""
         return f"{np.mean(values):.2f}{spread}" if values else "failed"
 
-    lines = [f"| variant | arm | rose above untrained | {COLUMNS} |"]
-    lines.append("|---|---|" + "---:|" * (1 + len(MEASURES)))
+    lines = []
     for variant, arm in product(VARIANTS, WIDTHS):
         runs = [row for row in rows if (row["variant"], row["arm"]) == (variant, arm)]
         good = [row for row in runs if "error" not in row]
         if runs:
             rose = f"{sum(row['trained'] > row['untrained'] for row in good)} of {len(runs)} seeds"
             cells = [cell([row[name] for row in good]) for name in MEASURES]
-            lines.append(f"| {' | '.join([variant, arm, rose, *cells])} |")
-    return "\n".join(lines)
+            lines.append([variant, arm, rose, *cells])
+    header = ["variant", "arm", "rose above untrained", *MEASURES.values()]
+    return report.table(header, lines, figures=True)
 
 
 def main() -> None:
