@@ -74,22 +74,32 @@ def test_every_mode_becomes_the_same_gray(mode, read):
     np.testing.assert_allclose(read(MODES[mode]), levels, atol=3 if "JPEG" in mode else 0)
 
 
+def samples(values, colour):  # of a PNG of a colour type, from gray values
+    return np.repeat(values.astype(int)[..., None], {0: 1, 2: 3, 4: 2, 6: 4}[colour], axis=2)
+
+
 @pytest.mark.parametrize("top", [4095, 3000, 65535, 1000, 200, 0])
-def test_16_bits_are_scaled_by_the_bits_in_use(top, read):
+@pytest.mark.parametrize("colour", [0, 2, 4, 6])
+def test_16_bits_are_scaled_by_the_bits_in_use(colour, top, read):
     values = np.linspace(0, top, 4096).round().astype(int).reshape(64, 64)
+    channels = samples(values, colour)
+    if colour >= 4:
+        channels[..., -1] = 65535
     expected = np.floor(values * (255 / (2 ** max(8, top.bit_length()) - 1)) + 0.5)
-    np.testing.assert_array_equal(read(png(values, 16)), expected)
+    np.testing.assert_array_equal(read(png(channels.reshape(64, -1), 16, colour)), expected)
 
 
-def test_alpha_that_varies_is_laid_over_black(read):
-    upper = np.where(np.arange(64) < 32, 0, 255).astype(np.uint8) + 0 * RAMP
-    for bands in (np.dstack([RAMP, upper]), np.dstack([RGB, upper])):
-        np.testing.assert_array_equal(read(saved(Image.fromarray(bands))), np.minimum(RAMP, upper))
-
-
-def test_of_16_bits_of_a_colour_the_upper_ones_are_taken(read):
-    content = png(RAMP.astype(int).repeat(3, axis=1) * 257, 16, 2)
-    np.testing.assert_array_equal(read(content), RAMP)
+def test_alpha_that_varies_is_laid_over_black_and_colours_have_pillows_weights(read):
+    for colour, bits in itertools.product((4, 6), (8, 16)):
+        channels = samples(RAMP, colour)
+        channels[..., -1] = np.where(np.arange(64) < 32, 0, 255)
+        content = png(channels.reshape(64, -1) * (257 if bits == 16 else 1), bits, colour)
+        np.testing.assert_array_equal(read(content), np.where(np.arange(64) < 32, 0, RAMP))
+    colours = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
+    colours[0, 0] = 255
+    wide = read(png(colours.reshape(64, -1) * 257, 16, 2))
+    narrow = np.asarray(Image.fromarray(colours.astype(np.uint8)).convert("L")).astype(int)
+    assert np.abs(wide - narrow).max() <= 1
 
 
 @needs_pydicom

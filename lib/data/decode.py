@@ -78,13 +78,16 @@ def _picture(content: bytes, record: dict) -> np.ndarray:
             image.verify()  # the checksum of every chunk, and that there is an end
     with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
         record |= {"mode": image.mode, "width": image.width, "height": image.height}
-        if image.mode.startswith("I"):  # 16 bits of gray; of colours Pillow keeps the upper 8
-            values = np.asarray(image).astype(np.int64)
+        channels = _channels_of_16_bits(content, image)
+        if channels is None:
+            gray, record["scale"] = _gray(image), "8 bits"
+        else:
+            values, alpha = _luminance(channels), channels[..., -1]
+            if channels.shape[2] in (2, 4) and alpha.min() < alpha.max():
+                values = values * alpha // alpha.max()
             *ends, record["scale"] = _range(values)
             gray = Image.fromarray(_to_8_bits(values, *ends))
             gray.info = image.info
-        else:
-            gray, record["scale"] = _gray(image), "8 bits"
     with suppress(Exception):  # a damaged note on orientation beside whole pixels
         gray = ImageOps.exif_transpose(gray)
     return np.asarray(gray)
@@ -102,8 +105,28 @@ def _gray(image: Image.Image) -> Image.Image:
     return image.convert("L")
 
 
+def _channels_of_16_bits(content: bytes, image: Image.Image) -> np.ndarray | None:
+    """Channels (H, W, C) of a 16-bit PNG, of which Pillow keeps only the upper bytes; else None."""
+    if image.mode.startswith("I"):
+        return np.asarray(image).astype(np.int64)[..., None]
+    raw = str(image.tile[0].args) if image.format == "PNG" else ""
+    if not raw.endswith(";16B"):
+        return None
+    # Both bytes of gray and of alpha are four channels of 8 bits; of RGB(A) the reader for files
+    # of the other byte order finds the lower bytes.
+    halves = []
+    for reader in ("RGBA",) if raw.startswith("LA") else (raw, raw.replace("16B", "16L")):
+        with Image.open(io.BytesIO(content)) as half:
+            half.tile = [half.tile[0]._replace(args=reader)]
+            halves.append(np.asarray(half).astype(np.int64))
+    upper, lower = halves if len(halves) == 2 else (halves[0][..., ::2], halves[0][..., 1::2])
+    return 256 * upper + lower
+
+
 def _luminance(channels: np.ndarray) -> np.ndarray:
-    """Gray (H, W) of colours (H, W, 3) of any depth, with Pillow's weights (ITU-R 601)."""
+    """Gray (H, W) of (H, W, 1 to 4) of any depth, with Pillow's weights (ITU-R 601)."""
+    if channels.shape[2] < 3:
+        return channels[..., 0]
     red, green, blue = (channels[..., place].astype(np.int64) for place in range(3))
     return (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16
 
