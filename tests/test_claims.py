@@ -78,6 +78,14 @@ def test_a_planted_effect_is_found_with_the_stated_power():
     assert np.mean([not CALLED.isdisjoint(called) for called in without]) <= 0.06
 
 
+@pytest.mark.slow
+def test_twice_the_smallest_difference_is_found_at_the_planned_size():
+    sds = {key: sd * math.sqrt(2) for key, (_, sd) in TYPICAL.items()}
+    effects = {key: 2 * MEASURE[key].smallest / sd for key, sd in sds.items()}
+    found = many(300, np.random.default_rng(13), N_SEEDS, effects)
+    assert np.mean([v == "supported" for f in found for v in f.values()]) >= 0.8
+
+
 def test_an_arm_that_is_better_by_construction_is_supported_on_all_claims():
     rng, seeds = np.random.default_rng(0), range(8)
     plain = {key: mean for key, (mean, _) in TYPICAL.items()}
