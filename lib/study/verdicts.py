@@ -121,10 +121,10 @@ def findings(results: Results) -> str:
         lines.append(text)
     for comparison in others:
         if {comparison[side] for side in SIDES} == {"p4m", "cnn_params"}:
-            found = [(c.title.lower(), d["verdict"]) for c, d, _ in _decided(comparison) if d["n"]]
-            listed = "; ".join(f"{title}: {verdict}" for title, verdict in found)
-            same = {verdict for _, verdict in found}
-            listed = f"{same.pop()} on any claim" if len(same) == 1 else listed
+            found: dict[str, list] = {}
+            for claim, decided, _ in _decided(comparison):
+                found.setdefault(decided["verdict"], []).append(claim.title.lower())
+            listed = "; ".join(f"{how}: {', '.join(titles)}" for how, titles in found.items())
             about = f"P4M against {_short('cnn_params')} of P4M's parameters"
             n = len(comparison["seeds"])
             lines.append(f"- **Is it the symmetry?** {about}: {listed} (n = {n}).")
