@@ -155,10 +155,7 @@ def follows(arms: Arms, names: Sequence[str], dataset_label: str) -> Figure:
     axes.axvline(0, **CHANCE)
     axes.grid(axis="x")
     axes.set_xlabel("AMI of clusters with it (0: chance, 1: the same)")
-    if keys:
-        style.rows_of(axes, [FOLLOWED[key] for key in keys])
-    else:
-        style.absent(axes, "nothing is known of the images")
+    style.rows_of(axes, [FOLLOWED[key] for key in keys], "nothing is known of the images")
     looks = [style.arm(name) for name in names]
     style.legend_below(figure, {look.title: {**look.line, "linestyle": ""} for look in looks}, 1)
     seeds = style.seeds_per_arm(len(arms[name]["seeds"]) for name in names)
@@ -241,10 +238,8 @@ def by_finding(areas: Mapping, names: Sequence[str], counts: Sequence[int], labe
     axes.axvline(0.5, **CHANCE)
     axes.grid(axis="x")
     axes.set_xlabel("AUROC of a linear probe (0.5: chance)")
-    if rows:
-        style.rows_of(axes, [f"{style.shown(names[f])} ({counts[f]:,})" for f in rows])
-    else:
-        style.absent(axes, "no findings to test on")
+    texts = [f"{style.shown(names[f])} ({counts[f]:,})" for f in rows]
+    style.rows_of(axes, texts, "no findings to test on")
     looks = {style.arm(arm).title: style.arm(arm).line | {"linestyle": ""} for arm in areas}
     style.legend_below(figure, looks, ncols=1)
     notes = ["in brackets: test images with it; means over seeds"]

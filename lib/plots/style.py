@@ -181,8 +181,11 @@ def blank_panels(figure: Figure, rows: int, columns: int, **look) -> np.ndarray:
     return grid
 
 
-def rows_of(axes: Axes, names: Sequence[str]) -> None:
-    """Names one below the other as the y axis, the first at the top."""
+def rows_of(axes: Axes, names: Sequence[str], none: str = "") -> None:
+    """Names one below the other as the y axis, the first at the top; `none` says why there are
+    none."""
+    if none and not names:
+        return absent(axes, none)
     axes.set_yticks(range(len(names)), names)
     axes.set(ylim=(len(names) - 0.5, -0.5), ylabel="")
     axes.tick_params(axis="y", length=0)
