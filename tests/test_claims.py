@@ -15,6 +15,7 @@ PRIMARY = [m for m in MEASURES if m.primary]
 # what two arms score on each deciding measure, and how far seeds differ: as in the plan's pilot
 TYPICAL = {"settled_ami": (6, 1.1), "spread_ami": (0.02, 0.008), "map_silhouette": (0.1, 0.05)}
 TYPICAL |= {"auroc_macro": (0.58, 0.009), "ami_free": (0.35, 0.05)}
+PLAIN = {key: mean for key, (mean, _) in TYPICAL.items()}
 CALLED = {"supported", "reversed"}
 N_SEEDS = 10  # of the plan
 
@@ -88,10 +89,9 @@ def test_twice_the_smallest_difference_is_found_at_the_planned_size():
 
 def test_an_arm_that_is_better_by_construction_is_supported_on_all_claims():
     rng, seeds = np.random.default_rng(0), range(8)
-    plain = {key: mean for key, (mean, _) in TYPICAL.items()}
     better = dict(zip(TYPICAL, (-8, -0.2, 0.5, 0.3, 0.5), strict=True))
-    ours = [{k: plain[k] + d * rng.normal(1, 0.01) for k, d in better.items()} for _ in seeds]
-    arms = {"a": dict(enumerate(ours)), "b": dict.fromkeys(seeds, plain)}
+    ours = [{k: PLAIN[k] + d * rng.normal(1, 0.01) for k, d in better.items()} for _ in seeds]
+    arms = {"a": dict(enumerate(ours)), "b": dict.fromkeys(seeds, PLAIN)}
     assert set(verdicts(as_results(arms)).values()) == {"supported"}
     swapped = as_results({"a": arms["b"], "b": arms["a"]})
     assert set(verdicts(swapped).values()) == {"reversed"}
@@ -100,8 +100,7 @@ def test_an_arm_that_is_better_by_construction_is_supported_on_all_claims():
 
 
 def test_a_verdict_that_hangs_on_collapsed_runs_is_not_given():
-    plain = {key: mean for key, (mean, _) in TYPICAL.items()}
-    plain |= {"perplexity": 19.0, "largest_cluster": 0.1}
+    plain = PLAIN | {"perplexity": 19.0, "largest_cluster": 0.1}
     rng, ours = np.random.default_rng(0), {}
     for seed in range(10):
         lost = 0.0 if seed < 5 else 0.4  # the reference keeps no cluster where it has collapsed

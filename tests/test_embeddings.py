@@ -7,7 +7,7 @@ from PIL import Image
 
 import lib.__main__ as command
 from lib import data, metrics, paths
-from lib.data import embeddings
+from lib.data import embeddings, nih
 from lib.explore import explorer
 from lib.notebooks import read_preset
 from lib.runs import TrainConfig
@@ -109,8 +109,7 @@ NUMBERS = np.arange(5) % 3
 def clustering(tmp_path):
     """Write a clustering of five images in any form and read it for a run with K = 3."""
     np.save(tmp_path / "images.npy", np.zeros((5, 64, 64), np.uint8))
-    names = dict.fromkeys(["patient_id", "findings", "view_position", "age", "sex", "split"], "")
-    names = pd.DataFrame({"image_id": [*"abcde"]}).assign(**names)
+    names = pd.DataFrame({"image_id": [*"abcde"]}).reindex(columns=list(nih.COLUMNS))
     names.to_csv(tmp_path / "metadata.csv", index=False)
 
     def there_and_back(name, values, kind="given"):
