@@ -14,7 +14,7 @@ from lib.notebooks import find_notebooks, read_parameters, read_preset
 from lib.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PRESETS = ["paper", "quick", "smoke", "study", "xrays"]
+PRESETS = ["paper", "quick", "smoke", "study", "xrays", "xrays-wide"]
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/~>-])/(?:home|Users|root|work|tmp|opt|mnt|var|usr|content|private)/"
     r"|\b[A-Za-z]:\\{1,2}\w|file://"

@@ -98,6 +98,23 @@ def test_options_named_are_options(capsys):
     assert named <= known
 
 
+def test_the_table_of_the_papers_widths_has_the_committed_numbers():
+    runs = paths.load_json(FIGURES / "nih-9k" / "paper_widths.json")["runs"]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("paper's widths")[-1]
+    keys = "loss_final", "settled_ami", "spread_ami", "map_silhouette", "ami_free", "auroc_macro"
+    rows = re.findall(r"^\|(?! arm|---)(.*)\|$", page, re.MULTILINE)
+    assert len(rows) == len(runs)
+    trio = ("alexnet", "p4m", "cnn_params")
+    in_order = {a + end: runs[a + end] for end in ("", "-untrained") for a in trio}
+    for (arm, seeds), row in zip(in_order.items(), rows, strict=True):
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[1] == str(len(seeds))
+        for key, cell in zip(keys, cells[2:], strict=True):
+            values = [run["values"][key] for run in seeds.values()]
+            known = not any(isinstance(value, str) for value in values)
+            assert cell == (f"{np.mean(values):.3f} ({mean(arm, key)})" if known else "–")
+
+
 NIH = ("README.md", "docs/MODEL_CARD.md", "docs/data.md", "docs/beyond.md", "data/README.md")
 NIH += ("data/manifests/README.md", "figures/nih-9k/claims.md")
 DRAWN = ("figures/phantom/summary.md", "figures/phantom/claims.md")

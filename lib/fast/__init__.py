@@ -96,18 +96,17 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
     ):
         return None
     geometry = (conv.group.order, conv.stride, conv.padding)
-    weights = conv.weight, norm.weight, norm.bias
+    suits = possible if conv.algorithm == "fourier" else faster
     if x.device.type == "cuda":
         special = torch.compiler.is_exporting() or needs_dense(conv, x) or conv.bias is not None
         special |= torch.is_grad_enabled() and not norm.training
         if gtriton is None or special or conv.algorithm != "auto":
             return None
         out, statistics = gtriton.block(conv, norm, x)
-    elif not gkernel.available() or not (possible if conv.algorithm == "fourier" else faster)(
-        conv, x
-    ):
+    elif not gkernel.available() or not suits(conv, x):
         return None
     elif norm.training:
+        weights = conv.weight, norm.weight, norm.bias
         out, statistics = operators.Block.apply(x, *weights, norm.eps, geometry)
     else:
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
