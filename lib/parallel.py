@@ -224,16 +224,20 @@ def run_processes(jobs: Mapping, at_once: int, log_of: Callable, on_end: Callabl
         list(pool.map(one, jobs))  # raises what `on_end` raises, and begins no other job then
 
 
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def memory_limit(files: Sequence[str] = CGROUP_LIMITS) -> int | None:
-    """Bytes that JupyterHub (``MEM_LIMIT``) or the container allows, None without a limit."""
+def memory(groups: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
+    """Bytes that this process may use: the machine's, or fewer if JupyterHub (``MEM_LIMIT``), a
+    container or a control group says so. Folder of the groups, file that names this process's."""
     said = [os.environ.get("MEM_LIMIT", "")]
-    for path in map(Path, files):
-        with contextlib.suppress(OSError):
-            said.append(path.read_text(encoding="ascii").strip())
-    return min((int(text) for text in said if text.isdecimal() and int(text) > 0), default=None)
+    with contextlib.suppress(OSError):
+        for line in Path(own).read_text(encoding="utf-8").splitlines():
+            _, kind, path = line.split(":", 2)  # version 2 names no kind
+            name = "memory.limit_in_bytes" if kind else "memory.max"
+            for group in (Path(path), *Path(path).parents):
+                with contextlib.suppress(OSError):
+                    said.append(Path(f"{groups}/{kind}{group}/{name}").read_text("ascii").strip())
+    with contextlib.suppress(AttributeError):  # Windows
+        said.append(str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+    return min((int(text) for text in said if text.isdecimal() and int(text) > 0), default=2**40)
 
 
 @contextlib.contextmanager
@@ -249,8 +253,7 @@ def freed_memory_kept() -> Iterator[None]:
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         yield
         return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if min(memory, memory_limit() or memory) >= 4 * 2**30:
+    if memory() >= 4 * 2**30:
         mallopt(-3, 640 << 20)  # M_MMAP_THRESHOLD of glibc's malloc.h
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     try:

@@ -204,7 +204,7 @@ def test_processes_measure_what_one_measures(results):
 def test_as_many_processes_as_memory_allows(results, monkeypatch):
     asked, real = [], measure.joblib.Parallel
     monkeypatch.setattr(measure.joblib, "Parallel", lambda n_jobs: asked.append(n_jobs) or real(1))
-    for limit in (None, 2e9, 4e9):
-        monkeypatch.setattr(measure, "memory_limit", lambda limit=limit: limit)
+    for limit in (1e12, 2e9, 4e9):
+        monkeypatch.setattr(measure, "memory", lambda limit=limit: limit)
         measure.gather("tiny", jobs=3, effort=EFFORT)
     assert asked == [3, 1, 3]

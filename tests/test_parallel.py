@@ -105,11 +105,19 @@ def test_processes_share_the_cores_and_one_that_fails_stops_no_other(tmp_path):
 
 def test_the_memory_that_is_allowed(tmp_path, monkeypatch):
     monkeypatch.delenv("MEM_LIMIT", raising=False)
-    limits = [str(tmp_path / name) for name in ("v2", "v1")]
-    assert parallel.memory_limit(limits) is None
-    (tmp_path / "v2").write_text("max\n")
-    assert parallel.memory_limit(limits) is None
-    (tmp_path / "v1").write_text("2147483648\n")
-    assert parallel.memory_limit(limits) == 2**31
+    own, machine = tmp_path / "own", parallel.memory("/nowhere", "/nowhere")
+    assert machine >= 2**30
+    for text, limit, group in (
+        ("0::/a/b\n", "memory.max", "a"),  # version 2, a limit of the group above
+        ("9:cpu:/\n4:memory:/a/b\n", "memory.limit_in_bytes", "memory/a/b"),
+        ("4:memory:/elsewhere\n", "memory.limit_in_bytes", "memory"),  # a container sees its own
+    ):
+        own.write_text(text)
+        folder = tmp_path / text[:1] / text[-4:-1].strip("/") / "groups"
+        (folder / group).mkdir(parents=True)
+        (folder / group / limit).write_text("max\n")
+        assert parallel.memory(str(folder), str(own)) == machine
+        (folder / group / limit).write_text("900000000\n")
+        assert parallel.memory(str(folder), str(own)) == 900_000_000
     monkeypatch.setenv("MEM_LIMIT", "1000")
-    assert parallel.memory_limit(limits) == 1000
+    assert parallel.memory(str(folder), str(own)) == 1000

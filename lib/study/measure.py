@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from lib import data, paths
 from lib.data.phantom import make_phantoms
 from lib.metrics import ami
-from lib.parallel import freed_memory_kept, memory_limit
+from lib.parallel import freed_memory_kept, memory
 from lib.runs import TrainConfig, load_run
 from lib.study import parts, subjects
 from lib.study.arms import ARMS, GROUPS, PRESET, config_of, cost, finished, is_kept, kept_dir
@@ -161,7 +160,7 @@ def gather(dataset: str, jobs: int = 1, effort: Effort = EFFORT) -> dict:
     anew = [task for task in tasks if not is_kept(task[1])]
     if any(_stored(task[1], _identity(*task, material)) is None for task in anew):
         material = replace(material, turned=turned_phantoms(dataset, pictures))
-    affordable = (memory_limit() or math.inf) // PROCESS_BYTES - 1
+    affordable = memory() // PROCESS_BYTES - 1
     jobs = int(max(1, min(jobs, len(tasks), affordable)))
     found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(of_run)(*task, material) for task in tasks)
     if jobs > 1:  # idle processes would keep their memory for five minutes

@@ -70,16 +70,18 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 # fmt: on
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with `digits` decimals; a dash for None, NaN and infinity."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+def number(value: float | None) -> str:
+    """``"0.123"``, ``"1.23"``, ``"12.3"``, ``"123"``; a dash for None, NaN and infinity."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.{3 - sum(abs(value) >= step for step in (1, 10, 100))}f}"
 
 
-def span(low: float | None, high: float | None, digits: int = 3) -> str:
+def span(low: float | None, high: float | None) -> str:
     """``"0.100 to 0.200"``; a dash if there is no interval."""
     if low is None or high is None or not math.isfinite(low + high):
         return "–"
-    return f"{number(low, digits)} to {number(high, digits)}"
+    return f"{number(low)} to {number(high)}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = False) -> str:
@@ -144,17 +146,23 @@ def frame(results: Results) -> pd.DataFrame:
 
 
 def occupancy_table(results: Results, arms: Sequence[str] | None = None) -> str:
-    """Are the images spread over the clusters? One row per arm, one value per seed."""
+    """Are the images spread over the clusters? One row per arm: least and most over its seeds."""
     rows, k = [], results["settings"]["n_clusters"]
     for arm, entry in _shown(results, arms).items():
         cells = []
-        for key, digits in {"largest_cluster": 2, "clusters_used": 0, "perplexity": 1}.items():
+        for key, form in {
+            "largest_cluster": ".1%",
+            "clusters_used": ".0f",
+            "perplexity": ".1f",
+        }.items():
             values = values_of(results, arm, key).values()
-            cells.append(", ".join(number(value, digits) for value in values))
+            ends = dict.fromkeys(f"{end(values):{form}}" for end in (min, max) if values)
+            cells.append(" to ".join(ends) or "–")
         fallen = ", ".join(collapsed(results, arm))
+        cells.append(str(len(entry["seeds"])))
         rows.append([entry["title"], *cells, f"seed {fallen} †" if fallen else "none"])
-    header = ["arm", "largest cluster, share of the images", f"clusters in use, of {k}"]
-    return note(table([*header, f"perplexity, at most {k}", "collapsed"], rows))
+    header = ["arm", "largest cluster, of the images", f"clusters in use, of {k}"]
+    return note(table([*header, f"perplexity, at most {k}", "seeds", "collapsed"], rows))
 
 
 TARGETS = {  # what a probe predicts: measure, name

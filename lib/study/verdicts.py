@@ -140,7 +140,7 @@ def findings(results: Results) -> str:
     told = [f"{_short(arm)} {len(collapsed(results, arm))} of {n}" for arm, n in runs.items()]
     lines.append(f"- **Runs that collapsed**: {', '.join(told)}.")
     k, epochs = (results["settings"][name] for name in ("n_clusters", "epochs"))
-    about = f"{results['dataset']['label']}, K = {k}, {epochs} epochs:"
+    about = f"{results['dataset']['label']}, K = {k}, {epochs} epochs (in brackets: 95 %):"
     look = {"width": 100, "subsequent_indent": "  ", "break_on_hyphens": False}
     wrapped = [textwrap.fill(line, **look) for line in lines]
     if any("†" in line for line in lines):
