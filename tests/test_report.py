@@ -155,6 +155,19 @@ def test_findings_are_a_line_per_claim_and_what_the_controls_add(results):
     assert any("P4M's parameters" in line and "supported" in line for line in lines)
 
 
+def test_whether_a_verdict_hangs_on_the_loop(results):
+    assert verdicts.regimes(results) == ""
+    arms = results["arms"]
+    for ours, theirs, wanted in (("p4m", "alexnet", "same direction"), ("alexnet", "p4m", "round")):
+        arms["p4m-described"], arms["alexnet-described"] = arms[ours], arms[theirs]
+        results["comparisons"] = claims.compare_all(results)
+        text = verdicts.regimes(results)
+        assert wanted in rows_of(text, "No augmentation required")[0]
+        assert "an interval holds 0" in rows_of(text, "Improved stability")[0]
+        assert text in verdicts.claims_page(results, "make it")
+    assert "- **The loop as the page describes it**" in verdicts.findings(results)
+
+
 def test_nothing_to_compare_and_labels_of_data_sets():
     found = as_results({"alexnet": {0: {"silhouette": 0.1}}}) | {"comparisons": []}
     for text in (verdicts.verdict_table(found), verdicts.verdict_matrix(found)):

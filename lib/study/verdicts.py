@@ -61,15 +61,39 @@ def verdict_table(results: Results) -> str:
     return note(table([*header, "verdict"], rows))
 
 
+def _difference(entry: Mapping) -> str:
+    return f"{number(entry.get('mean'))} ({span(entry.get('low'), entry.get('high'))})"
+
+
+def regimes(results: Results) -> str:
+    """Do verdicts hang on the loop? The page's pair, trained by the loop that learns and by the one
+    that the page describes, as Markdown; empty if one of the two was not run."""
+    found = {tuple(c[side] for side in SIDES): c for c in results["comparisons"]}
+    pairs = [found.get((f"p4m{loop}", f"alexnet{loop}")) for loop in ("", "-described")]
+    if None in pairs:
+        return ""
+    rows = []
+    for (claim, _, *ours), (*_, theirs) in zip(*map(_decided, pairs), strict=True):
+        both, signs = (*ours, theirs), set()
+        for entry in both:
+            low, high, mean = (entry.get(name, math.nan) for name in ("low", "high", "mean"))
+            signs.add(math.copysign(low * high > 0, mean))
+        hangs = "no: the same direction" if len(signs) == 1 else "yes: it turns round"
+        hangs = "cannot tell: an interval holds 0" if 0 in signs else hangs
+        rows.append([claim.title, *map(_difference, both), hangs])
+    titles = zip(("the loop that learns", "the loop as described"), pairs, strict=True)
+    header = [f"{title}, {len(of['seeds'])} seeds" for title, of in titles]
+    return table(["claim", *header, "does the direction hang on the loop?"], rows)
+
+
 def verdict_matrix(results: Results) -> str:
     """All comparisons, one row each, one column per claim: verdict, difference and interval."""
     rows = []
     for comparison in results["comparisons"]:
         cells = []
         for _, decided, entry in _decided(comparison):
-            numbers = f": {number(entry.get('mean'))} ({span(entry.get('low'), entry.get('high'))})"
-            verdict = verdict_text(results, comparison, decided)
-            cells.append(verdict + numbers * bool(entry["seeds"]))
+            numbers = f": {_difference(entry)}" * bool(entry["seeds"])
+            cells.append(verdict_text(results, comparison, decided) + numbers)
         about = " against ".join(ARMS[comparison[side]].title for side in SIDES)
         rows.append([f"{about}: {comparison['purpose']}", str(len(comparison["seeds"])), *cells])
     header = ["comparison", "seeds", *(claim.title for claim in CLAIMS)]
@@ -116,7 +140,7 @@ def findings(results: Results) -> str:
         text = f"- **{claim.title}: {verdict_text(results, page, decided)}.**"
         if entry["seeds"]:
             values = [f"{_short(page[side])} {number(entry[side])}" for side in SIDES]
-            values += [f"difference {number(entry['mean'])} ({span(entry['low'], entry['high'])})"]
+            values += [f"difference {_difference(entry)}"]
             text += f" {', '.join(values)}: {measure.title.split(' (')[0]}."
         lines.append(text)
     for comparison in others:
@@ -136,6 +160,16 @@ def findings(results: Results) -> str:
     names = {arm: _short(arm) for arm in arms} | BESIDE
     told = [f"{name} {cell(results, a, 'auroc_macro', False)}" for a, name in names.items()]
     lines.append(f"- **Mean AUROC of a linear probe** of the findings: {'; '.join(told)}.")
+    told = []
+    for arm in (a for a in arms if f"{a}-described" in results["arms"]):
+        loss, auroc = (
+            "{} ({})".format(*(cell(results, a, key, False) for a in (f"{arm}-described", arm)))
+            for key in ("loss_final", "auroc_macro")
+        )
+        told.append(f"{_short(arm)} last loss / ln K {loss}, AUROC {auroc}")
+    if told:
+        about = "**The loop as the page describes it** (in brackets: the loop that learns)"
+        lines.append(f"- {about}: {'; '.join(told)}.")
     runs = {arm: len(results["arms"][arm]["seeds"]) for arm in arms}
     told = [f"{_short(arm)} {len(collapsed(results, arm))} of {n}" for arm, n in runs.items()]
     lines.append(f"- **Runs that collapsed**: {', '.join(told)}.")
@@ -168,6 +202,7 @@ def claims_page(results: Results, command: str) -> str:
         "## All comparisons",
         "Difference of the deciding measure with its 95 % interval; positive speaks for the claim.",
         verdict_matrix(results),
+        *(["## Does it hang on the loop?", text] if (text := regimes(results)) else []),
         f"## {TABLES['meaning'][0]}",
         measure_table(results, TABLES["meaning"][1]),
         "## What the measures cannot show",
