@@ -19,6 +19,7 @@ from tests.test_models import changes, images, trained_statistics
 PATIENTS = np.arange(40) // 4
 SWITCHES = {
     "centroids": ({"head": "centroids"}, None),
+    "graph": ({"clusterer": "graph"}, None),
     "sinkhorn": ({"clusterer": "sinkhorn"}, None),
     "committee": ({"clusterer": "consensus"}, None),
     "vote": ({"pseudo_labels": "consensus"}, None),

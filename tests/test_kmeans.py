@@ -7,7 +7,7 @@ from sklearn.base import clone
 from sklearn.utils.estimator_checks import check_estimator
 
 from lib.features import PCAWhiten
-from lib.kmeans import CLUSTERERS, GraphClusters, make_clusterer, nearest
+from lib.kmeans import CLUSTERERS, GraphClusters, make_clusterer
 from lib.metrics import nmi
 
 NOT_APPLICABLE = {"check_array_api_input"}  # other libraries' arrays: tensors, see test_features.py
@@ -31,13 +31,6 @@ def test_planted_clusters_are_found(name):
     np.testing.assert_allclose(clusterer.cluster_centers_, means, atol=0.1)
     again = make_clusterer(name, 6, 0).fit_predict(points)
     np.testing.assert_array_equal(again, found)  # same seed, same bits
-
-
-def test_nearest_centroid():
-    rng = np.random.default_rng(0)
-    points, centroids = rng.normal(size=(50, 4)), rng.normal(size=(7, 4))
-    distances = np.linalg.norm(points[:, None] - centroids, axis=2)
-    np.testing.assert_array_equal(nearest(points, centroids), distances.argmin(1))
 
 
 @pytest.mark.parametrize("k", [2, 37, 400])
