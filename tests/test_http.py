@@ -43,14 +43,6 @@ def refused(server, path, match):
     assert SIGNATURE not in "".join(traceback.format_exception(caught.value))
 
 
-@pytest.mark.parametrize("cut", [0, 1, 1_500_000, len(CONTENT) - 1])
-def test_a_cut_body_arrives_whole(cut, server, tmp_path):
-    server.faults = [None, cut]  # the first answer is for the length
-    assert download(server, tmp_path / "x").read_bytes() == CONTENT
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    assert len(server.log) == 3
-
-
 def test_an_earlier_call_is_gone_on_with(server, tmp_path, waits):
     server.faults = [None, 1_000_000, *[0] * http.TRIES]
     refused(server, tmp_path / "x", "cut 7 times")

@@ -1,7 +1,6 @@
 """Text says what numbers say, collapse is told, several notebooks share one page of captions."""
 
 import copy
-import math
 import re
 
 import numpy as np
@@ -83,10 +82,7 @@ def rows_of(text, first):
     return [line for line in text.splitlines() if line.startswith(f"| {first}")]
 
 
-def test_numbers_spans_and_cells_of_a_table():
-    assert [report.number(x) for x in (0.1234, None, math.inf)] == ["0.123", "–", "–"]
-    assert report.span(0.1, 0.25, 2) == "0.10 to 0.25"
-    assert report.span(math.nan, math.nan) == report.span(None, None) == "–"
+def test_cells_of_a_table():
     text = report.table(["a", "b"], [["1", "x|y"], ["2", ""]], figures=True)
     assert {line.count("|") for line in text.splitlines()} == {3}
     assert text.splitlines()[1] == "|---|---:|"
