@@ -141,9 +141,11 @@ def test_finished_run_is_not_trained_again(unbroken):
 @pytest.mark.parametrize("rename", [2, 7])
 def test_killed_at_a_rename_ends_like_an_unbroken_run(unbroken, tmp_path, dies_at, rename):
     """What is on the disk changes there alone."""
+    with pytest.raises(FileNotFoundError, match="no run"):
+        load_run(tmp_path)
     with dies_at(rename), pytest.raises(KeyboardInterrupt):
         run(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="not finished"):
         load_run(tmp_path)
     (tmp_path / ".checkpoint.pt.1.tmp").touch()  # what a process that is killed leaves
     assert bytes_of(run(tmp_path).path) == bytes_of(unbroken.path)
@@ -177,14 +179,6 @@ def test_a_checkpoint_that_is_damaged_or_holds_code_is_named(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         run(tmp_path)
     assert not (tmp_path / "harm").exists()
-
-
-def test_an_unfinished_or_missing_run_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run"):
-        load_run(tmp_path)
-    run(tmp_path).path.joinpath("features.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="not finished"):
-        load_run(tmp_path)
 
 
 def test_untrained_network(unbroken, tmp_path):

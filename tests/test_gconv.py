@@ -20,7 +20,6 @@ from tests.test_groups import matrix
 
 LAYERS = [P4ConvZ2, P4ConvP4, P4MConvZ2, P4MConvP4M]
 ALL_LAYERS = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +107,7 @@ def test_equals_the_definition(layer, kernel_size, stride, padding, size, algori
 
 
 @ALL_LAYERS
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("kernel_size", "stride", "padding", "size"),
     [(1, 1, 0, 4), (3, 1, 1, 8), (3, 1, 0, 7), (5, 1, 2, 9), (3, 2, 1, 9), (5, 3, 1, 9)],

@@ -17,6 +17,11 @@ def halves(n):
     return np.arange(int(0.7 * n)), np.arange(int(0.7 * n), n)
 
 
+def test_nmi_divides_by_the_mean_of_the_entropies():
+    # the second splits a cluster of the first: I = H(a) = ln 2, H(b) = 1.5 ln 2
+    assert metrics.nmi([0, 0, 1, 1], [0, 0, 1, 2]) == pytest.approx(1 / 1.25)
+
+
 def test_chance_level_at_the_paper_s_size_is_the_exact_expectation():
     """Two unrelated clusterings of 16,258 images into 200: NMI 0.217, AMI 0."""
     a, b = np.random.default_rng(0).integers(200, size=(2, 16_258))
