@@ -13,13 +13,10 @@ ANGLES = np.arange(0, 360, 45)
 
 
 def metrics(n_seeds=3, n_epochs=6, level=0.6):
-    rows = []
-    for seed in range(n_seeds):
-        for epoch in range(1, n_epochs + 1):
-            nmi = np.nan if epoch == 1 else level + 0.03 * np.sin(epoch + seed)
-            loss = 2.9 - 0.1 * epoch + 0.02 * seed
-            rows.append((epoch, seed, nmi, nmi - 0.1, loss))
-    return pd.DataFrame(rows, columns=["epoch", "seed", "nmi_prev", "ami_prev", "loss"])
+    seed, epoch = np.divmod(np.arange(n_seeds * n_epochs), n_epochs) + np.array([[0], [1]])
+    nmi = np.where(epoch == 1, np.nan, level + 0.03 * np.sin(epoch + seed))
+    table = pd.DataFrame({"epoch": epoch, "seed": seed, "nmi_prev": nmi, "ami_prev": nmi - 0.1})
+    return table.assign(loss=2.9 - 0.1 * epoch + 0.02 * seed)
 
 
 RUNS = {"alexnet": metrics(), "p4m": metrics(level=0.5)}

@@ -19,6 +19,7 @@ from tests.test_models import changes, images, trained_statistics
 PATIENTS = np.arange(40) // 4
 SWITCHES = {
     "centroids": ({"head": "centroids"}, None),
+    "graph": ({"clusterer": "graph"}, None),
     "sinkhorn": ({"clusterer": "sinkhorn"}, None),
     "committee": ({"clusterer": "consensus"}, None),
     "vote": ({"pseudo_labels": "consensus"}, None),
@@ -125,8 +126,8 @@ def test_the_body_starts_as_with_any_head():
 def test_mirror_features_know_no_left_and_no_right():
     model = trained_statistics(build("mirror", 5, (2, 4, 8)).double())
     moved = changes(model, images(4, 9, torch.float64))
-    assert moved[4] < 1e-12  # left and right swapped
-    assert min(moved[1:4] + moved[5:]) > 1e-3
+    assert moved[6] < 1e-12  # left and right swapped
+    assert min(moved[1:6] + moved[7:]) > 1e-3
 
 
 @pytest.mark.parametrize("width", [(4, 8, 32), (8, 16, 32), (64, 128, 256)])

@@ -75,15 +75,14 @@ def test_another_file_is_refused(name, array, tmp_path, monkeypatch):
 
 
 def test_a_damaged_file_is_refused(tmp_path):
-    medmnist(tmp_path / "x.npz")
-    content = (tmp_path / "x.npz").read_bytes()
+    path = tmp_path / "x.npz"
+    medmnist(path)
+    content = path.read_bytes()
     for place in range(99, len(content) - 999, len(content) // 9):
         damaged = bytearray(content)
         damaged[place] ^= 0x55
-        (tmp_path / "x.npz").write_bytes(damaged)
+        path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"x\.npz is not ChestMNIST"):
-            chestmnist.check(tmp_path / "x.npz")
-    (tmp_path / "x.npz").write_bytes(content[: len(content) // 2])
-    for path in (tmp_path / "x.npz", tmp_path / "none.npz"):
-        with pytest.raises(ValueError, match=path.name):
             chestmnist.check(path)
+    with pytest.raises(ValueError, match=r"no file .*none\.npz"):
+        chestmnist.check(tmp_path / "none.npz")

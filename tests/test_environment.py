@@ -35,11 +35,6 @@ def locked_versions():
     return {canonicalize_name(name): Version(found.group(1)) for name, found in exact.items()}
 
 
-def wanted_here():
-    lock = [r for r in read_lock() if r.marker is None or r.marker.evaluate()]
-    return {canonicalize_name(r.name) for r in lock}
-
-
 def read_conda():
     """Requirements of environment.yml, under the names that pip uses."""
     lines = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
@@ -107,7 +102,8 @@ def test_conda_takes_what_is_promised_up_to_what_is_locked():
 
 def test_lock_is_closed():
     """What a locked package needs here is locked, except the libraries of a CUDA build of torch."""
-    wanted, needs = wanted_here(), set()
+    lock = [r for r in read_lock() if r.marker is None or r.marker.evaluate()]
+    wanted, needs = {canonicalize_name(r.name) for r in lock}, set()
     for distribution in distributions():
         if canonicalize_name(distribution.metadata["Name"]) in wanted - {"torch"}:
             required = map(Requirement, distribution.requires or [])

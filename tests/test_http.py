@@ -43,14 +43,6 @@ def refused(server, path, match):
     assert SIGNATURE not in "".join(traceback.format_exception(caught.value))
 
 
-@pytest.mark.parametrize("cut", [0, 1, 1_500_000, len(CONTENT) - 1])
-def test_a_cut_body_arrives_whole(cut, server, tmp_path):
-    server.faults = [None, cut]  # the first answer is for the length
-    assert download(server, tmp_path / "x").read_bytes() == CONTENT
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    assert len(server.log) == 3
-
-
 def test_an_earlier_call_is_gone_on_with(server, tmp_path, waits):
     server.faults = [None, 1_000_000, *[0] * http.TRIES]
     refused(server, tmp_path / "x", "cut 7 times")
@@ -99,29 +91,6 @@ def test_what_cannot_work_is_named(server, tmp_path, monkeypatch):
             with http.naming_disk_errors(tmp_path / "x"):
                 raise OSError(reason, os.strerror(reason))
         assert caught.value.errno == reason
-
-
-@pytest.mark.parametrize("buffer", [1000, http.READ_AHEAD])
-def test_a_zip_on_a_server_is_read_forwards(buffer, server, tmp_path):
-    server.files["/file"], asked = packed(FILES), []
-    server.faults = [None, 500, None, 0, (403, {})]  # cut twice, then the address expires
-    remote = http.RemoteFile(lambda: asked.append(1) or f"{server.url}/file", "the file")
-    with io.BufferedReader(remote, buffer) as opened:
-        assert http.unzip(opened, tmp_path, "the zip") == 3
-    assert visible(tmp_path) == FILES
-    assert len(asked) == 2
-    assert buffer == 1000 or len(server.log) < 8, "one request for many members"
-
-
-def test_what_is_there_is_not_unpacked_again(tmp_path):
-    opened = io.BytesIO(packed(FILES))
-    http.unzip(opened, tmp_path, "the zip")
-    (tmp_path / "images" / "a.png").write_bytes(b"cut")
-    (tmp_path / "images" / "b.png").unlink()
-    before = (tmp_path / "table.csv").stat().st_mtime_ns
-    http.unzip(opened, tmp_path, "the zip")
-    assert visible(tmp_path) == FILES
-    assert (tmp_path / "table.csv").stat().st_mtime_ns == before
 
 
 def test_nothing_leaves_the_folder(tmp_path):

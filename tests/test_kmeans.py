@@ -7,10 +7,8 @@ from sklearn.base import clone
 from sklearn.utils.estimator_checks import check_estimator
 
 from lib.features import PCAWhiten
-from lib.kmeans import CLUSTERERS, GraphClusters, make_clusterer, nearest
+from lib.kmeans import CLUSTERERS, GraphClusters, make_clusterer
 from lib.metrics import nmi
-
-NOT_APPLICABLE = {"check_array_api_input"}  # other libraries' arrays: tensors, see test_features.py
 
 
 def planted(n=400, k=6, d=8, seed=0):
@@ -33,13 +31,6 @@ def test_planted_clusters_are_found(name):
     np.testing.assert_array_equal(again, found)  # same seed, same bits
 
 
-def test_nearest_centroid():
-    rng = np.random.default_rng(0)
-    points, centroids = rng.normal(size=(50, 4)), rng.normal(size=(7, 4))
-    distances = np.linalg.norm(points[:, None] - centroids, axis=2)
-    np.testing.assert_array_equal(nearest(points, centroids), distances.argmin(1))
-
-
 @pytest.mark.parametrize("k", [2, 37, 400])
 def test_the_graph_gives_k_clusters(k):
     points, _ = planted()
@@ -51,5 +42,6 @@ def test_the_graph_gives_k_clusters(k):
 def test_scikit_learns_checks(estimator):
     results = check_estimator(estimator, on_fail=None)
     failed = {r["check_name"]: r["exception"] for r in results if r["status"] != "passed"}
-    assert failed.keys() <= NOT_APPLICABLE, failed
+    # other libraries' arrays: tensors, see test_features.py
+    assert failed.keys() <= {"check_array_api_input"}, failed
     assert len(results) > 40

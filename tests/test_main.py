@@ -114,8 +114,6 @@ def test_options_of_a_folder_and_how_results_show_them(project, tmp_path):
         ("--test -k data --help", {"command": "test", "arguments": ["-k", "data", "--help"]}),
         ("--preset smoke --study", {"command": "study", "dataset": "phantom-smoke"}),
         ("--data . --reuse a/p4m/seed0", {"command": "reuse", "run": "a/p4m/seed0"}),
-        ("--reuse a --export b", {"command": "reuse", "export": "b", "data": None}),
-        ("train --images a --run-dir b --config c", {"command": "train", "config": "c"}),
     ],
 )
 def test_other_commands(project, words, expected):

@@ -17,13 +17,9 @@ def halves(n):
     return np.arange(int(0.7 * n)), np.arange(int(0.7 * n), n)
 
 
-def test_agreement_of_known_clusterings():
-    a = [0, 0, 1, 1]
-    assert metrics.nmi(a, [5, 5, 2, 2]) == metrics.ami(a, ["x", "x", "y", "y"]) == 1.0
-    assert metrics.nmi(a, [0, 1, 0, 1]) == 0.0  # independent
-    # b splits one cluster of a: I = H(a) = ln 2, H(b) = 1.5 ln 2
-    assert metrics.nmi(a, [0, 0, 1, 2]) == pytest.approx(1 / 1.25)
-    assert metrics.nmi([0] * 4, a) == 0.0
+def test_nmi_divides_by_the_mean_of_the_entropies():
+    # the second splits a cluster of the first: I = H(a) = ln 2, H(b) = 1.5 ln 2
+    assert metrics.nmi([0, 0, 1, 1], [0, 0, 1, 2]) == pytest.approx(1 / 1.25)
 
 
 def test_chance_level_at_the_paper_s_size_is_the_exact_expectation():
@@ -49,11 +45,6 @@ def test_occupancy_of_known_sizes():
     for labels in ([0, 4], [-1, 0], [], [[0, 1]]):
         with pytest.raises(ValueError, match="assignments"):
             metrics.occupancy(labels, 4)
-
-
-def test_kept_share_counts_by_transformation():
-    moved = [[0, 1, 2, 3], [0, 1, 0, 0], [1, 2, 3, 0]]
-    assert metrics.kept_share([0, 1, 2, 3], moved).tolist() == [1.0, 0.5, 0.0]
 
 
 def test_probe_reads_a_planted_label_and_not_a_random_one():
@@ -113,10 +104,8 @@ def test_probe_of_many_features_keeps_what_the_first_components_hold():
         ({"test": np.arange(5, 20)}, "5 patients"),
         ({"groups": np.repeat(np.arange(5), 4)}, "1 patients .* as 2"),
         ({"train": np.arange(0)}, "0 to train"),
-        ({"labels": np.zeros(19)}, "inconsistent"),
-        ({"features": np.full((20, 2), np.nan)}, "NaN"),
     ],
-    ids=["overlap", "patient", "empty", "length", "nan"],
+    ids=["overlap", "patient", "empty"],
 )
 def test_splits_that_would_mislead_are_refused(change, message):
     values = {"features": np.zeros((20, 2)), "labels": np.arange(20) % 2}
@@ -165,11 +154,5 @@ def test_cluster_structure_tells_blobs_from_noise():
     assert random["silhouette"] < 0 < 0.5 < found["silhouette"] == silhouette_score(x, y)
     assert random["davies_bouldin"] > found["davies_bouldin"] == davies_bouldin_score(x, y)
     assert sampled["silhouette"] == pytest.approx(found["silhouette"], abs=0.03)
-
-
-@pytest.mark.parametrize("labels", [np.zeros(20, dtype=int), np.arange(20)])
-def test_cluster_structure_is_nan_if_it_is_not_defined(labels):
-    found = metrics.cluster_structure(np.random.default_rng(0).normal(size=(20, 3)), labels)
-    assert all(map(math.isnan, found.values()))
-    with pytest.raises(ValueError, match="inconsistent"):
-        metrics.cluster_structure(np.zeros((20, 3)), labels[:19])
+    for labels in (np.zeros(400, int), np.arange(400)):
+        assert np.isnan(list(metrics.cluster_structure(x, labels).values())).all()

@@ -6,14 +6,10 @@ import copy
 import pytest
 import torch
 
+from lib.groups import P4M
 from lib.models import BACKBONES, P4MCNN, AlexNet, Sobel, build
 
 NARROW = dict.fromkeys(BACKBONES, (2, 4, 8)) | {"alexnet": (8, 16, 24, 24, 16, 64)}
-
-
-def symmetries(x):
-    """The eight images of x under quarter turns and mirrors."""
-    return [torch.rot90(y, r, (2, 3)) for y in (x, x.flip(3)) for r in range(4)]
 
 
 def images(n=4, seed=0, dtype=torch.float32):
@@ -30,10 +26,10 @@ def trained_statistics(model, n=16):
 
 
 def changes(model, x):
-    """Relative change of the features under each of the eight symmetries."""
+    """Relative change of the features under each of the eight elements of p4m."""
     with torch.inference_mode():
         reference = model.features(x)
-        moved = (model.features(y) - reference for y in symmetries(x))
+        moved = (model.features(P4M.act_on_grid(x, g)) - reference for g in range(8))
         return [(difference.norm() / reference.norm()).item() for difference in moved]
 
 

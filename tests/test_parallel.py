@@ -51,8 +51,7 @@ TWO = """
         assert labels.tolist() == [0, 1, 2, 3, 4]
         if world.main:
             np.savez(f"{folder}/{size}.npz", **found)
-    with socket.socket() as free:
-        os.environ["MASTER_PORT"] = str(port + 1)
+    os.environ["MASTER_PORT"] = str(port + 1)
     config = TrainConfig("p4m", 4, 4, 2, 32, lr=1e-4, width=(2, 2, 4), device="cpu")
     fit(pictures(100), config, f"{folder}/run{size}", progress=False)
     if rank == 0 and size == 2:

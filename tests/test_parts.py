@@ -228,15 +228,6 @@ def test_a_split_of_its_own_has_no_patient_on_both_sides():
     assert not np.array_equal(test, material.own_rows(1)[1])
 
 
-def run_of(ami, loss, perplexity):
-    """A run of 8 epochs with K = 20."""
-    table = pd.DataFrame({"ami_prev": ami, "nmi_prev": ami, "loss": loss})
-    table = table.assign(perplexity=perplexity, epoch=range(1, 9))
-    config = TrainConfig("p4m", 20)
-    run = SimpleNamespace(metrics=table, config=config, assignments=np.zeros((8, 40), int))
-    return SimpleNamespace(run=run)
-
-
 @pytest.mark.parametrize(
     ("loss", "perplexity", "settled"),
     [(0.5, 18.0, 2.8), (0.95, 18.0, 9.0), (0.5, 9.0, 9.0)],
@@ -244,8 +235,11 @@ def run_of(ami, loss, perplexity):
 )
 def test_who_learns_nothing_never_settles(loss, perplexity, settled):
     ami = [np.nan, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-    run = run_of(ami, loss * np.log(20), perplexity)
-    assert parts.training(run, None)["settled_ami"] == pytest.approx(settled)
+    table = pd.DataFrame({"ami_prev": ami, "nmi_prev": ami, "epoch": range(1, 9)})
+    table = table.assign(loss=loss * np.log(20), perplexity=perplexity)
+    known = {"config": TrainConfig("p4m", 20), "assignments": np.zeros((8, 40), int)}
+    subject = SimpleNamespace(run=SimpleNamespace(metrics=table, **known))
+    assert parts.training(subject, None)["settled_ami"] == pytest.approx(settled)
 
 
 def test_what_view_and_sex_tell_needs_no_image():

@@ -4,14 +4,11 @@ planted."""
 import numpy as np
 import pytest
 import torch
+from sklearn.preprocessing import normalize as unit
 
 from lib.models import build
 from lib.study import retrieval
 from lib.study.retrieval import nearest, precision_at_k, regions, rmac
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def test_regions_follow_the_paper():

@@ -18,15 +18,10 @@ from tests import finished
 
 
 @pytest.fixture(scope="module", autouse=True)
-def root(tmp_path_factory):
+def images(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXR_DATA_DIR", str(tmp_path_factory.mktemp("reuse")))
-        yield paths.data_root()
-
-
-@pytest.fixture(scope="module")
-def images(root):
-    return np.array(finished.make())
+        yield np.array(finished.make())
 
 
 def folder(arm="p4m"):
@@ -136,8 +131,8 @@ def test_broken_and_missing_folders_are_named(tmp_path, images):
         reuse.load(tmp_path / "out")
 
 
-def test_a_folder_is_assigned_with_its_own_table(root, images):
-    mine, out = root / "My Films", root / "assigned"
+def test_a_folder_is_assigned_with_its_own_table(tmp_path):
+    mine, out = tmp_path / "My Films", tmp_path / "assigned"
     mine.mkdir()
     films = phantom.make_phantoms(12, 3)[0]
     names = [f"film{number:02d}.png" for number in range(12)]
@@ -157,7 +152,7 @@ def test_a_folder_is_assigned_with_its_own_table(root, images):
     assert (out / "summary.md").read_text(encoding="utf-8") == text
     for part in (model.name, "the command", novelty.sentence, "Not for clinical use."):
         assert part in text
-    assert str(root) not in text
+    assert str(tmp_path) not in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
     counts = {int(row[0].strip("| ")): int(row[1]) for row in rows}
     assert counts == dict(enumerate(np.bincount(expected, minlength=4)))

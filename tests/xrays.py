@@ -92,9 +92,7 @@ def dicom(path, values=V, syntax=None, meta=True, implicit=False, **elements):
     for name, value in (known | elements).items():
         if value is not None:
             setattr(dataset, name, value)
-    if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
-        head.TransferSyntaxUID = syntax
-    elif syntax is not None:
+    if syntax is not None:
         dataset.compress(syntax)
     if meta:
         dataset.save_as(path, enforce_file_format=True)

@@ -11,26 +11,22 @@ runs with every clusterer, and trains nothing: figures/beyond/again.csv.
 """
 
 import argparse
-import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import project  # noqa: F401
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from lib import data, metrics, notebooks, paths  # noqa: E402
-from lib.data import preprocess, sources  # noqa: E402
-from lib.deepcluster import cluster, fit  # noqa: E402
-from lib.kmeans import CLUSTERERS  # noqa: E402
-from lib.runs import load_run  # noqa: E402
-from lib.study.arms import ARMS, train_config  # noqa: E402
-from lib.study.subjects import Material, Network, Pixels  # noqa: E402
-from tests import beyond_measures as measures  # noqa: E402
+from lib import data, metrics, notebooks, paths
+from lib.data import preprocess, sources
+from lib.deepcluster import cluster, fit
+from lib.kmeans import CLUSTERERS
+from lib.runs import load_run
+from lib.study.arms import ARMS, train_config
+from lib.study.subjects import Material, Network, Pixels
+from tests import beyond_measures as measures
 
 PRESETS = {name: {"epochs": 6} for name in ("digits", "phantom-beyond")}  # beside `quick`
 PRESETS["nih-9k"] = {"epochs": 8, "batch_size": 128, "n_clusters": 100}

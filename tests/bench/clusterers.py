@@ -14,21 +14,17 @@ import argparse
 import multiprocessing
 import os
 import resource
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import project  # noqa: F401
 from matplotlib.figure import Figure
 from sklearn.metrics import normalized_mutual_info_score
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from lib.kmeans import CLUSTERERS, make_clusterer  # noqa: E402
-from lib.paths import atomic_write, figures_root  # noqa: E402
-from lib.plots import style  # noqa: E402
+from lib.kmeans import CLUSTERERS, make_clusterer
+from lib.paths import atomic_write, figures_root
+from lib.plots import style
 
 TITLES = {"kmeans": "K-means", "minibatch": "mini-batch K-means"}
 TITLES |= {"hierarchical": "hierarchical K-means", "graph": "graph of neighbours"}

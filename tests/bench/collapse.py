@@ -10,20 +10,16 @@ prints the largest cluster, the clusters in use and the perplexity after each ep
 ``--at``, and writes figures/<data set>/published_collapse.json. A stopped call resumes."""
 
 import argparse
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
+import project  # noqa: F401
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from lib import metrics, paths  # noqa: E402
-from lib.data import load_images  # noqa: E402
-from lib.deepcluster import STATISTICS, TrainConfig, cluster, fit, stream  # noqa: E402
-from lib.features import estimate_statistics, extract  # noqa: E402
-from lib.runs import load_model  # noqa: E402
+from lib import metrics, paths
+from lib.data import load_images
+from lib.deepcluster import STATISTICS, TrainConfig, cluster, fit, stream
+from lib.features import estimate_statistics, extract
+from lib.runs import load_model
 
 PUBLISHED = {"images": 16258, "clusters_used": 69, "largest_cluster": 12226 / 16258}
 

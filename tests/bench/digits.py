@@ -7,19 +7,14 @@
 ARMS are alexnet-plain,p4m,cnn_params. Prints NMI with the classes, untrained and trained, mean over
 seeds with its 95 % interval, and writes fig13_digits and known.csv (per run and epoch)."""
 
-import sys
-from pathlib import Path
-
 import pandas as pd
+import project  # noqa: F401
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from lib import data, paths  # noqa: E402
-from lib.metrics import seed_interval  # noqa: E402
-from lib.plots import style, training  # noqa: E402
-from lib.runs import load_run  # noqa: E402
-from lib.study.control import agreement  # noqa: E402
+from lib import data, paths
+from lib.metrics import seed_interval
+from lib.plots import style, training
+from lib.runs import load_run
+from lib.study.control import agreement
 
 ARMS = ("alexnet-plain", "p4m", "cnn_params")
 

@@ -25,19 +25,16 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from unittest import mock
 
+import project  # noqa: F401
 import psutil
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from lib import fast, gconv  # noqa: E402
-from lib.fast import gkernel  # noqa: E402
-from lib.parallel import freed_memory_kept  # noqa: E402
+from lib import fast, gconv
+from lib.fast import gkernel
+from lib.parallel import freed_memory_kept
 
 PLAIN = ("plain", "plain, channels last")
 VARIANTS = (*PLAIN, "dense", "auto", "auto, no compiler")

@@ -27,11 +27,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import project  # noqa: F401
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lib import gconv
 from lib.data.phantom import make_phantoms
@@ -41,8 +40,7 @@ from lib.features import PCAWhiten
 from lib.kmeans import make_clusterer
 from lib.models import build
 from lib.parallel import World
-
-ROOT = Path(__file__).resolve().parents[2]
+from lib.paths import ROOT
 
 WIDE, NARROW, SMALL = (64, 128, 256), (16, 32, 64), (2, 4, 8)
 ALEXNET, LITTLE = (96, 256, 384, 384, 256, 4096), (8, 16, 24, 24, 16, 64)

@@ -24,10 +24,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import project  # noqa: F401
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lib import deepcluster, metrics, models, parallel, paths
 from lib.data.digits import make_digits

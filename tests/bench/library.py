@@ -9,26 +9,18 @@ buffers. Time is that of the processor, which other programs disturb less; of "c
 clock's, since compilers are programs of their own. The least of the repeats counts. escnn (Cesa,
 Lang and Weiler 2022) is measured if it is installed."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io
 import os
-import sys
 import time
 import warnings
-from pathlib import Path
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # before torch is imported
 
+import gconv as networks
 import torch
 from torch import nn
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-import gconv as networks  # noqa: E402
 
 KINDS = ("plain", "dense", "auto", *networks.VARIANTS[5:])
 MEASURES = {  # measure: whether it is taken in every round, or once because it takes long

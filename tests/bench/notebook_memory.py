@@ -20,13 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import nbformat
+import project  # noqa: F401
 import psutil
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from lib.notebooks import find_notebooks  # noqa: E402
+from lib.notebooks import find_notebooks
+from lib.paths import ROOT
 
 COLUMNS = ("peak PSS, GB", "peak RSS, GB", "processes then", "cell", "seconds")
 

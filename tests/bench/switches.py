@@ -11,15 +11,12 @@ process brings that back. Run this without MALLOC_ variables."""
 import argparse
 import multiprocessing
 import statistics
-import sys
 import time
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
-from pathlib import Path
 
+import project  # noqa: F401
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lib.models import build
 from lib.parallel import freed_memory_kept

@@ -1,0 +1,6 @@
+"""Lets the benchmarks import `lib` and `tests`, from wherever they are called."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
