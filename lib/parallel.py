@@ -228,14 +228,13 @@ def memory(groups: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> in
     """Bytes that this process may use: the machine's, or fewer if JupyterHub (``MEM_LIMIT``), a
     container or a control group says so. Folder of the groups, file that names this process's."""
     said = [os.environ.get("MEM_LIMIT", "")]
-    with contextlib.suppress(OSError):
+    if os.path.exists(own):
         for line in Path(own).read_text(encoding="utf-8").splitlines():
             _, kind, path = line.split(":", 2)  # version 2 names no kind
             name = "memory.limit_in_bytes" if kind else "memory.max"
-            for group in (Path(path), *Path(path).parents):
-                with contextlib.suppress(OSError):
-                    said.append(Path(f"{groups}/{kind}{group}/{name}").read_text("ascii").strip())
-    with contextlib.suppress(AttributeError):  # Windows
+            places = [Path(f"{groups}/{kind}{p}/{name}") for p in (path, *Path(path).parents)]
+            said += [place.read_text("ascii").strip() for place in places if place.is_file()]
+    if hasattr(os, "sysconf"):  # not on Windows
         said.append(str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
     return min((int(text) for text in said if text.isdecimal() and int(text) > 0), default=2**40)
 
