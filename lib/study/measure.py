@@ -99,18 +99,24 @@ def _place(dataset: str, arm: str, seed: int | str) -> Path:
 
 
 def keep(results: Mapping) -> None:
-    """Copy settings and numbers of all measured runs to `lib.study.arms.kept_dir`."""
+    """Copy settings and numbers of all measured runs to `lib.study.arms.kept_dir`. Figures need the
+    answers to the probes of arms and baselines alone; they are nine tenths of all, so of controls
+    and variants the clusters are kept."""
     dataset = results["dataset"]["name"]
     for arm, entry in results["arms"].items():
         for seed in entry["seeds"]:
             source = paths.run_dir(dataset, arm, int(seed))
             target = kept_dir(dataset) / arm / source.name
             target.mkdir(parents=True, exist_ok=True)
-            for name in ("config.json", ANSWERS):
-                if (source / name).exists():
-                    shutil.copyfile(source / name, target / name)
+            if (source / "config.json").exists():
+                shutil.copyfile(source / "config.json", target / "config.json")
             if (source / NAME).exists():
                 save(target / NAME, paths.load_json(source / NAME))
+                with np.load(source / ANSWERS) as file:
+                    names = list(file) if ARMS[arm].kind in ("arm", "baseline") else ["final"]
+                    some = {name: file[name] for name in names}
+                with paths.atomic_write(target / ANSWERS) as handle:
+                    np.savez_compressed(handle, **some)
 
 
 def _store(folder: Path, of: Mapping, found: Found) -> dict:
