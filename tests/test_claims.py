@@ -137,6 +137,7 @@ def test_seeds_that_would_tell():
     enough = seeds_to_tell(1.0, 0.5)
     assert detectable(int(enough)) <= 0.5 < detectable(int(enough) - 1)
     assert seeds_to_tell(100.0, 0.5) == math.inf
+    assert seeds_to_tell(100.0, 0.5, n=5, mean=300.0) == 8  # clear already, but n is too few
     told = [seeds_to_tell(1.0, 1.0, n=10, mean=mean) for mean in (0.0, 0.6, 0.95)]
     assert told[0] == 11 < told[2] < told[1]  # alike, between the two, found
     assert seeds_to_tell(1.0, 1.0, n=10, mean=0.6, extra_se=0.5) == math.inf

@@ -73,13 +73,14 @@ def detectable(n: int, power: float = 0.8) -> float:
 def seeds_to_tell(
     sd: float, smallest: float, n: int = 0, mean: float = 0.0, extra_se: float = 0.0
 ) -> float:
-    """Seeds that would tell: those that find `smallest` with 80 % power at standard deviation `sd`
-    of the difference; once `n` are enough for a verdict, more than these, that find `mean`, or set
-    an interval around it within `smallest`. `extra_se` as in `paired`. Infinity above 200."""
+    """Seeds that would tell: those that find `smallest`, or `mean` if that is larger, with 80 %
+    power at standard deviation `sd` of the difference; once `n` are enough for a verdict, more than
+    these, that find `mean`, or set an interval around it within `smallest`. `extra_se` as in
+    `paired`. Infinity above 200."""
 
     def told(seeds: int) -> bool:
         spread = math.hypot(sd, extra_se * math.sqrt(seeds))
-        wanted = smallest if n < LEAST_SEEDS else abs(mean)
+        wanted = max(abs(mean), smallest * (n < LEAST_SEEDS))
         half = stats.t.ppf(1 - ALPHA / 2, seeds - 1) * spread / math.sqrt(seeds)
         alike = n >= LEAST_SEEDS and half + abs(mean) <= smallest
         return detectable(seeds) * spread <= wanted or alike
