@@ -166,9 +166,9 @@ def findings(results: Results) -> str:
             "{} ({})".format(*(cell(results, a, key, False) for a in (f"{arm}-described", arm)))
             for key in ("loss_final", "auroc_macro")
         )
-        told.append(f"{_short(arm)} last loss / ln K {loss}, AUROC {auroc}")
+        told.append(f"{_short(arm)} {loss}, {auroc}")
     if told:
-        about = "**The loop as the page describes it** (in brackets: the loop that learns)"
+        about = "**The loop as the page describes it** (ours): last loss / ln K, mean AUROC"
         lines.append(f"- {about}: {'; '.join(told)}.")
     runs = {arm: len(results["arms"][arm]["seeds"]) for arm in arms}
     told = [f"{_short(arm)} {len(collapsed(results, arm))} of {n}" for arm, n in runs.items()]
