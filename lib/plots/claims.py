@@ -123,8 +123,9 @@ def verdict_matrix(result: Mapping) -> Figure:
             mean, word = means[found["measure"]], found["verdict"]
             cell = (column - 0.48, row - 0.46)
             axes.add_patch(Rectangle(cell, 0.96, 0.92, facecolor=VERDICTS[word], linewidth=0))
-            known = mean is not None and found["n"]
-            lines = [*textwrap.wrap(word, 17), f"{mean:+.{3 - (abs(mean) >= 1)}f}"] if known else ["no number"]
+            lines = ["no number"]
+            if mean is not None and found["n"]:
+                lines = [*textwrap.wrap(word, 17), f"{mean:+.{3 - (abs(mean) >= 1)}f}"]
             axes.text(column, row, "\n".join(lines), ha="center", va="center", fontsize=6)
     arms = [[style.arm(c[side]).title for side in ("treatment", "reference")] for c in comparisons]
     seeds = [len(comparison["seeds"]) for comparison in comparisons]
