@@ -63,7 +63,8 @@ def check(groups: np.ndarray | None, name: str, n: int, n_clusters: int, nproc: 
     found = np.asarray(groups)
     if found.shape != (n,) or found.dtype.kind not in "iu" or found.min() < 0:
         what = f"{found.dtype} of shape {found.shape}"
-        raise ValueError(f"pseudo_labels {name!r} need groups, {n} whole numbers; got {what}")
+        wanted = f"need groups (train --labels FILE), {n} whole numbers"
+        raise ValueError(f"pseudo_labels {name!r} {wanted}; got {what}")
     if name != "patients" and found.max() >= n_clusters:
         raise ValueError(f"groups go up to {found.max()}, but n_clusters is {n_clusters}")
     if nproc > 1:
