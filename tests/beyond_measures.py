@@ -94,7 +94,7 @@ def tables(runs: pd.DataFrame, question: int) -> str:
     for dataset, label in LABELS.items():
         some = runs[(runs["dataset"] == dataset) & runs["arm"].isin([*arms, "pixels"])]
         shown = [c for c in wanted if c in some and some[c].notna().any()]
-        if set(some["arm"]) <= {"pixels"} or len(shown) < 2:
+        if set(some["arm"]) <= {"pixels", arms[0]} or len(shown) < 2:
             continue
         body = []
         for arm in [a for a in [*arms, "pixels"] if a in set(some["arm"])]:
