@@ -50,7 +50,7 @@ def server(tmp_path_factory):
     home = tmp_path_factory.mktemp("lab")
     project, token = home / "project", secrets.token_hex(16)
     ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-    for name in ("notebooks", "lib", "data/published"):
+    for name in ("notebooks", "lib", "data/published", "figures/beyond"):
         shutil.copytree(ROOT / name, project / name, ignore=ignored)
     for name in ("run_all.sh", "pyproject.toml"):  # by which a notebook knows its project
         shutil.copy(ROOT / name, project)
