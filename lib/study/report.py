@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -111,6 +112,17 @@ def cell(results: Results, arm: str, key: str, interval: bool = True) -> str:
         low, high = max(low, 0.0), min(high, 1.0)
     shown = interval and len(values) >= 3 and number(low) != number(high)
     return text + f" ({span(low, high)})" * shown
+
+
+def wrapped(text: str) -> str:
+    """Markdown whose paragraphs and items have lines of at most 100 columns; tables stay."""
+    look = {"width": 100, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(
+        textwrap.fill(line, **look, subsequent_indent="  " * line.startswith("- "))
+        if len(line) > 100 and not line.startswith(("|", "#"))
+        else line
+        for line in text.split("\n")
+    )
 
 
 def note(text: str) -> str:
@@ -232,7 +244,7 @@ def linear_probe_markdown(results: Results, frame: pd.DataFrame) -> str:
         "0.564 and 0.567, which the project page gives for cluster assignments and the published "
         "script computes for label combinations, where the majority scored 0.590."
     )
-    return note("\n\n".join(blocks)) + "\n"
+    return wrapped(note("\n\n".join(blocks))) + "\n"
 
 
 # fmt: off
@@ -297,7 +309,7 @@ def save_summary(path: Path | str, text: str, **added: str) -> None:
     sections = {found[1]: found[0] for found in SECTION.finditer(earlier)} | added
     ordered = [sections[name] for name in sorted(sections)]
     with atomic_write(path, "w") as handle:
-        handle.write("\n".join([text.rstrip("\n") + "\n", *ordered]))
+        handle.write(wrapped("\n".join([text.rstrip("\n") + "\n", *ordered])))
 
 
 def save_captions(path, notebook, figures: Mapping, label, seeds, command, attribution) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping
 
 from lib.study import report
@@ -175,11 +174,9 @@ def findings(results: Results) -> str:
     lines.append(f"- **Runs that collapsed**: {', '.join(told)}.")
     k, epochs = (results["settings"][name] for name in ("n_clusters", "epochs"))
     about = f"{results['dataset']['label']}, K = {k}, {epochs} epochs (in brackets: 95 %):"
-    look = {"width": 100, "subsequent_indent": "  ", "break_on_hyphens": False}
-    wrapped = [textwrap.fill(line, **look) for line in lines]
     if any("†" in line for line in lines):
-        wrapped += ["", textwrap.fill(report.COLLAPSED, 100)]
-    return "\n".join([about, "", *wrapped])
+        lines += ["", report.COLLAPSED]
+    return report.wrapped("\n".join([about, "", *lines]))
 
 
 def claims_page(results: Results, command: str) -> str:
@@ -216,4 +213,4 @@ def claims_page(results: Results, command: str) -> str:
     ]
     if results["missing"]:
         blocks.append("## What is missing\n\n" + "\n".join(f"- {m}" for m in results["missing"]))
-    return "\n\n".join(blocks) + "\n"
+    return report.wrapped("\n\n".join(blocks)) + "\n"
