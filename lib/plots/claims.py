@@ -174,7 +174,8 @@ def control_curves(curves: Tables, chance: Mapping[str, float], dataset_label: s
     kinds = {"": ("trained on its clusters", {"marker": "o"})}
     kinds["-index"] = ("trained on index mod K", {"linestyle": "--", "marker": "X"})
     kinds["-shuffled"] = ("trained on labels shuffled once", {"linestyle": LINES[2]})
-    kinds = {end: look for end, look in kinds.items() if {f"alexnet{end}", f"p4m{end}"} & set(curves)}
+    ends = {end for end in kinds for arm in ("alexnet", "p4m") if arm + end in curves}
+    kinds = {end: look for end, look in kinds.items() if end in ends}
     figure = style.new_figure(2.1, "Is a steady clustering a good one?")
     for backbone, axes in style.epoch_panels(figure, ("alexnet", "p4m")).items():
         if not {backbone + "-index", backbone + "-shuffled"} & set(curves):
