@@ -82,7 +82,7 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
 
     With statistics of the batch, the norm's come with the convolution of `x`; else the norm is
     folded into the filters, on a GPU into the pool."""
-    conv, norm, *_ = block
+    conv, norm, _, pool = block
     hooks = (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in block)
     parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if (
@@ -103,7 +103,7 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
         if gtriton is None or special or conv.algorithm != "auto":
             return None
         out, statistics = gtriton.block(conv, norm, x)
-    elif not gkernel.available() or not suits(conv, x):
+    elif not suits(conv, x) or (norm.training and not gkernel.available()):
         return None
     elif norm.training:
         weights = conv.weight, norm.weight, norm.bias
@@ -114,7 +114,8 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
         if conv.bias is not None:
             shift = shift + conv.bias * scale
         folded = conv.weight * scale[:, None, None, None, None]
-        return operators.ReluPool.apply(operators.conv(x, folded, shift, geometry))
+        y = operators.conv(x, folded, shift, geometry)
+        return operators.ReluPool.apply(y) if gkernel.available() else pool(y.relu_())
     if norm.training:
         track(norm, statistics)
     return out

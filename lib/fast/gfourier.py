@@ -34,7 +34,7 @@ from lib.groups import P4, P4M
 
 GROUPS = {4: P4, 8: P4M}
 PRODUCTS = {4: 5, 8: 11}  # E
-CHUNK = 1 << 19  # numbers per element of the group in the patches of one chunk of images
+CHUNK = 1 << 20  # numbers per element of the group in the patches of one chunk of images
 
 # Row i of the first two matrices gives the combinations of patch and filter entries that product i
 # multiplies. Row i of the third says to which output entries the product is added. 2 x 2 matrices
