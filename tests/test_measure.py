@@ -155,7 +155,7 @@ def test_pages_and_tables_say_what_the_numbers_say(results):
     assert row["ci_low"] <= row["accuracy"] <= row["ci_high"]
     assert table["published"].notna().sum() == 4  # two arms, two targets
     pages = [report.summary(results, table, {"fig1": "A caption."}, "x")]
-    pages += [verdicts.claims_page(results, "x"), report.glance(results)]
+    pages += ["".join(verdicts.claims_pages(results, "x").values()), report.glance(results)]
     for text in pages:
         assert not {"nan", "None", "inf"} & set(text.replace("|", " ").split())
         tables = [b.splitlines() for b in text.split("\n\n") if b.startswith("|")]
@@ -184,7 +184,8 @@ def test_any_labels_and_patients_end_in_pages(tmp_path, monkeypatch, columns, sa
     results = evaluate("own")
     assert results["dataset"]["label"] == "own images, 32 images"
     table = report.linear_probe_table(results, PUBLISHED)
-    text = report.summary(results, table, {}, "x") + verdicts.claims_page(results, "x")
+    text = report.summary(results, table, {}, "x")
+    text += "".join(verdicts.claims_pages(results, "x").values())
     assert said in text
     single = "COVID-19" in str(columns)
     assert isinstance(values_of(results, "p4m")["ami_classes"], float) == single

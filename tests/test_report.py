@@ -134,9 +134,12 @@ def test_few_seeds_cannot_tell_and_the_number_that_would_is_said():
 
 def test_pages_hold_the_warning_and_what_is_missing(results):
     results["missing"] = ["p4: no finished run"]
-    text = verdicts.claims_page(results, "make it")
-    for wanted in ("Not for clinical use", "p4: no finished run", "`make it`"):
-        assert wanted in text
+    pages = verdicts.claims_pages(results, "make it")
+    for text in pages.values():
+        assert "Not for clinical use" in text
+        assert "`make it`" in text
+    text = "".join(pages.values())
+    assert "p4: no finished run" in text
     assert all(word in text.lower() for word in claims.VERDICTS)
     lines = rows_of(text, "**silhouette of the clusters")
     assert " to " in lines[0].split("|")[-2], "also without the seeds that collapsed"
@@ -164,7 +167,7 @@ def test_whether_a_verdict_hangs_on_the_loop(results):
         text = verdicts.regimes(results)
         assert wanted in rows_of(text, "No augmentation required")[0]
         assert "an interval holds 0" in rows_of(text, "Improved stability")[0]
-        assert text in verdicts.claims_page(results, "make it")
+        assert text in verdicts.claims_pages(results, "make it")["claims.md"]
     assert "- **The loop as the page describes it**" in verdicts.findings(results)
 
 

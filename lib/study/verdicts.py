@@ -179,32 +179,45 @@ def findings(results: Results) -> str:
     return report.wrapped("\n".join([about, "", *lines]))
 
 
-def claims_page(results: Results, command: str) -> str:
-    """``claims.md``: verdicts first, then occupancy, comparisons and arms."""
+def claims_pages(results: Results, command: str) -> dict[str, str]:
+    """``claims.md``, two pages of verdicts and figures, and ``claims_appendix.md``, the numbers
+    behind them, by file name."""
     arms = []
     for a in results["arms"].values():
         about = [a["title"], a["backbone"], "yes" if a["rotation"] else "no", a["pseudo_labels"]]
         about += [f"{a['parameters']:,}", f"{a['flops'] / 1e6:,.1f}", f"{a['feature_dim']:,}"]
         arms.append([*about, ", ".join(a["seeds"])])
     header = ["arm", "backbone", "rotation", "trained on", "parameters", "MFLOPs per image"]
-    blocks = [
-        f"# Which of the paper's claims hold: {results['dataset']['label']}",
-        report.head(results, command),
+    label, top = results["dataset"]["label"], report.head(results, command)
+    page = [
+        f"# Which of the paper's claims hold: {label}",
+        top,
         "**Not for clinical use.** Verdicts are about this data, these network widths and this "
-        "number of seeds, not about the paper's own runs. The plan is in `docs/plan.md`.",
+        "number of seeds, not about the paper's own runs. The plan is in `docs/plan.md`. The "
+        "numbers behind this page are in [claims_appendix.md](claims_appendix.md).",
         verdict_table(results),
         rule(),
+        "![Differences of the deciding measures, a dot per seed](fig5_claims.png)",
+        "## All comparisons",
+        "![Verdicts of all comparisons on the five claims](fig14_verdicts.png)",
+        *(["## Does it hang on the loop?", text] if (text := regimes(results)) else []),
+        "## What clusters follow",
+        "![AMI of the clusters with what is known of the images](fig15_follows.png)",
+        "## What the measures cannot show",
+        "\n".join(f"- **{c.title}.** {c.caution}" for c in CLAIMS),
+    ]
+    behind = [
+        f"# The numbers behind the verdicts: {label}",
+        top,
+        "**Not for clinical use.** The verdicts are in [claims.md](claims.md).",
         "## Are the images spread over the clusters?",
         report.occupancy_table(results),
         "## All comparisons",
         "Difference of the deciding measure with its 95 % interval; positive speaks for the claim.",
         verdict_matrix(results),
-        *(["## Does it hang on the loop?", text] if (text := regimes(results)) else []),
         f"## {TABLES['meaning'][0]}",
         measure_table(results, TABLES["meaning"][1]),
-        "## What the measures cannot show",
-        "\n".join(f"- **{c.title}.** {c.caution}" for c in CLAIMS),
-        "## Appendix: every measure of the page's comparison",
+        "## Every measure of the page's comparison",
         sensitivity_table(results),
         "## Arms",
         table([*header, "features", "seeds"], arms),
@@ -212,5 +225,6 @@ def claims_page(results: Results, command: str) -> str:
         "counted as dense ones. `claims.csv` holds every comparison on every measure.",
     ]
     if results["missing"]:
-        blocks.append("## What is missing\n\n" + "\n".join(f"- {m}" for m in results["missing"]))
-    return report.wrapped("\n\n".join(blocks)) + "\n"
+        behind.append("## What is missing\n\n" + "\n".join(f"- {m}" for m in results["missing"]))
+    named = {"claims.md": page, "claims_appendix.md": behind}
+    return {name: report.wrapped("\n\n".join(blocks)) + "\n" for name, blocks in named.items()}
