@@ -314,7 +314,7 @@ PARTS = {numbers: 0.6, speed: 3.6, clustering: 1.2, rates: 1.0, epoch: 1.6}
 def write(bench: Bench, place: str) -> None:
     """gpu.json and gpu.md, after every part: a killed run leaves what it has."""
     out, report = bench.options.out, {"where": place, "sizes": vars(bench.s), "rows": bench.rows}
-    lines = [f"{place}. Batch {bench.s.batch}, bf16, channels-last.", ""]
+    lines = [f"{place}.", f"Batch {bench.s.batch}, bf16, channels-last.", ""]
     lines += ["| part | what | result |", "|---|---|---|"]
     lines += [f"| {row['part']} | {row['what']} | {row['result']} |" for row in bench.rows]
     out.mkdir(parents=True, exist_ok=True)
