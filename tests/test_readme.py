@@ -56,7 +56,10 @@ def test_numbers_in_the_prose_are_the_committed_ones():
     untrained = "alexnet-untrained", "p4m-untrained"
     auroc = {arm: mean(arm, "auroc_macro") for arm in ("pixels", "alexnet", "p4m", *untrained)}
     assert f"{auroc['pixels']} for the 4,096 pixels themselves" in text
-    assert f"{auroc['alexnet']} for AlexNet and {auroc['p4m']} for P4M. The same" in text
+    assert f"{auroc['alexnet']} for AlexNet and {auroc['p4m']} for P4M on NIH's" in text
+    own = [mean(arm, "auroc_macro_own") for arm in ("pixels", *pair)]
+    assert "images, and {}, {} and {} on our own split".format(*own) in text
+    assert f"sex and age alone {mean('metadata', 'auroc_macro')}" in text
     assert f"reach {auroc['alexnet-untrained']} and {auroc['p4m-untrained']}" in text
     bench = (FIGURES / "bench" / "paper_scale_cpu.md").read_text(encoding="utf-8")
     cost = re.search(r"GFLOP an image.* \| ([\d.]+) and [\d.]+ \| ([\d.]+) and", bench)

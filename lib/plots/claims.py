@@ -67,7 +67,8 @@ def forest(result: Mapping) -> Figure:
             continue
         verdict = comparisons[0]["verdicts"][place]
         measure = measures[verdict["measure"]]
-        title = f"{claim['title']}: {verdict['verdict']} (n = {verdict['n']})"
+        kind = ", exploratory" * claim["exploratory"]
+        title = f"{claim['title']}: {verdict['verdict']} (n = {verdict['n']}{kind})"
         axes.set_title(title, loc="left", fontweight="bold", pad=9)
         axes.axvspan(-measure["smallest"], measure["smallest"], color=LIGHT, alpha=0.5, lw=0)
         axes.axvline(0, color=DARK, linewidth=0.6)
@@ -131,7 +132,8 @@ def verdict_matrix(result: Mapping) -> Figure:
     seeds = [len(comparison["seeds"]) for comparison in comparisons]
     rows = [f"{a}\nagainst {b} ({n})" for (a, b), n in zip(arms, seeds, strict=True)]
     style.rows_of(axes, rows)
-    heads = ["\n".join(textwrap.wrap(claim["title"], 16)) for claim in claims]
+    heads = [claim["title"] + " (exploratory)" * claim["exploratory"] for claim in claims]
+    heads = ["\n".join(textwrap.wrap(head, 16)) for head in heads]
     axes.set_xticks(range(len(claims)), heads)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -150,9 +152,9 @@ def follows(arms: Arms, names: Sequence[str], dataset_label: str) -> Figure:
     most 6 arms."""
     names = [name for name in names if name in arms][:6]
     keys = [k for k in FOLLOWED if any(f"follows_{k}" in arms[n]["measures"] for n in names)]
-    figure = style.new_figure(0.5 + 0.3 * max(len(keys), 1), "What do clusters follow?")
+    figure = style.new_figure(0.5 + 0.42 * max(len(keys), 1), "What do clusters follow?")
     axes = figure.subplots()
-    _beside(axes, arms, names, [f"follows_{key}" for key in keys], 0.12, flat=True)
+    _beside(axes, arms, names, [f"follows_{key}" for key in keys], 0.15, flat=True)
     axes.axvline(0, **CHANCE)
     axes.grid(axis="x")
     axes.set_xlabel("AMI of clusters with it (0: chance, 1: the same)")
@@ -314,8 +316,8 @@ def enrichment_maps(tables: Tables, dataset_label: str) -> Figure:
             places = np.nonzero(((q <= LEVEL) & ((odds.abs() > 2) == dark)).to_numpy())
             axes.plot(places[1], places[0], "o", color=colour, markersize=1.8)
         follows = (q <= LEVEL).any(axis=1).groupby(kinds, sort=False).agg(["sum", "size"])
-        counts = "; ".join(f"{kind}: {n} of {size}" for kind, (n, size) in follows.T.items())
-        axes.set_title(f"{style.arm(arm).title}\n{counts}")
+        counts = ", ".join(f"{kind} {n} of {size}" for kind, (n, size) in follows.T.items())
+        axes.set_title(f"{style.arm(arm).title}\nrows with a dot: {counts}")
         axes.set_xticks(range(len(some)), sizes[some].astype(str), rotation=90)
         axes.set_xlabel(f"images in each of {len(some)} of {len(sizes)} clusters")
         axes.set_yticks(range(len(kinds)), map(style.shown, kinds.index))

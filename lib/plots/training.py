@@ -238,7 +238,9 @@ def tsne_maps(points: Arrays, clusters: Arrays, findings: Sequence, dataset_labe
         for name, (colour, marker) in looks.items()
     }
     style.legend_below(figure, keys, handletextpad=0.1)
-    note = f"{n:,} images per map; numbered, outlined: clusters, their middle half"
+    note = (
+        f"{n:,} images per map; numbers: clusters, whose colours repeat; lines: their middle half"
+    )
     return style.finish(figure, dataset_label, note)
 
 
@@ -271,7 +273,8 @@ def samples(images, findings, dataset_label: str, examples: int = 4, effect=None
                 axes.text(left + width - 3, 3, "+", **plus)
         axes.set_title(f"{style.shown(name)} ({has.sum():,})", loc="left", fontsize=7, pad=2)
         axes.set(xlim=(0, examples * (width + gap) - gap), ylim=(height, 0))
-    note = "in brackets: images with that label; +: has other labels too"
+    note = "in brackets: images with that label"
+    note += "; +: has other labels too" if any(axes.texts for axes in grid) else ""
     note += "; outlined: where the label shows most" if effect else ""
     return style.finish(figure, dataset_label, note)
 

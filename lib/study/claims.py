@@ -26,6 +26,8 @@ class Claim:
     title: str
     page: str
     caution: str
+    beside: tuple[str, ...]  # measures that stand beside the caution
+    exploratory: bool = True  # by the plan, whose power for the smallest difference is below 80 %
 
 
 # fmt: off
@@ -33,23 +35,25 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("convergence", "Faster convergence",
           "the P4M network stabilises clustering early in training",
           "AMI(t, t-1) shows that a network agrees with itself, not that its clusters mean "
-          "anything. Read it beside the controls."),
+          "anything. Read it beside the controls.", ("shortfall_ami",), exploratory=False),
     Claim("stability", "Improved stability", "NMI and loss fluctuate less than with AlexNet",
-          "A curve is steady if nothing is learnt any more. Two halves of the patients and two "
-          "seeds ask more of a clustering."),
+          "A curve is steady if nothing is learnt any more. Two halves of the patients ask more of "
+          "a clustering.", ("ami_halves",)),
     Claim("structure", "More structured representations",
           "clusters are more clearly separated in t-SNE maps",
           "Silhouettes reward round clusters, whatever they consist of. Gaussian points that are "
-          "clustered in the same way show how much of it K-means makes by itself."),
+          "clustered in the same way show how much of it K-means makes by itself.",
+          ("silhouette",)),
     Claim("transfer", "Better transferability",
           "the linear probe scores higher (0.567 against 0.564)",
           "The probe of a network's own clusters says how linear K-means cells are. The probe of "
           "label combinations means little unless it beats the most frequent class. So the labels "
-          "decide, one by one."),
+          "decide, one by one.", ("auroc_macro", "auroc_macro_own")),
     Claim("invariance", "No augmentation required",
           "robustness to rotation comes from the architecture instead of augmented images",
           "Under quarter turns and mirrors P4M's features cannot change, by construction, so other "
-          "turns decide. Invariance has a price: see what a linear probe can no longer tell."),
+          "turns decide. Invariance has a price: see what a linear probe can no longer tell.",
+          ("distance_free",)),
 )
 # fmt: on
 
@@ -220,7 +224,8 @@ def rule() -> str:
         f"at most {ALPHA:g}, in favour or against. **Not supported**: the interval lies below the "
         "smallest difference that matters. **Cannot tell**: everything else, everything with "
         f"fewer than {LEAST_SEEDS} seeds, and a verdict that the interval without the collapsed "
-        "runs speaks against."
+        "runs speaks against. **Exploratory**: the plan expected a power below 80 % for the "
+        "smallest difference that matters."
     )
 
 

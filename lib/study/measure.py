@@ -210,7 +210,7 @@ def about_arm(arm: str, config: TrainConfig) -> dict:
     about = {"title": ARMS[arm].title, "kind": ARMS[arm].kind}
     if not ARMS[arm].backbone:
         about |= {"backbone": "", "rotation": False, "pseudo_labels": "none"}
-        return about | {"parameters": 0, "feature_dim": 4096, "flops": 0}
+        return about | {"parameters": 0, "feature_dim": 4096 * (arm == "pixels"), "flops": 0}
     about["rotation"] = config.rotation_degrees > 0 and config.epochs > 0
     about["pseudo_labels"] = config.pseudo_labels if config.epochs else "nothing"
     about |= {"backbone": config.backbone, "width": config.width}
@@ -270,7 +270,7 @@ def known(results: Mapping) -> dict[str, dict[str, pd.DataFrame]]:
         for seed, run in results["arms"][arm]["seeds"].items():
             for factor, amis in run["details"]["known"].items():
                 table = pd.DataFrame({"seed": int(seed), "epoch": range(len(amis)), "ami": amis})
-                tables = found.setdefault(factor, {})
+                tables = found.setdefault(factor.replace("exposure", "brightness"), {})
                 tables[arm] = pd.concat([tables.get(arm), table], ignore_index=True)
     return found
 

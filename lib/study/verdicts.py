@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from lib.study import report
 from lib.study.arms import ARMS
-from lib.study.claims import CLAIMS, MEASURE, Results, collapsed, reason, rule
+from lib.study.claims import CLAIMS, MEASURE, Claim, Results, collapsed, reason, rule, values_of
 from lib.study.report import SIDES, TABLES, cell, measure_table, note, number, span, table
 
 MEANING = {"supported": "the claim holds here", "reversed": "here it is the other way round"}
@@ -36,6 +36,10 @@ def _decided(comparison: Mapping) -> list[tuple]:
     return [(claim, decided, entries[decided["measure"]]) for claim, decided in pairs]
 
 
+def _kind(claim: Claim) -> str:
+    return " (exploratory)" * claim.exploratory
+
+
 def _p(value: float | None) -> str:
     return "< 0.001" if value is not None and value < 0.001 else number(value)
 
@@ -50,9 +54,11 @@ def verdict_table(results: Results) -> str:
         about = f"{measure.title}; smallest that matters: {measure.smallest:g}"
         numbers = [number(entry.get(key)) for key in (*SIDES, "mean")]
         numbers += [span(entry.get("low"), entry.get("high")), _p(entry.get("p_holm"))]
-        text = verdict_text(results, comparison, decided)
-        why = MEANING.get(decided["verdict"], "") if decided["n"] else ""
-        verdict = f"**{text}**" + f": {why}" * bool(why)
+        text, kind = verdict_text(results, comparison, decided), decided["verdict"]
+        why = MEANING.get(kind, "") if decided["n"] else ""
+        if kind in ("supported", "reversed") and abs(entry["mean"]) < measure.smallest:
+            why += ", by less than what matters"
+        verdict = f"**{text}**" + _kind(claim) + f": {why}" * bool(why)
         rows.append([f"{claim.title}: {claim.page}", about, *numbers, str(decided["n"]), verdict])
     header = ["claim of the page", "measure, chosen beforehand"]
     header += [ARMS[comparison[side]].title for side in SIDES]
@@ -79,6 +85,9 @@ def regimes(results: Results) -> str:
             signs.add(math.copysign(low * high > 0, mean))
         hangs = "no: the same direction" if len(signs) == 1 else "yes: it turns round"
         hangs = "cannot tell: an interval holds 0" if 0 in signs else hangs
+        within = MEASURE[theirs["measure"]].smallest
+        if max(abs(theirs.get("low", math.inf)), abs(theirs.get("high", math.inf))) <= within:
+            hangs += f"; as described it lies within what matters ({within:g})"
         rows.append([claim.title, *map(_difference, both), hangs])
     titles = zip(("the loop that learns", "the loop as described"), pairs, strict=True)
     header = [f"{title}, {len(of['seeds'])} seeds" for title, of in titles]
@@ -136,7 +145,7 @@ def findings(results: Results) -> str:
     lines = []
     for claim, decided, entry in _decided(page):
         measure = MEASURE[decided["measure"]]
-        text = f"- **{claim.title}: {verdict_text(results, page, decided)}.**"
+        text = f"- **{claim.title}: {verdict_text(results, page, decided)}**{_kind(claim)}."
         if entry["seeds"]:
             values = [f"{_short(page[side])} {number(entry[side])}" for side in SIDES]
             values += [f"difference {_difference(entry)}"]
@@ -166,9 +175,12 @@ def findings(results: Results) -> str:
             for key in ("loss_final", "auroc_macro")
         )
         told.append(f"{_short(arm)} {loss}, {auroc}")
-    if told:
-        about = "**The loop as the page describes it** (ours): last loss / ln K, mean AUROC"
-        lines.append(f"- {about}: {'; '.join(told)}.")
+    described = [c for c in others if c["treatment"] == "p4m-described"]
+    if described and told:
+        *_, entry = _decided(described[0])[0]
+        about = f"**The loop as the page describes it**, {len(entry['seeds'])} seeds (in brackets: "
+        about += f"that above): last loss / ln K, mean AUROC: {'; '.join(told)}"
+        lines.append(f"- {about}; epochs, difference {_difference(entry)}.")
     runs = {arm: len(results["arms"][arm]["seeds"]) for arm in arms}
     told = [f"{_short(arm)} {len(collapsed(results, arm))} of {n}" for arm, n in runs.items()]
     lines.append(f"- **Runs that collapsed**: {', '.join(told)}.")
@@ -179,13 +191,29 @@ def findings(results: Results) -> str:
     return report.wrapped("\n".join([about, "", *lines]))
 
 
+def _beside(results: Results, claim: Claim) -> str:
+    """What the measures beside a claim's caution say: both arms, raw pixels, Gaussian points."""
+    told, page = [], results["comparisons"][0] if results["comparisons"] else {"measures": ()}
+    for entry in page["measures"]:
+        key = entry["measure"]
+        if key in claim.beside and entry["seeds"]:
+            values = [f"{_short(page[side])} {number(entry[side])}" for side in SIDES]
+            for arm in ("pixels", "gaussian"):
+                if values_of(results, arm, key):
+                    values.append(f"{_short(arm)} {cell(results, arm, key, False)}")
+            title = MEASURE[key].title[0].upper() + MEASURE[key].title[1:]
+            told.append(f"{title}: {', '.join(values)}; difference {_difference(entry)}.")
+    return " ".join(["", *told])
+
+
 def claims_pages(results: Results, command: str) -> dict[str, str]:
     """``claims.md``, two pages of verdicts and figures, and ``claims_appendix.md``, the numbers
     behind them, by file name."""
     arms = []
     for a in results["arms"].values():
         about = [a["title"], a["backbone"], "yes" if a["rotation"] else "no", a["pseudo_labels"]]
-        about += [f"{a['parameters']:,}", f"{a['flops'] / 1e6:,.1f}", f"{a['feature_dim']:,}"]
+        about += [f"{a['parameters']:,}", f"{a['flops'] / 1e6:,.1f}"]
+        about += [f"{a['feature_dim']:,}" if a["feature_dim"] else "–"]
         arms.append([*about, ", ".join(a["seeds"])])
     header = ["arm", "backbone", "rotation", "trained on", "parameters", "MFLOPs per image"]
     label, top = results["dataset"]["label"], report.head(results, command)
@@ -204,7 +232,7 @@ def claims_pages(results: Results, command: str) -> dict[str, str]:
         "## What clusters follow",
         "![AMI of the clusters with what is known of the images](fig15_follows.png)",
         "## What the measures cannot show",
-        "\n".join(f"- **{c.title}.** {c.caution}" for c in CLAIMS),
+        "\n".join(f"- **{c.title}.** {c.caution}{_beside(results, c)}" for c in CLAIMS),
     ]
     behind = [
         f"# The numbers behind the verdicts: {label}",
