@@ -195,14 +195,14 @@ def prepare_environment(folder: Path) -> None:
 
 
 def start_kernel():
-    """Start a Jupyter kernel of this Python, which then imports PyTorch while others work."""
+    """Start a Jupyter kernel of this Python, which imports what is large while others work."""
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import KernelManager
 
     this_python = KernelSpecManager(kernel_dirs=[])  # no "python3" that the user has installed
     client = "jupyter_client.asynchronous.AsyncKernelClient"  # papermill's
     kernel = KernelManager(kernel_spec_manager=this_python, client_class=client)
-    first = ["--IPKernelApp.exec_lines=import torch, sklearn.linear_model"]
+    first = ["--IPKernelApp.exec_lines=import lib.plots.training, lib.study.measure"]
     kernel.start_kernel(extra_arguments=first, cwd=ROOT / "notebooks", stderr=subprocess.DEVNULL)
     return kernel
 
