@@ -168,7 +168,10 @@ def test_whether_a_verdict_hangs_on_the_loop(results):
         assert wanted in rows_of(text, "No augmentation required")[0]
         assert "an interval holds 0" in rows_of(text, "Improved stability")[0]
         assert text in verdicts.claims_pages(results, "make it")["claims.md"]
-    assert "- **The loop as the page describes it**" in verdicts.findings(results)
+    arms["p4m-rotation"] = arms["p4m"]
+    text = verdicts.findings(results)
+    assert "- **The loop as the page describes it**" in text
+    assert f"P4M rotated {report.cell(results, 'p4m', 'ami_free', False)}" in " ".join(text.split())
 
 
 def test_nothing_to_compare_and_labels_of_data_sets():

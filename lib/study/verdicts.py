@@ -131,6 +131,8 @@ def sensitivity_table(results: Results) -> str:
 
 BESIDE = {"p4m-untrained": "P4M untrained", "pixels": "pixels"}
 BESIDE |= {"metadata": "view, sex and age alone"}
+TURNED = {"p4m-rotation": "P4M rotated", "cnn_params-rotation": "plain CNN rotated"}
+TURNED |= {"alexnet-plain": "AlexNet not"}
 
 
 def _short(arm: str) -> str:
@@ -181,6 +183,15 @@ def findings(results: Results) -> str:
         about = f"**The loop as the page describes it**, {len(entry['seeds'])} seeds (in brackets: "
         about += f"that above): last loss / ln K, mean AUROC: {'; '.join(told)}"
         lines.append(f"- {about}; epochs, difference {_difference(entry)}.")
+    there = {arm: name for arm, name in TURNED.items() if arm in results["arms"]}
+    if there:
+        n = min(len(results["arms"][arm]["seeds"]) for arm in there)
+        told = []
+        for arm, name in there.items():
+            values = [cell(results, arm, key, False) for key in ("ami_free", "auroc_macro")]
+            told.append(f"{name} {', '.join(values)}")
+        about = f"**The augmentation turned round**, {n} seeds, AMI under turns and mean AUROC"
+        lines.append(f"- {about}: {'; '.join(told)}.")
     runs = {arm: len(results["arms"][arm]["seeds"]) for arm in arms}
     told = [f"{_short(arm)} {len(collapsed(results, arm))} of {n}" for arm, n in runs.items()]
     lines.append(f"- **Runs that collapsed**: {', '.join(told)}.")
