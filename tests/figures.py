@@ -111,7 +111,7 @@ def result(n_seeds=3):
     compared = {"verdicts": verdicts, "measures": [entry | {"measure": key} for key in keys]}
     compared |= {"treatment": "p4m", "seeds": seeds}
     comparisons = [{"reference": name, **compared} for name in references]
-    claims = [{"title": "Robustness", "exploratory": False}]
+    claims = [{"title": "More structured representations", "exploratory": False}]
     claims += [{"title": "Stability", "exploratory": True}]
     parts = {"claims": claims, "measures": measures, "comparisons": comparisons, "arms": arms()}
     return {**parts, "dataset_label": LABEL}

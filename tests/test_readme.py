@@ -21,7 +21,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FAQ = (ROOT / "docs" / "FAQ.md").read_text(encoding="utf-8")
 FOLDERS = [ROOT.glob("*.md"), (ROOT / "docs").glob("*.md"), (ROOT / "data").glob("*/README.md")]
 PAGES = sorted(page for folder in FOLDERS for page in folder)
-OF_STUDY = paths.load_json(FIGURES / "nih-9k" / "results.json")["arms"]
+RESULTS = paths.load_json(FIGURES / "nih-9k" / "results.json")
+OF_STUDY = RESULTS["arms"]
 
 
 def mean(arm, measure):
@@ -33,7 +34,7 @@ def test_results_in_the_pages_are_the_committed_ones():
     table = report.glance(paths.load_json(FIGURES / "phantom" / "results.json"))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert f"<!-- glance -->\n{table}\n<!-- /glance -->" in page
-    text = verdicts.findings(paths.load_json(FIGURES / "nih-9k" / "results.json"))
+    text = verdicts.findings(RESULTS)
     assert f"<!-- study -->\n{text}\n<!-- /study -->" in README
 
 
@@ -116,6 +117,22 @@ def test_the_table_of_the_papers_widths_has_the_committed_numbers():
             values = [run["values"][key] for run in seeds.values()]
             known = not any(isinstance(value, str) for value in values)
             assert cell == (f"{np.mean(values):.3f} ({mean(arm, key)})" if known else "–")
+
+
+def test_the_augmentation_turned_round_has_the_committed_numbers():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = page.split("<!-- turned -->")[1].split("## At")[0]
+    for rows, *arms in (("AlexNet", "alexnet-plain", "alexnet"), ("P4M", "p4m", "p4m-rotation")):
+        assert f"| {rows} | " + " | ".join(map(turned, arms)) + " |" in page
+    assert " | ".join(map(turned, ("cnn_params", "cnn_params-rotation"))) in page
+    pair = ("p4m", "cnn_params-rotation")
+    (found,) = (c for c in RESULTS["comparisons"] if (c["treatment"], c["reference"]) == pair)
+    (entry,) = (e for e in found["measures"] if e["measure"] == "ami_free")
+    assert "{mean:.3f} ({low:.3f} to {high:.3f}). So".format(**entry) in " ".join(page.split())
+
+
+def turned(arm):
+    return f"{report.cell(RESULTS, arm, 'ami_free')}, {len(RESULTS['arms'][arm]['seeds'])} seeds"
 
 
 NIH = ("README.md", "docs/MODEL_CARD.md", "docs/data.md", "docs/beyond.md", "data/README.md")

@@ -67,8 +67,7 @@ def forest(result: Mapping) -> Figure:
             continue
         verdict = comparisons[0]["verdicts"][place]
         measure = measures[verdict["measure"]]
-        kind = ", exploratory" * claim["exploratory"]
-        title = f"{claim['title']}: {verdict['verdict']} (n = {verdict['n']}{kind})"
+        title = f"{claim['title']}: {verdict['verdict']}"
         axes.set_title(title, loc="left", fontweight="bold", pad=9)
         axes.axvspan(-measure["smallest"], measure["smallest"], color=LIGHT, alpha=0.5, lw=0)
         axes.axvline(0, color=DARK, linewidth=0.6)
@@ -88,9 +87,11 @@ def forest(result: Mapping) -> Figure:
         axes.set(xlim=(-limit, limit), ylim=(len(comparisons) - 0.4, -0.6))
         axes.set_xlabel("\n".join(textwrap.wrap(measure["title"], 62)), fontsize=6)
         name = style.arm(comparisons[0]["treatment"]).title.split(",")[0]
-        for x, better in ((1.0, name), (0.0, "the other")):
-            look = {"ha": "right" if x else "left", "va": "bottom", "fontsize": 6, "color": DARK}
-            axes.text(x, 1.0, f"{better} better", **look, transform=axes.transAxes)
+        about = f"n = {verdict['n']}" + ", exploratory" * claim["exploratory"]
+        above = {"left": "the other better", "center": about, "right": f"{name} better"}
+        for x, (side, text) in zip((0.0, 0.5, 1.0), above.items(), strict=True):
+            look = {"ha": side, "va": "bottom", "fontsize": 6, "color": DARK}
+            axes.text(x, 1.0, text, **look, transform=axes.transAxes)
     keys = {}
     for comparison in comparisons:
         treatment, reference = (style.arm(comparison[s]) for s in ("treatment", "reference"))

@@ -7,7 +7,17 @@ from collections.abc import Mapping
 
 from lib.study import report
 from lib.study.arms import ARMS
-from lib.study.claims import CLAIMS, MEASURE, Claim, Results, collapsed, reason, rule, values_of
+from lib.study.claims import (
+    CLAIMS,
+    LEAST_SEEDS,
+    MEASURE,
+    Claim,
+    Results,
+    collapsed,
+    reason,
+    rule,
+    values_of,
+)
 from lib.study.report import SIDES, TABLES, cell, measure_table, note, number, span, table
 
 MEANING = {"supported": "the claim holds here", "reversed": "here it is the other way round"}
@@ -23,8 +33,9 @@ def verdict_text(results: Results, comparison: Mapping, decided: Mapping) -> str
         return f"not defined: {next(filter(None, why), 'no number')}"
     text = decided["verdict"]
     if text == "cannot tell":
-        needed = decided["needed"]
-        enough = f"{needed:.0f} seeds" if needed and math.isfinite(needed) else "not even 200 seeds"
+        needed, one = decided["needed"], decided["n"] < 2
+        enough = f"at least {LEAST_SEEDS} seeds" if one else "not even 200 seeds"
+        enough = f"{needed:.0f} seeds" if needed and math.isfinite(needed) else enough
         text += f" at n = {decided['n']}; {enough} would"
     return text + " †" * bool(comparison["collapsed"])
 
@@ -36,8 +47,11 @@ def _decided(comparison: Mapping) -> list[tuple]:
     return [(claim, decided, entries[decided["measure"]]) for claim, decided in pairs]
 
 
-def _kind(claim: Claim) -> str:
-    return " (exploratory)" * claim.exploratory
+def _kind(claim: Claim, decided: Mapping, entry: Mapping) -> str:
+    clear = decided["verdict"] in ("supported", "reversed")
+    small = clear and abs(entry["mean"]) < MEASURE[entry["measure"]].smallest
+    words = ["exploratory"] * claim.exploratory + ["by less than what matters"] * small
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _p(value: float | None) -> str:
@@ -54,11 +68,9 @@ def verdict_table(results: Results) -> str:
         about = f"{measure.title}; smallest that matters: {measure.smallest:g}"
         numbers = [number(entry.get(key)) for key in (*SIDES, "mean")]
         numbers += [span(entry.get("low"), entry.get("high")), _p(entry.get("p_holm"))]
-        text, kind = verdict_text(results, comparison, decided), decided["verdict"]
-        why = MEANING.get(kind, "") if decided["n"] else ""
-        if kind in ("supported", "reversed") and abs(entry["mean"]) < measure.smallest:
-            why += ", by less than what matters"
-        verdict = f"**{text}**" + _kind(claim) + f": {why}" * bool(why)
+        text = verdict_text(results, comparison, decided)
+        why = MEANING.get(decided["verdict"], "") if decided["n"] else ""
+        verdict = f"**{text}**{_kind(claim, decided, entry)}" + f": {why}" * bool(why)
         rows.append([f"{claim.title}: {claim.page}", about, *numbers, str(decided["n"]), verdict])
     header = ["claim of the page", "measure, chosen beforehand"]
     header += [ARMS[comparison[side]].title for side in SIDES]
@@ -147,7 +159,8 @@ def findings(results: Results) -> str:
     lines = []
     for claim, decided, entry in _decided(page):
         measure = MEASURE[decided["measure"]]
-        text = f"- **{claim.title}: {verdict_text(results, page, decided)}**{_kind(claim)}."
+        text = f"- **{claim.title}: {verdict_text(results, page, decided)}**"
+        text += f"{_kind(claim, decided, entry)}."
         if entry["seeds"]:
             values = [f"{_short(page[side])} {number(entry[side])}" for side in SIDES]
             values += [f"difference {_difference(entry)}"]
