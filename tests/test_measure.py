@@ -127,8 +127,8 @@ def test_curves_and_known_factors_are_tables_by_seed_and_epoch(results):
     assert set(curves) == {"alexnet", "p4m", "p4m-index"}
     assert curves["p4m"][["seed", "epoch"]].to_numpy().tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
     known = measure.known(results)
-    assert {"view_position", "sex", "exposure"} <= set(known)
-    table = known["exposure"]["p4m"]
+    assert {"view_position", "sex", "brightness"} <= set(known)
+    table = known["brightness"]["p4m"]
     assert table["epoch"].tolist() == [0, 1, 2] * 2  # the last: after all epochs
     assert table["ami"].between(-0.5, 1).all()
     rocs = measure.roc_curves(results)

@@ -11,9 +11,11 @@ from tests.figures import ANGLES, LABEL, arms, cluster, enrichment, metrics, res
 @pytest.mark.parametrize("n_seeds", [1, 3])
 def test_forest_draws_differences_in_the_unit_of_the_measure(n_seeds):
     figure = claims.forest(result(n_seeds))
-    titles = [f"{name}: cannot tell (n = {n_seeds})" for name in ("Robustness", "Stability")]
+    names = ("More structured representations", "Stability")
+    titles = [f"{name}: cannot tell" for name in names]
     assert [axes.get_title(loc="left") for axes in figure.axes] == titles
     assert {"P4M better", "the other better"} <= {text.get_text() for text in figure.axes[0].texts}
+    assert f"n = {n_seeds}, exploratory" in {text.get_text() for text in figure.axes[1].texts}
     # P4M minus AlexNet is 0.1, P4M minus the CNN -0.3; the second measure is better if low
     for axes, sign in zip(figure.axes, (1, -1), strict=True):
         dots = [line for line in axes.lines if line.get_markersize() == 2]
@@ -108,7 +110,7 @@ def test_enrichment_marks_discoveries_and_hides_what_is_too_rare():
     assert light.get_xydata().tolist() == [[2, 0]]
     assert not len(dark.get_xdata())
     assert axes.images[0].get_array().mask.all(axis=1).tolist() == [False, True, False]
-    assert axes.get_title() == "P4M, no augmentation\nfinding: 1 of 2; no: 0 of 1"
+    assert axes.get_title() == "P4M, no augmentation\nrows with a dot: finding 1 of 2, no 0 of 1"
     assert [bar.get_width() for bar in figure.axes[1].patches] == [0.2, 0, 0]
 
 
