@@ -196,11 +196,11 @@ def test_only_a_code_that_knows_left_tells_the_side_of_an_effusion(code, low, hi
 def test_factors_are_what_differs():
     texts = ["0", "1", "2", "3"] * 10
     digits = parts.factors(Material(noise(40), metadata(40, findings=texts)))
-    assert list(digits) == ["classes", "exposure"]
+    assert list(digits) == ["classes", "brightness"]
     assert digits["classes"].tolist() == texts
     findings, views = ["Mass|Edema", "No Finding", "Mass", "Mass"] * 10, ["PA", "AP"] * 20
     films = parts.factors(Material(noise(40), metadata(40, findings=findings, view_position=views)))
-    assert {"view_position", "exposure", "Mass", "Edema"} <= set(films)
+    assert {"view_position", "brightness", "Mass", "Edema"} <= set(films)
     assert not {"classes", "sex"} & set(films)
 
 

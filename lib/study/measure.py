@@ -270,7 +270,7 @@ def known(results: Mapping) -> dict[str, dict[str, pd.DataFrame]]:
         for seed, run in results["arms"][arm]["seeds"].items():
             for factor, amis in run["details"]["known"].items():
                 table = pd.DataFrame({"seed": int(seed), "epoch": range(len(amis)), "ami": amis})
-                tables = found.setdefault(factor.replace("exposure", "brightness"), {})
+                tables = found.setdefault(factor, {})
                 tables[arm] = pd.concat([tables.get(arm), table], ignore_index=True)
     return found
 

@@ -240,11 +240,11 @@ def linear_probe_markdown(results: Results, frame: pd.DataFrame) -> str:
         "Logistic regression. No patient is in training and test; the test images are the data "
         "set's own or, if it has none, those of a fifth of the patients. Value: accuracy, mean "
         "over seeds; for the labels the mean area under the ROC curve, where 0.5 is chance. "
-        "Majority: always the most "
-        "frequent class of the training images. Cluster assignments are the clusters of the same "
-        "features, so their probe says how linear the clusters are, not what they mean. Published: "
-        "0.564 and 0.567, which the project page gives for cluster assignments and the published "
-        "script computes for label combinations, where the majority scored 0.590."
+        "Majority: always the most frequent class of the training images. Cluster assignments are "
+        "the clusters of the same features, so their probe says how linear the clusters are, not "
+        "what they mean. Published: 0.564 and 0.567, which the project page gives for cluster "
+        "assignments and the published script computes for label combinations, where the majority "
+        "scored 0.590."
     )
     return wrapped(note("\n\n".join(blocks))) + "\n"
 
