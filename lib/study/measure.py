@@ -263,10 +263,9 @@ def curves(results: Mapping) -> dict[str, pd.DataFrame]:
 
 def known(results: Mapping) -> dict[str, dict[str, pd.DataFrame]]:
     """Factor (see `lib.study.parts.factors`) -> trained arm -> ``seed, epoch, ami``; ``epoch`` is
-    how long the network behind the clusters was trained, 0 for the untrained one. Controls and
-    variants are left out: in a figure they would hide the arms."""
+    how long the network behind the clusters was trained, 0 for the untrained one."""
     found: dict[str, dict] = {}
-    for arm in (name for name in curves(results) if ARMS[name].kind == "arm"):
+    for arm in curves(results):
         for seed, run in results["arms"][arm]["seeds"].items():
             for factor, amis in run["details"]["known"].items():
                 table = pd.DataFrame({"seed": int(seed), "epoch": range(len(amis)), "ami": amis})

@@ -253,8 +253,8 @@ def training(subject: Network, material: Material) -> Found:
 def factors(material: Material) -> dict[str, np.ndarray]:
     """What is known to differ between the images: name -> class of each image, (N,) of str.
 
-    ``classes`` if each image has exactly one label; view, sex, brightness (quarters of the mean gray
-    value); else the three most frequent labels. What is equal for all images is left out."""
+    ``classes`` if each image has exactly one label; view, sex, brightness (quarters of the mean
+    gray value); else the three most frequent labels. What is equal for all images is left out."""
     texts, gray = material.metadata["findings"], clusters.brightness(material.images)
     found = {key: material.metadata.get(key) for key in ("view_position", "sex")}
     found["brightness"] = np.searchsorted(np.quantile(gray, (0.25, 0.5, 0.75)), gray)
