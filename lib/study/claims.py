@@ -239,19 +239,27 @@ def patient_se(treatment: Sequence, reference: Sequence, measure: Measure, n_boo
     part = "test" if measure.scores == "clusters" else "labelled_test"
     if any(not np.array_equal(answers[part], everyone[0][part]) for answers in everyone):
         raise ValueError("the two arms were tested on different images")
-    samples = []
-    for weights in bootstrap_weights(everyone[0][f"{part}_patients"], n_boot, seed=0):
-        if measure.scores == "findings":
-            pairs = ((answers["findings"], answers["truth"]) for answers in everyone)
-            found = (multilabel_scores(*pair, weights, micro=False) for pair in pairs)
-            values = [numbers[measure.key] for numbers in found]
-        else:
-            values = [weights @ a[measure.scores] / weights.sum(axis=1) for a in everyone]
-        ours, theirs = values[: len(treatment)], values[len(treatment) :]
-        samples.append(np.mean(ours, axis=0) - np.mean(theirs, axis=0))
-    sample = np.concatenate([np.empty(0), *samples])
+    values = [_resampled(answers, part, measure, n_boot) for answers in everyone]
+    ours, theirs = values[: len(treatment)], values[len(treatment) :]
+    sample = np.mean(ours, axis=0) - np.mean(theirs, axis=0)
     sample = sample[~np.isnan(sample)]
     return float(sample.std(ddof=1)) if len(sample) > 1 else 0.0
+
+
+def _resampled(answers: dict, part: str, measure: Measure, n_boot: int) -> np.ndarray:
+    """The number (n_boot,) in samples of the test patients. Those of the findings are kept among
+    the answers, since an arm is compared several times."""
+    draws = bootstrap_weights(answers[f"{part}_patients"], n_boot, seed=0)
+    if measure.scores != "findings":
+        right = (w @ answers[measure.scores] / w.sum(axis=1) for w in draws)
+        return np.concatenate([np.empty(0), *right])
+    if "resampled" not in answers:
+        pair = answers["findings"], answers["truth"]
+        blocks = [multilabel_scores(*pair, weights, micro=False) for weights in draws]
+        keys = [m.key for m in MEASURES if m.scores == "findings"]
+        found = {key: [np.empty(0), *(block[key] for block in blocks)] for key in keys}
+        answers["resampled"] = {key: np.concatenate(some) for key, some in found.items()}
+    return answers["resampled"][measure.key]
 
 
 def _difference(results, measure: Measure, arms, answers: ByArm, n_boot, without=()) -> dict:

@@ -45,7 +45,10 @@ def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray
     The Mann-Whitney form, sum over positives i and negatives j of w_i w_j ([s_i > s_j] + [s_i =
     s_j] / 2) / (sum w_i sum w_j), with `positive` (n,) bool and `weights` (B, n) >= 0: for a
     bootstrap, how often each image was drawn. NaN if positives or negatives have no weight."""
-    ups, downs = _runs(scores, positive, weights)
+    return _area(*_runs(scores, positive, weights))
+
+
+def _area(ups: np.ndarray, downs: np.ndarray) -> np.ndarray:
     below = downs.sum(axis=1, keepdims=True) - np.cumsum(downs, axis=1)
     pairs = ups.sum(axis=1) * downs.sum(axis=1)
     wins = (ups * (below + downs / 2)).sum(axis=1)
@@ -58,7 +61,10 @@ def weighted_average_precision(scores: np.ndarray, positive: np.ndarray, weights
     Sum over thresholds of (recall gained) x (precision there), without interpolation; equal scores
     are one threshold. A guess that knows nothing scores the prevalence, so findings of different
     frequency do not compare. NaN if the positives have no weight."""
-    ups, downs = _runs(scores, positive, weights)
+    return _precision(*_runs(scores, positive, weights))
+
+
+def _precision(ups: np.ndarray, downs: np.ndarray) -> np.ndarray:
     hits, taken = np.cumsum(ups, axis=1), np.cumsum(ups + downs, axis=1)
     precision = hits / np.where(taken > 0, taken, 1)
     total = ups.sum(axis=1)
@@ -89,15 +95,19 @@ def multilabel_scores(probabilities, targets, weights=None, micro=True) -> dict[
     probabilities, targets = np.asarray(probabilities, dtype=float), np.asarray(targets)
     weights = np.ones((1, len(targets))) if weights is None else np.asarray(weights, dtype=float)
     known = ~np.isnan(probabilities).any(axis=0)
-    pairs = probabilities[:, known].ravel(), targets[:, known].ravel()
+    columns = np.flatnonzero(known)
+    runs = [_runs(probabilities[:, k], targets[:, k], weights) for k in columns]
+    if micro:
+        pairs = probabilities[:, known].ravel(), targets[:, known].ravel()
+        all_pairs = _runs(*pairs, np.repeat(weights, known.sum(), axis=1))
     found = {}
-    for name, measure in (("auroc", weighted_auroc), ("ap", weighted_average_precision)):
+    for name, measure in (("auroc", _area), ("ap", _precision)):
         found[name] = np.full((len(weights), len(known)), np.nan)
-        for label in np.flatnonzero(known):
-            found[name][:, label] = measure(probabilities[:, label], targets[:, label], weights)
+        for label, of_label in zip(columns, runs, strict=True):
+            found[name][:, label] = measure(*of_label)
         found[f"{name}_macro"] = mean_known(found[name], axis=1)
         if micro:
-            found[f"{name}_micro"] = measure(*pairs, np.repeat(weights, known.sum(), axis=1))
+            found[f"{name}_micro"] = measure(*all_pairs)
     return found
 
 
