@@ -30,7 +30,8 @@ def test_areas_and_precision_are_scikit_learn_s_ties_and_weights_included(rows):
     values, positive, weights = map(np.array, zip(*rows, strict=True))
     weights = np.stack([weights, np.ones_like(weights)])
     areas = scores.weighted_auroc(values, positive, weights)
-    precisions = scores.weighted_average_precision(values, positive, weights)
+    alone = values[:, None], positive[:, None], weights
+    precisions = scores.multilabel_scores(*alone)["ap"][:, 0]
     for area, precision, weight in zip(areas, precisions, weights, strict=True):
         options = {"sample_weight": weight}
         if ups := weight[positive].sum():

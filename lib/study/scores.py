@@ -55,16 +55,10 @@ def _area(ups: np.ndarray, downs: np.ndarray) -> np.ndarray:
     return wins / np.where(pairs > 0, pairs, np.nan)
 
 
-def weighted_average_precision(scores: np.ndarray, positive: np.ndarray, weights) -> np.ndarray:
-    """Average precision (B,) for B weightings at once; parameters as `weighted_auroc`.
-
-    Sum over thresholds of (recall gained) x (precision there), without interpolation; equal scores
-    are one threshold. A guess that knows nothing scores the prevalence, so findings of different
-    frequency do not compare. NaN if the positives have no weight."""
-    return _precision(*_runs(scores, positive, weights))
-
-
-def _precision(ups: np.ndarray, downs: np.ndarray) -> np.ndarray:
+def _average_precision(ups: np.ndarray, downs: np.ndarray) -> np.ndarray:
+    """Sum over thresholds of (recall gained) x (precision there), without interpolation; equal
+    scores are one threshold. A guess that knows nothing scores the prevalence, so findings of
+    different frequency do not compare. NaN if the positives have no weight."""
     hits, taken = np.cumsum(ups, axis=1), np.cumsum(ups + downs, axis=1)
     precision = hits / np.where(taken > 0, taken, 1)
     total = ups.sum(axis=1)
@@ -101,7 +95,7 @@ def multilabel_scores(probabilities, targets, weights=None, micro=True) -> dict[
         pairs = probabilities[:, known].ravel(), targets[:, known].ravel()
         all_pairs = _runs(*pairs, np.repeat(weights, known.sum(), axis=1))
     found = {}
-    for name, measure in (("auroc", _area), ("ap", _precision)):
+    for name, measure in (("auroc", _area), ("ap", _average_precision)):
         found[name] = np.full((len(weights), len(known)), np.nan)
         for label, of_label in zip(columns, runs, strict=True):
             found[name][:, label] = measure(*of_label)
