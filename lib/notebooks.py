@@ -22,7 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = ["ipykernel.kernelapp", "lib.plots.training", "lib.study.measure", "torch._dynamo"]
-FORKS = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
+# it talks through a socket in TMPDIR, whose path may have 107 characters
+CAN_FORK = sys.platform == "linux" and len(os.environ.get("TMPDIR", "")) < 70
+FORKS = multiprocessing.get_context("forkserver") if CAN_FORK else None
 
 
 class UsageError(Exception):
