@@ -121,7 +121,7 @@ def test_the_table_of_the_papers_widths_has_the_committed_numbers():
 
 def test_the_augmentation_turned_round_has_the_committed_numbers():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    page = page.split("<!-- turned -->")[1].split("## At")[0]
+    page = page.split("<!-- turned -->")[1].split("## Trained")[0]
     for rows, *arms in (("AlexNet", "alexnet-plain", "alexnet"), ("P4M", "p4m", "p4m-rotation")):
         assert f"| {rows} | " + " | ".join(map(turned, arms)) + " |" in page
     assert " | ".join(map(turned, ("cnn_params", "cnn_params-rotation"))) in page
@@ -129,6 +129,24 @@ def test_the_augmentation_turned_round_has_the_committed_numbers():
     (found,) = (c for c in RESULTS["comparisons"] if (c["treatment"], c["reference"]) == pair)
     (entry,) = (e for e in found["measures"] if e["measure"] == "ami_free")
     assert "{mean:.3f} ({low:.3f} to {high:.3f}). So".format(**entry) in " ".join(page.split())
+
+
+def test_labels_that_know_nothing_and_p4_have_the_committed_numbers():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = page.split("<!-- labels -->")[1].split("<!-- /labels -->")[0].strip().splitlines()[2:]
+    ends = ("", "-index", "-shuffled", "-untrained")
+    for row, arm in zip(rows, [a + end for a in ("p4m", "alexnet") for end in ends], strict=True):
+        cells = [str(len(RESULTS["arms"][arm]["seeds"]))]
+        for key in ("loss_final", "nmi_final", "auroc_macro"):
+            cell = report.cell(RESULTS, arm, key)
+            cells.append("–" if cell.startswith("not defined") else cell)
+        assert row.endswith(f"| {' | '.join(cells)} |")
+    (found,) = (c for c in RESULTS["comparisons"] if c["reference"] == "p4")
+    page = " ".join(page.split("## Without the mirror")[1].split())
+    for entry in found["measures"]:
+        if entry["measure"] in ("settled_ami", "auroc_macro", "ami_free"):
+            span = report.span(entry["low"], entry["high"])
+            assert f"{report.number(entry['mean'])} ({span})" in page
 
 
 def turned(arm):

@@ -137,6 +137,7 @@ COMPARISONS: tuple[tuple[str, str, str], ...] = (
     ("p4m", "p4m-index", "P4M on its clusters against labels index mod K"),
     ("p4m", "p4m-shuffled", "P4M on its clusters against labels shuffled once"),
     ("alexnet", "alexnet-index", "AlexNet on its clusters against labels index mod K"),
+    ("alexnet", "alexnet-shuffled", "AlexNet on its clusters against labels shuffled once"),
     ("p4m", "p4m-described", "the loop that learns against the loop as described, P4M"),
     ("alexnet", "alexnet-described", "the same for AlexNet"),
 )

@@ -34,6 +34,7 @@ NAME, ANSWERS = "measures.json", "scores.npz"
 BASELINES = {"pixels": subjects.Pixels, "random": subjects.Random}
 BASELINES |= {"metadata": subjects.Metadata, "gaussian": subjects.Gaussian}
 MADE = BASELINES | {"given": Given}  # without a run
+ANSWERED = ("alexnet", "p4m", "cnn_params", "pixels")
 BASELINE_SEEDS = 3  # they differ little
 PROCESS_BYTES = 900e6  # per process that measures: 0.6 GB measured, and room
 
@@ -99,9 +100,9 @@ def _place(dataset: str, arm: str, seed: int | str) -> Path:
 
 
 def keep(results: Mapping) -> None:
-    """Copy settings and numbers of all measured runs to `lib.study.arms.kept_dir`. Figures need the
-    answers to the probes of arms and baselines alone; they are nine tenths of all, so of controls
-    and variants the clusters are kept."""
+    """Copy settings and numbers of all measured runs to `lib.study.arms.kept_dir`. The answers to
+    the probes are nine tenths of all, so of arms that figures do not show (`ANSWERED`) only the
+    clusters are kept."""
     dataset = results["dataset"]["name"]
     for arm, entry in results["arms"].items():
         for seed in entry["seeds"]:
@@ -113,8 +114,7 @@ def keep(results: Mapping) -> None:
             if (source / NAME).exists():
                 save(target / NAME, paths.load_json(source / NAME))
                 with np.load(source / ANSWERS) as file:
-                    names = list(file) if ARMS[arm].kind in ("arm", "baseline") else ["final"]
-                    some = {name: file[name] for name in names}
+                    some = {k: file[k] for k in file if arm in ANSWERED or k == "final"}
                 with paths.atomic_write(target / ANSWERS) as handle:
                     np.savez_compressed(handle, **some)
 
