@@ -176,7 +176,7 @@ def control_curves(curves: Tables, chance: Mapping[str, float], dataset_label: s
     unrelated clusterings of its sizes."""
     kinds = {"": ("trained on its clusters", {"marker": "o"})}
     kinds["-index"] = ("trained on index mod K", {"linestyle": "--", "marker": "X"})
-    kinds["-shuffled"] = ("trained on labels shuffled once", {"linestyle": LINES[2]})
+    kinds["-shuffled"] = ("trained on labels shuffled once", {"linestyle": ":", "marker": "^"})
     ends = {end for end in kinds for arm in ("alexnet", "p4m") if arm + end in curves}
     kinds = {end: look for end, look in kinds.items() if end in ends}
     figure = style.new_figure(2.1, "Is a steady clustering a good one?")

@@ -254,13 +254,13 @@ def _resampled(answers: dict, part: str, measure: Measure, n_boot: int) -> np.nd
     if measure.scores != "findings":
         right = (w @ answers[measure.scores] / w.sum(axis=1) for w in draws)
         return np.concatenate([np.empty(0), *right])
-    if "resampled" not in answers:
+    if (name := f"resampled {n_boot}") not in answers:
         pair = answers["findings"], answers["truth"]
         blocks = [multilabel_scores(*pair, weights, micro=False) for weights in draws]
         keys = [m.key for m in MEASURES if m.scores == "findings"]
         found = {key: [np.empty(0), *(block[key] for block in blocks)] for key in keys}
-        answers["resampled"] = {key: np.concatenate(some) for key, some in found.items()}
-    return answers["resampled"][measure.key]
+        answers[name] = {key: np.concatenate(some) for key, some in found.items()}
+    return answers[name][measure.key]
 
 
 def _difference(results, measure: Measure, arms, answers: ByArm, n_boot, without=()) -> dict:
