@@ -10,6 +10,7 @@ import torch
 
 from tests.server import Server
 
+torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions have ten bits
 os.environ.pop("CXR_CALLED_FROM", None)  # run_all.sh sets it: a test's folder is its own
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is read, if it is there

@@ -13,6 +13,7 @@ from lib.__main__ import parse
 from lib.deepcluster import TrainConfig, fit
 from lib.notebooks import find_notebooks
 from lib.study import report, verdicts
+from lib.study.inference import paired
 from tests import beyond_measures, readme_commands
 from tests.test_bootstrap import NOTEBOOKS, code
 
@@ -106,17 +107,22 @@ def test_the_table_of_the_papers_widths_has_the_committed_numbers():
     runs = paths.load_json(FIGURES / "nih-9k" / "paper_widths.json")["runs"]
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("paper's widths")[-1]
     keys = "loss_final", "settled_ami", "spread_ami", "map_silhouette", "ami_free", "auroc_macro"
-    rows = re.findall(r"^\|(?! arm|---)(.*)\|$", page, re.MULTILINE)
-    assert len(rows) == len(runs)
+    rows = re.findall(r"^\|(?! arm| difference|---)(.*)\|$", page, re.MULTILINE)
     trio = ("alexnet", "p4m", "cnn_params")
     in_order = {a + end: runs[a + end] for end in ("", "-untrained") for a in trio}
-    for (arm, seeds), row in zip(in_order.items(), rows, strict=True):
+    for (arm, seeds), row in zip(in_order.items(), rows[: len(runs)], strict=True):
         cells = [cell.strip() for cell in row.split("|")]
         assert cells[1] == str(len(seeds))
         for key, cell in zip(keys, cells[2:], strict=True):
             values = [run["values"][key] for run in seeds.values()]
             known = not any(isinstance(value, str) for value in values)
             assert cell == (f"{np.mean(values):.3f} ({mean(arm, key)})" if known else "–")
+    value = {arm: [run["values"] for run in seeds.values()] for arm, seeds in runs.items()}
+    for other, row in zip(("alexnet", "cnn_params"), rows[len(runs) :], strict=True):
+        pairs = list(zip(value["p4m"], value[other], strict=True))
+        for key, cell in zip(keys, row.split("|")[2:], strict=True):
+            found = paired([ours[key] - theirs[key] for ours, theirs in pairs])
+            assert cell.strip() == "{mean:.3f} ({low:.3f} to {high:.3f})".format(**found)
 
 
 def test_the_augmentation_turned_round_has_the_committed_numbers():
