@@ -133,22 +133,38 @@ class Notebooks:
             raise UsageError(f"{notebook.stem} is not done with these parameters: leave --from out")
 
     def run(self, notebooks: Sequence[Path]) -> None:
-        """Run notebooks and print a line for each; RunError if one fails."""
+        """Run notebooks and print a line for each; RunError if one fails. From 05 on none reads
+        what another has made: on two cores and Linux, two of these run at a time."""
+        from joblib import cpu_count
+
         for folder in (*self.folders, self.copies):
             folder.mkdir(parents=True, exist_ok=True)
-        kernels = [start_kernel()]
-        try:
-            for count, notebook in enumerate(notebooks, 1):
-                if count < len(notebooks):
-                    kernels.append(start_kernel())  # seconds, which nobody has to wait for
-                print(f"[{count}/{len(notebooks)}] {notebook.stem} ... ", end="", flush=True)
-                begin = time.monotonic()
-                execute(notebook, self.copies / notebook.name, self.own(notebook), kernels[0])
-                kernels.pop(0).shutdown_kernel(now=True)
-                print(f"done in {time.monotonic() - begin:.0f} s", flush=True)
-        finally:
-            for kernel in kernels:
-                kernel.shutdown_kernel(now=True)
+        paired, jobs, following = FORKS and cpu_count() > 1, {}, start_kernel()
+        with futures.ThreadPoolExecutor(2) as pool:
+            try:
+                for left, notebook in zip(range(len(notebooks))[::-1], notebooks, strict=True):
+                    line = f"[{len(notebooks) - left}/{len(notebooks)}] {notebook.stem} ... "
+                    beside = paired and notebook.name > "05"
+                    if not beside:
+                        print(line, end="", flush=True)
+                    files = notebook, self.copies / notebook.name
+                    job = pool.submit(execute, *files, self.own(notebook), following)
+                    jobs[job] = following, line * beside, time.monotonic()
+                    following = start_kernel() if left else None  # nobody has to wait for it
+                    while len(jobs) > bool(left and beside):
+                        for job in futures.wait(jobs, 0.5, futures.FIRST_COMPLETED).done:
+                            kernel, line, begin = jobs.pop(job)
+                            kernel.shutdown_kernel(now=True)
+                            took = f"done in {time.monotonic() - begin:.0f} s"
+                            print(f"{line}{'failed' if job.exception() else took}", flush=True)
+                            job.result()
+            finally:  # interrupted, or one has failed: time to leave their files in order
+                kernels = [kernel for kernel, *_ in jobs.values()]
+                for kernel in kernels:
+                    kernel.interrupt_kernel()
+                futures.wait(jobs, 10)
+                for kernel in filter(None, (*kernels, following)):
+                    kernel.shutdown_kernel(now=True)
 
 
 def requirements(test: bool = False) -> list[str]:
@@ -197,6 +213,7 @@ def prepare_environment(folder: Path) -> None:
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as a kernel draws
     # not "error": a package's warning would end a kernel, which leaves semaphores when it is killed
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # who waits soon lets others have the core
     if joblib.cpu_count() < (os.cpu_count() or 1):  # OpenMP does not see a container's limit
         os.environ.setdefault("OMP_NUM_THREADS", str(joblib.cpu_count()))
 
@@ -216,10 +233,8 @@ def serve_kernel(arguments: Sequence[str]) -> None:
 def start_kernel():
     """Start a Jupyter kernel of this Python. On Linux it is forked, which saves five seconds."""
     if FORKS:
-        from multiprocessing.forkserver import ensure_running
-
         FORKS.set_forkserver_preload(LARGE)
-        ensure_running()  # it imports while we do
+        multiprocessing.forkserver.ensure_running()  # it imports while we do
     import papermill  # noqa: F401
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import KernelManager
@@ -246,32 +261,22 @@ def start_kernel():
 
 
 def execute(notebook: Path, copy: Path, parameters: Mapping, kernel) -> None:
-    """Run a notebook in a kernel; RunError with the cell and its error."""
+    """Run a notebook in a kernel; RunError with the cell and its error. Not in the main thread,
+    where papermill would take Ctrl-C for itself."""
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
 
     copy.unlink(missing_ok=True)
     log = copy.with_suffix(".log")
-    with open(log, "w", encoding="utf-8") as handle, futures.ThreadPoolExecutor(1) as thread:
-        options = {"kernel_name": "python3", "km": kernel, "start_timeout": 300}
-        options |= {"stdout_file": handle, "stderr_file": handle, "progress_bar": False}
-        files = (str(notebook), str(copy), dict(parameters))
-        # in a thread, since in the main one papermill would take Ctrl-C for itself
-        job = thread.submit(execute_notebook, *files, cwd=str(notebook.parent), **options)
-        try:
-            while futures.wait([job], 0.5).not_done:
-                pass
-            job.result()
-            return
-        except PapermillExecutionError as error:
-            lines = f"{error.ename}: {error.evalue}".strip().splitlines()[:3]
-            said = f"In [{error.exec_count}]: " + "\n  ".join(lines)
-        except RuntimeError:  # while it ran, or at its start
-            said = "the kernel died; most often it was out of memory: try a smaller preset"
-        finally:
-            if not job.done():  # interrupted: give the cell time to leave its files in order
-                kernel.interrupt_kernel()
-                futures.wait([job], 10)
-                kernel.shutdown_kernel(now=True)
-    print("failed", flush=True)
+    try:
+        with open(log, "w", encoding="utf-8") as handle:
+            options = {"kernel_name": "python3", "km": kernel, "start_timeout": 300}
+            options |= {"stdout_file": handle, "stderr_file": handle, "progress_bar": False}
+            execute_notebook(str(notebook), str(copy), dict(parameters), **options)
+        return
+    except PapermillExecutionError as error:
+        lines = f"{error.ename}: {error.evalue}".strip().splitlines()[:3]
+        said = f"In [{error.exec_count}]: " + "\n  ".join(lines)
+    except RuntimeError:  # while it ran, or at its start
+        said = "the kernel died; most often it was out of memory: try a smaller preset"
     raise RunError(f"{notebook.stem}: {said}\n  cells: {copy}\n  log: {log}")

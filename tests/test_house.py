@@ -14,7 +14,7 @@ from lib.paths import ROOT
 CORE = ("groups", "gconv", "models", "images", "features", "kmeans", "deepcluster", "runs")
 CORE += ("metrics",)
 SUPPORT = ("paths", "parallel", "notebooks", "__main__")
-CORE_LIMIT, SUPPORT_LIMIT = 1722, 1115
+CORE_LIMIT, SUPPORT_LIMIT = 1722, 1120
 # what a part of lib may import; a part is a file at the top, or a folder
 MAY = {
     "__init__": set(),

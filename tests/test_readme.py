@@ -117,11 +117,10 @@ def test_the_table_of_the_papers_widths_has_the_committed_numbers():
             values = [run["values"][key] for run in seeds.values()]
             known = not any(isinstance(value, str) for value in values)
             assert cell == (f"{np.mean(values):.3f} ({mean(arm, key)})" if known else "–")
-    value = {arm: [run["values"] for run in seeds.values()] for arm, seeds in runs.items()}
     for other, row in zip(("alexnet", "cnn_params"), rows[len(runs) :], strict=True):
-        pairs = list(zip(value["p4m"], value[other], strict=True))
         for key, cell in zip(keys, row.split("|")[2:], strict=True):
-            found = paired([ours[key] - theirs[key] for ours, theirs in pairs])
+            pairs = zip(runs["p4m"].values(), runs[other].values(), strict=True)
+            found = paired([a["values"][key] - b["values"][key] for a, b in pairs])
             assert cell.strip() == "{mean:.3f} ({low:.3f} to {high:.3f})".format(**found)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lib.metrics import seed_interval
-from lib.paths import atomic_write
+from lib.paths import alone, atomic_write
 from lib.study import claims
 from lib.study.arms import ARMS
 from lib.study.claims import CLAIMS, Results, collapsed, reason, values_of
@@ -304,25 +304,26 @@ def summary(results: Results, frame: pd.DataFrame, captions: Mapping, command: s
 SECTION = re.compile(r"<!-- figures of (\S+) -->\n.*?<!-- /figures of \1 -->\n", re.DOTALL)
 
 
-def save_summary(path: Path | str, text: str, **added: str) -> None:
-    """Write ``summary.md``, and below it the captions that notebooks have added (by notebook)."""
+def save_summary(path: Path | str, text: str | None, title: str = "", **added: str) -> None:
+    """Write ``summary.md``, and below it the captions that notebooks have added (by notebook).
+    `text` None leaves what is above them, `title` if there is no file."""
     path = Path(path)
-    earlier = path.read_text(encoding="utf-8") if path.exists() else ""
-    sections = {found[1]: found[0] for found in SECTION.finditer(earlier)} | added
-    ordered = [sections[name] for name in sorted(sections)]
-    with atomic_write(path, "w") as handle:
-        handle.write(wrapped("\n".join([text.rstrip("\n") + "\n", *ordered])))
+    with alone(path.parent, path.with_suffix(".lock")):
+        earlier = path.read_text(encoding="utf-8") if path.exists() else title
+        sections = {found[1]: found[0] for found in SECTION.finditer(earlier)} | added
+        text = SECTION.sub("", earlier) if text is None else text
+        blocks = [text.rstrip("\n") + "\n", *(sections[name] for name in sorted(sections))]
+        with atomic_write(path, "w") as handle:
+            handle.write(wrapped("\n".join(blocks)))
 
 
 def save_captions(path, notebook, figures: Mapping, label, seeds, command, attribution) -> None:
     """Put the captions of a notebook's figures (file name -> caption) into ``summary.md``, in place
     of earlier ones of `notebook`. A file that is not there begins with a title and `attribution`.
     """
-    path, text = Path(path), f"# Figures: {label}\n\n{attribution}"
-    if path.exists():
-        text = SECTION.sub("", path.read_text(encoding="utf-8"))
     blocks = [f"## Figures of {notebook}"]
     blocks += [f"Seeds {', '.join(map(str, seeds))}. Made by `{command}`."]
     blocks += [f"**{name}** {caption} Dataset: {label}." for name, caption in figures.items()]
     begin, end = (f"<!-- {slash}figures of {notebook} -->\n" for slash in ("", "/"))
-    save_summary(path, text, **{notebook: begin + "\n\n".join(blocks) + "\n" + end})
+    section = {notebook: begin + "\n\n".join(blocks) + "\n" + end}
+    save_summary(path, None, f"# Figures: {label}\n\n{attribution}", **section)

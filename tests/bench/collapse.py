@@ -57,9 +57,9 @@ def main() -> None:
         row |= {f"fresh_{k}": v for k, v in occupancy(fresh, run.config).items()}
         rows.append(row)
         print(row, flush=True)
-        settings = ("n_clusters", "width", "batch_size", "pca_dim", "seed")
         found = {"dataset": options.data_set, "images": len(images)}
-        found |= {name: getattr(config, name) for name in settings}
+        for name in ("n_clusters", "width", "batch_size", "pca_dim", "seed"):
+            found[name] = getattr(config, name)
         paths.save_json(target, found | {"published": PUBLISHED, "epochs": rows})
 
 

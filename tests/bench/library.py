@@ -1,7 +1,7 @@
 """What the layers cost as a library: construction, bytes, `torch.compile` and `torch.export`, as
 shares of a plain network of the same real channels, all in one process.
 
-    python tests/bench/library.py [--widths 16,32,64] [--repeats 5]
+    python tests/bench/library.py [--widths 16,32,64]
 
 The networks are those of tests/bench/gconv.py in evaluation mode; images are (2, 1, 64, 64).
 "constructed with weights" runs the library's own initialisation. Bytes are those of parameters and
@@ -23,14 +23,9 @@ import torch
 from torch import nn
 
 KINDS = ("plain", "dense", "auto", *networks.VARIANTS[5:])
-MEASURES = {  # measure: whether it is taken in every round, or once because it takes long
-    "constructed": True,
-    "constructed with weights": False,
-    "bytes held": False,
-    "bytes of a state_dict": False,
-    "compiled, fullgraph": False,
-    "exported": True,
-}
+REPEATS, OFTEN = 5, ("constructed", "exported")  # the rest once, because it takes long
+MEASURES = ("constructed", "constructed with weights", "bytes held", "bytes of a state_dict")
+MEASURES += ("compiled, fullgraph", "exported")
 
 
 def measure(name: str, kind: str, widths: tuple[int, ...], net: nn.Module) -> float:
@@ -58,20 +53,18 @@ def measure(name: str, kind: str, widths: tuple[int, ...], net: nn.Module) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", default="16,32,64")
-    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     widths = tuple(map(int, options.widths.split(",")))
     torch.set_num_threads(1)
-    load = ", ".join(f"{number:.1f}" for number in os.getloadavg())
-    print(f"PyTorch {torch.__version__}, fields {options.widths}, load of the machine {load}\n")
+    print(f"PyTorch {torch.__version__}, fields {options.widths}\n")
     print(f"| | {' | '.join(KINDS)} |\n|---{'|---:' * len(KINDS)}|")
     nets = {kind: networks.network(kind, widths).eval() for kind in KINDS}
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         for net in nets.values():
             net(torch.randn(2, 1, 64, 64))
-        for name, often in MEASURES.items():
+        for name in MEASURES:
             values: dict[str, list[float]] = {kind: [] for kind in KINDS}
-            for kind in KINDS * (options.repeats if often else 1):
+            for kind in KINDS * (REPEATS if name in OFTEN else 1):
                 with contextlib.suppress(Exception):  # then the cell says that it fails
                     values[kind].append(measure(name, kind, widths, nets[kind]))
             plain = min(values["plain"])

@@ -1,14 +1,13 @@
 """What two choices on a CPU are worth: freed memory kept against given back, and AlexNet's filters
 channels-last against contiguous (with memory kept, as in training).
 
-    python tests/bench/switches.py [--rounds 7] [--batch 128]
+    python tests/bench/switches.py
 
 Both sides run in turn; a ratio is the median over rounds of (time without / time with, same round).
 Above 1 the choice pays. Widths are those of the preset `quick`. Memory needs two processes, which
 take turns: once glibc's thresholds are set, it no longer adapts them by itself, and nothing in the
 process brings that back. Run this without MALLOC_ variables."""
 
-import argparse
 import multiprocessing
 import statistics
 import time
@@ -21,6 +20,7 @@ import torch
 from lib.models import build
 from lib.parallel import freed_memory_kept
 
+ROUNDS, BATCH = 7, 128
 WIDTHS = {"alexnet": (24, 48, 64, 64, 48, 192), "p4m": (4, 8, 32)}
 COMPARISONS = {  # network and whether memory is kept: without the choice, with it
     "alexnet, channels-last": (("alexnet contiguous", True), ("alexnet", True)),
@@ -29,8 +29,8 @@ COMPARISONS = {  # network and whether memory is kept: without the choice, with 
 }
 
 
-def seconds(model: torch.nn.Module, work: str, batch: int) -> float:
-    x, y = torch.rand(batch, 1, 64, 64), torch.arange(batch) % 20
+def seconds(model: torch.nn.Module, work: str) -> float:
+    x, y = torch.rand(BATCH, 1, 64, 64), torch.arange(BATCH) % 20
     model.train(work == "step").zero_grad()
     begin = time.perf_counter()
     if work == "step":
@@ -41,7 +41,7 @@ def seconds(model: torch.nn.Module, work: str, batch: int) -> float:
     return time.perf_counter() - begin
 
 
-def child(kept: bool, batch: int, pipe: Connection) -> None:
+def child(kept: bool, pipe: Connection) -> None:
     """Answer (network, work) with seconds, until None comes."""
     with freed_memory_kept() if kept else nullcontext():
         networks = {name: build(name, 20, width) for name, width in WIDTHS.items()}
@@ -49,23 +49,19 @@ def child(kept: bool, batch: int, pipe: Connection) -> None:
         for p in networks["alexnet contiguous"].parameters():
             p.data = p.data.contiguous()
         while asked := pipe.recv():
-            pipe.send(seconds(networks[asked[0]], asked[1], batch))
+            pipe.send(seconds(networks[asked[0]], asked[1]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=128)
-    options = parser.parse_args()
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} thread(s), {options.batch=}")
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} thread(s), batch {BATCH}")
     spawn, pipes = multiprocessing.get_context("spawn"), {}
     for kept in (False, True):
         pipes[kept], there = spawn.Pipe()
-        spawn.Process(target=child, args=(kept, options.batch, there), daemon=True).start()
+        spawn.Process(target=child, args=(kept, there), daemon=True).start()
     for name, sides in COMPARISONS.items():
         for work in ("step", "features"):
             taken = []
-            for _ in range(options.rounds + 1):  # the first warms up
+            for _ in range(ROUNDS + 1):  # the first warms up
                 taken.append([])
                 for network, kept in sides:
                     pipes[kept].send((network, work))
