@@ -105,19 +105,23 @@ static float *take(float **memory, long floats) {
    elements, o[f * step] the entries: of patches or, if `gradient`, of the output's gradient. D and
    E are the parts of x that the irrep of dimension 2 sees. */
 #define AT(u) (*(number *)(x[u] + at))
-#define IN(u) (*(const number *)(x[u] + at))
 #define ENTRY(f) (*(number *)(o + (f) * step))
 #define TRANSFORMS(T)                                                                              \
     INLINE void analyse_##T(int order, int gradient, const float *const *x, long at, float *o,     \
                             long step) {                                                           \
         typedef T number;                                                                          \
-        T s0 = IN(0) + IN(2), s1 = IN(1) + IN(3), D0 = IN(0) - IN(2), D1 = IN(1) - IN(3);          \
+        T in[8];                                                                                   \
+        for (int u = 0; u < order; u++) {                                                          \
+            in[u] = *(const number *)(x[u] + at);                                                  \
+            IN_REGISTER(in[u]);                                                                    \
+        }                                                                                          \
+        T s0 = in[0] + in[2], s1 = in[1] + in[3], D0 = in[0] - in[2], D1 = in[1] - in[3];          \
         if (order == 4) {                                                                          \
             ENTRY(0) = s0 + s1, ENTRY(1) = s0 - s1, ENTRY(2) = D0 - D1;                            \
             ENTRY(3) = gradient ? -D1 : D0, ENTRY(4) = gradient ? D0 : D1;                         \
             return;                                                                                \
         }                                                                                          \
-        T t0 = IN(4) + IN(6), t1 = IN(5) + IN(7), E0 = IN(4) - IN(6), E1 = IN(5) - IN(7);          \
+        T t0 = in[4] + in[6], t1 = in[5] + in[7], E0 = in[4] - in[6], E1 = in[5] - in[7];          \
         T a = s0 + s1, b = t0 + t1, c = s0 - s1, d = t0 - t1;                                      \
         T y00 = D0 - E0, y01 = E1 - D1, y10 = D1 + E1, y11 = D0 + E0;                              \
         ENTRY(0) = a + b, ENTRY(1) = a - b, ENTRY(2) = c + d, ENTRY(3) = c - d;                    \
@@ -181,6 +185,8 @@ INLINE void synthesise(int order, float *o, long step, float bias, float centre,
         for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = (vec){0};                              \
         for (int l = 0; l < k; l++) {                                                              \
             vec b0 = *(const vec *)(b + l * PANEL), b1 = *(const vec *)(b + l * PANEL + LANES);    \
+            IN_REGISTER(b0);                                                                       \
+            IN_REGISTER(b1);                                                                       \
             for (int r = 0; r < M; r++)                                                            \
                 sum[r][0] += a[l * TILE + r] * b0, sum[r][1] += a[l * TILE + r] * b1;              \
         }                                                                                          \
@@ -241,9 +247,10 @@ static Plan plan(const Layer *q, int pixels) {
     s.maps = q->lifting ? 1 : q->order, s.entries = q->order == 8 ? 11 : 5;
     s.rows = MIN(MAX(pixels / q->out_width, 1), q->out_height);
     s.blocks = CEIL(q->out_height, s.rows), s.panels = CEIL(s.rows * q->out_width, PANEL);
-    s.tall = (s.rows - 1) * q->stride + q->kernel_size, s.wide = q->width + 2 * q->padding;
+    s.tall = (s.rows - 1) * q->stride + q->kernel_size;
+    s.wide = ROUND(q->width + 2 * q->padding, 16); /* rows begin with a line of the cache */
     s.plane = (long)q->height * q->width, s.pixels = (long)q->out_height * q->out_width;
-    s.window = (long)s.maps * s.tall * s.wide;
+    s.window = (long)s.maps * s.tall * s.wide + 16;
     return s;
 }
 
@@ -356,7 +363,7 @@ int forward(const Layer *q, const float *x, const float *weight, const float *bi
     {
         float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
         float *p = take(&mine, psize), *z = take(&mine, s.entries * zstep);
-        memset(window, 0, 4 * s.window);
+        memset(window, 0, 4 * s.window), window += 16 - q->padding % 16;
         FOR_JOBS(job) {
             BLOCK_ROWS(job)
             for (int c0 = 0; c0 < q->channels; c0 += slab) {
@@ -473,7 +480,7 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
         {
             float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
             float *p = take(&mine, psize);
-            memset(window, 0, 4 * s.window);
+            memset(window, 0, 4 * s.window), window += 16 - q->padding % 16;
             FOR_JOBS(job) for (int at = job / slabs; at < blocks; at += parts) {
                 BLOCK_ROWS(at)
                 const int c0 = job % slabs * slab, end = MIN(c0 + slab, q->channels);
