@@ -134,6 +134,7 @@ def test_outputs_hold_no_error_no_warning_and_no_widget(path):
         text = output.get("text", "") if output.get("name") == "stderr" else ""
         assert not re.search("Warning|Traceback", text), text
         assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+        assert "columns]" not in output.get("data", {}).get("text/plain", ""), "columns left out"
 
 
 @each_notebook

@@ -85,6 +85,8 @@ def show_in_notebooks(dpi: int = 110, colors: int = 64) -> None:
     except NameError:
         return
 
+    pd.options.display.max_columns = 20  # as if pandas had been imported in a kernel
+
     def png(figure: Figure) -> bytes:
         drawn, small = io.BytesIO(), io.BytesIO()
         with context():
