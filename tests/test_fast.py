@@ -134,6 +134,8 @@ def test_a_block_is_its_modules(
         taken = fused(patch)
         results = outcome(ours, x)
         assert taken == (["Block" if training else "ReluPool"] if compiled else [])
+        if compiled and not training:  # then image by image
+            assert torch.equal(outcome(ours, x, gradient=False)["y"], results["y"])
     theirs = outcome(modules, x)
     for name, expected in outcome(exact, x.double()).items():
         rounding = (theirs[name] - expected).abs().max() + 2e-6 * max(1, expected.abs().max())
@@ -170,6 +172,9 @@ def test_when_a_block_is_fused(monkeypatch):
 
     assert ways(module, x) == ["Block"]
     assert ways(module.eval(), x) == ["ReluPool"]
+    monkeypatch.setattr(operators, "pooled_conv", lambda *_: taken.append("pooled"))
+    with torch.no_grad():
+        assert ways(module, x) + ways(module, x[:1]) == ["pooled", "ReluPool"]
     module[1].train()  # the norm's own mode counts
     assert ways(module, x) == ["Block"]
     for other, maps in ((module, x[:0]), (copy.deepcopy(module).double(), x.double())):

@@ -114,6 +114,9 @@ def fast_block(block: nn.Sequential, x: Tensor) -> Tensor | None:
         if conv.bias is not None:
             shift = shift + conv.bias * scale
         folded = conv.weight * scale[:, None, None, None, None]
+        many = len(x) >= 2 * torch.get_num_threads()  # a thread computes whole images
+        if many and gkernel.available() and not torch.is_grad_enabled():
+            return operators.pooled_conv(x, folded, shift, geometry)
         y = operators.conv(x, folded, shift, geometry)
         return operators.ReluPool.apply(y) if gkernel.available() else pool(y.relu_())
     if norm.training:

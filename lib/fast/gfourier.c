@@ -340,60 +340,137 @@ static void transform_filters(const Layer *q, const Plan *s, const float *weight
     }
 }
 
+/* The rest of a block. Maps y (n, fields, order, height, width) are normalised, become max(0, .)
+   and are blurred to half the size, (n, fields, order, (height + 1) / 2, (width + 1) / 2). */
+typedef struct {
+    int n, fields, order, height, width, threads;
+    double eps;
+    const float *gamma, *beta;
+    const double *statistics; /* (2, fields): mean and variance; if NULL, y is normalised already */
+} Maps;
+
+/* Weights of the blur along one axis: output i has pixels 2*i - 1 + t, weights w[t * next + i]. */
+static void blur_weights(int size, float *w, int next) {
+    static const float windows[2][4] = {{1, 3, 3, 1}, {1, 2, 1, 0}};
+    for (int i = 0; i < CEIL(size, 2); i++) {
+        float total = 0;
+        for (int t = 0; t < 4; t++) {
+            const int pixel = 2 * i - 1 + t;
+            total += w[t * next + i] = pixel < 0 || pixel >= size ? 0 : windows[size % 2][t];
+        }
+        for (int t = 0; t < 4; t++) w[t * next + i] /= total;
+    }
+}
+
+/* The pooled maps of a field of one image; `down` are the weights along both axes, `lines` three
+   lines of zeros at first. */
+static void pool_field(const Maps *q, const float *y, float scale, float shift, const float *down,
+                       float *lines, float *out) {
+    const int width = q->width, half = CEIL(width, 2), tall = CEIL(q->height, 2);
+    const long row = ROUND(width + 2, 16);
+    float *sum = lines, *even = sum + row, *odd = even + row + 1;
+    const float *w = down + 4 * tall;
+    for (int line = 0; line < q->order * tall; line++) {
+        const int i = line % tall, last = q->height - 1;
+        const float *from = y + (long)(line / tall) * q->height * width;
+        const float *y0 = from + (long)MAX(2 * i - 1, 0) * width;
+        const float *y1 = from + (long)2 * i * width;
+        const float *y2 = from + (long)MIN(2 * i + 1, last) * width;
+        const float *y3 = from + (long)MIN(2 * i + 2, last) * width;
+        const float w0 = down[i], w1 = down[tall + i], w2 = down[2 * tall + i];
+        const float w3 = down[3 * tall + i];
+        float *to = out + (long)line * half;
+#define RELU(y) (scale * y[x] + shift < 0 ? 0 : scale * y[x] + shift)
+#pragma omp simd
+        for (int x = 0; x < width; x++)
+            sum[x] = w0 * RELU(y0) + w1 * RELU(y1) + w2 * RELU(y2) + w3 * RELU(y3);
+#pragma omp simd
+        for (int x = 0; x < half; x++) even[x] = sum[2 * x], odd[x] = sum[2 * x + 1];
+#pragma omp simd
+        for (int x = 0; x < half; x++)
+            to[x] = w[x] * odd[x - 1] + w[half + x] * even[x] + w[2 * half + x] * odd[x] +
+                    w[3 * half + x] * even[x + 1];
+    }
+}
+
+/* Rows of one image's maps y (fields, order, out_height, out_width), and of each field mean and sum
+   of squared deviations in these rows, parts (fields, 2). */
+static void convolve(const Layer *q, Plan s, const float *x, const float *w, const float *bias,
+                     int job, float *window, float *p, float *z, float *y, double *parts) {
+    const int slab = MIN(q->channels, SLAB), tiles = CEIL(q->fields, TILE), k = slab * q->taps;
+    const long step = STEP((long)s.panels * k * PANEL), wstep = (long)tiles * k * TILE;
+    const long zstep = STEP((long)s.panels * tiles * TILE * PANEL);
+    BLOCK_ROWS(job)
+    for (int c0 = 0; c0 < q->channels; c0 += slab) {
+        const int width = MIN(q->channels - c0, slab), depth = width * q->taps;
+        gather(q, &s, x, image, c0, width, row, rows, window, p, step, k);
+        for (int f = 0; f < s.entries; f++)
+            for (int j = 0; j < panels; j++)
+                for (int o = 0; o < tiles; o++)
+                    multiply(q->fields - o * TILE, depth,
+                             w + (c0 / slab * s.entries + f) * wstep + (long)o * k * TILE,
+                             p + f * step + place(0, j, k, s.panels),
+                             z + f * zstep + place(o * TILE, j, TILE, s.panels), c0 > 0);
+    }
+    for (int o = 0; o < q->fields; o++) {
+        FIELD_ROWS(float, out, y, 0, o)
+        const float shift = bias ? bias[o] : 0, centre = shift + z[place(o, 0, TILE, s.panels)];
+        vec sums[2] = {{0}};
+        for (int j = 0; j < panels; j++) {
+            float *from = z + place(o, j, TILE, s.panels);
+            const int at = j * PANEL, n = MIN(PANEL, pixels - at);
+            if (q->order == 8) synthesise(8, from, zstep, shift, centre, out, at, n, sums);
+            else synthesise(4, from, zstep, shift, centre, out, at, n, sums);
+        }
+        double total[2] = {0}, count = (double)q->order * pixels;
+        for (int i = 0; i < 2 * LANES; i++) total[i / LANES] += sums[i / LANES][i % LANES];
+        parts[2 * o] = centre + total[0] / count;
+        parts[2 * o + 1] = MAX(total[1] - total[0] * total[0] / count, 0);
+    }
+}
+
 /* y (n, fields, order, out_height, out_width) from x (n, channels, order or none, height, width)
    and the weight. statistics (3, fields), if not NULL, gets each field's mean, variance and
-   unbiased variance. */
+   unbiased variance. With `pooled` instead of y, an image's maps stay in the cache of a processor,
+   become max(0, .) and are blurred to half the size. */
 int forward(const Layer *q, const float *x, const float *weight, const float *bias, float *y,
-            double *statistics) {
+            double *statistics, float *pooled) {
     const Plan s = plan(q, BLOCK);
     const int threads = q->threads, slab = MIN(q->channels, SLAB), tiles = CEIL(q->fields, TILE);
     const int blocks = q->n * s.blocks, k = slab * q->taps;
-    const long step = STEP((long)s.panels * k * PANEL);
-    const long zstep = STEP((long)s.panels * tiles * TILE * PANEL);
-    const long wstep = (long)tiles * k * TILE, psize = s.entries * step;
-    const long each = ROUND(s.window, 16) + ROUND(psize, 16) + ROUND(s.entries * zstep, 16);
-    float *memory = scratch(threads * each + CEIL(q->channels, slab) * s.entries * wstep);
-    float *w = memory + threads * each;
+    const long wstep = (long)tiles * k * TILE, of_field = q->order * s.pixels;
+    const long psize = s.entries * STEP((long)s.panels * k * PANEL);
+    const long zsize = s.entries * STEP((long)s.panels * tiles * TILE * PANEL);
+    const Maps maps = {q->n, q->fields, q->order, q->out_height, q->out_width, threads};
+    const int tall = CEIL(maps.height, 2), half = CEIL(maps.width, 2);
+    const long lines = pooled ? 3 * ROUND(maps.width + 2, 16) : 0;
+    const long own = pooled ? q->fields * of_field : 0;
+    const long each = ROUND(s.window, 16) + ROUND(psize, 16) + ROUND(zsize, 16) + ROUND(own, 16);
+    const long all = threads * (each + lines) + ROUND(4 * (tall + half), 16);
+    float *memory = scratch(all + CEIL(q->channels, slab) * s.entries * wstep);
+    float *down = memory + threads * (each + lines), *w = memory + all;
     double *parts = malloc(16L * (blocks + 1) * q->fields);
     if (!memory || !parts) return 1;
+    blur_weights(maps.height, down, tall), blur_weights(maps.width, down + 4 * tall, half);
     Jobs jobs[threads];
     PARALLEL(tiles * q->channels)
     FOR_JOBS(job) transform_filters(q, &s, weight, job, w);
-    PARALLEL(blocks)
+    PARALLEL(pooled ? q->n : blocks)
     {
-        float *mine = memory + omp_get_thread_num() * each, *window = take(&mine, s.window);
-        float *p = take(&mine, psize), *z = take(&mine, s.entries * zstep);
+        float *mine = memory + omp_get_thread_num() * (each + lines);
+        float *window = take(&mine, s.window), *p = take(&mine, psize), *z = take(&mine, zsize);
+        float *image = take(&mine, own);
         memset(window, 0, 4 * s.window), window += 16 - q->padding % 16;
+        memset(mine, 0, 4 * lines);
         FOR_JOBS(job) {
-            BLOCK_ROWS(job)
-            for (int c0 = 0; c0 < q->channels; c0 += slab) {
-                const int width = MIN(q->channels - c0, slab), depth = width * q->taps;
-                gather(q, &s, x, image, c0, width, row, rows, window, p, step, k);
-                for (int f = 0; f < s.entries; f++)
-                    for (int j = 0; j < panels; j++)
-                        for (int o = 0; o < tiles; o++)
-                            multiply(q->fields - o * TILE, depth,
-                                     w + (c0 / slab * s.entries + f) * wstep + (long)o * k * TILE,
-                                     p + f * step + place(0, j, k, s.panels),
-                                     z + f * zstep + place(o * TILE, j, TILE, s.panels), c0 > 0);
-            }
-            for (int o = 0; o < q->fields; o++) {
-                FIELD_ROWS(float, out, y, image, o)
-                const float shift = bias ? bias[o] : 0;
-                const float centre = shift + z[place(o, 0, TILE, s.panels)];
-                vec sums[2] = {{0}};
-                for (int j = 0; j < panels; j++) {
-                    float *from = z + place(o, j, TILE, s.panels);
-                    const int at = j * PANEL, n = MIN(PANEL, pixels - at);
-                    if (q->order == 8) synthesise(8, from, zstep, shift, centre, out, at, n, sums);
-                    else synthesise(4, from, zstep, shift, centre, out, at, n, sums);
-                }
-                double total[2] = {0}, count = (double)q->order * pixels;
-                for (int i = 0; i < 2 * LANES; i++) total[i / LANES] += sums[i / LANES][i % LANES];
-                double *part = parts + 2 * ((long)job * q->fields + o);
-                part[0] = centre + total[0] / count;
-                part[1] = MAX(total[1] - total[0] * total[0] / count, 0);
-            }
+            const int many = pooled ? s.blocks : 1;
+            for (int at = job * many; at < (job + 1) * many; at++)
+                convolve(q, s, x, w, bias, at, window, p, z,
+                         pooled ? image : y + at / s.blocks * q->fields * of_field,
+                         parts + 2L * at * q->fields);
+            for (int o = 0; pooled && o < q->fields; o++)
+                pool_field(&maps, image + o * of_field, 1, 0, down, mine,
+                           pooled + ((long)job * q->fields + o) * q->order * tall * half);
         }
     }
     for (int o = 0; statistics && o < q->fields; o++) {
@@ -516,15 +593,6 @@ int weight_gradient(const Layer *q, const float *x, const float *dy, float *dwei
     return 0;
 }
 
-/* The rest of a block. Maps y (n, fields, order, height, width) are normalised, become max(0, .)
-   and are blurred to half the size, (n, fields, order, (height + 1) / 2, (width + 1) / 2). */
-typedef struct {
-    int n, fields, order, height, width, threads;
-    double eps;
-    const float *gamma, *beta;
-    const double *statistics; /* (2, fields): mean and variance; if NULL, y is normalised already */
-} Maps;
-
 /* The norm of a field as scale * y + shift. */
 static void affine(const Maps *q, int field, float *scale, float *shift) {
     *scale = 1, *shift = 0;
@@ -533,57 +601,23 @@ static void affine(const Maps *q, int field, float *scale, float *shift) {
     *scale = factor, *shift = q->beta[field] - q->statistics[field] * factor;
 }
 
-/* Weights of the blur along one axis: output i has pixels 2*i - 1 + t, weights w[t * next + i]. */
-static void blur_weights(int size, float *w, int next) {
-    static const float windows[2][4] = {{1, 3, 3, 1}, {1, 2, 1, 0}};
-    for (int i = 0; i < CEIL(size, 2); i++) {
-        float total = 0;
-        for (int t = 0; t < 4; t++) {
-            const int pixel = 2 * i - 1 + t;
-            total += w[t * next + i] = pixel < 0 || pixel >= size ? 0 : windows[size % 2][t];
-        }
-        for (int t = 0; t < 4; t++) w[t * next + i] /= total;
-    }
-}
-
 /* The pooled maps, out. */
 int pool(const Maps *q, const float *y, float *out) {
-    const int threads = q->threads, width = q->width, half = CEIL(width, 2);
-    const int tall = CEIL(q->height, 2);
-    const long row = ROUND(width + 2, 16), each = 3 * row;
+    const int threads = q->threads, tall = CEIL(q->height, 2), half = CEIL(q->width, 2);
+    const long each = 3 * ROUND(q->width + 2, 16), plane = (long)q->height * q->width;
     float *memory = scratch(threads * each + 4 * (tall + half)), *down = memory + threads * each;
     if (!memory) return 1;
-    float *const across = down + 4 * tall;
-    blur_weights(q->height, down, tall), blur_weights(width, across, half);
+    blur_weights(q->height, down, tall), blur_weights(q->width, down + 4 * tall, half);
     Jobs jobs[threads];
     PARALLEL(q->n * q->fields)
     {
-        float *sum = memory + omp_get_thread_num() * each, *even = sum + row, *odd = even + row + 1;
-        memset(sum, 0, 4 * each);
+        float *lines = memory + omp_get_thread_num() * each;
+        memset(lines, 0, 4 * each);
         FOR_JOBS(job) {
             float scale, shift;
             affine(q, job % q->fields, &scale, &shift);
-            for (int line = 0; line < q->order * tall; line++) {
-                const int i = line % tall, last = q->height - 1;
-                const float *from = y + ((long)job * q->order + line / tall) * q->height * width;
-                const float *y0 = from + (long)MAX(2 * i - 1, 0) * width;
-                const float *y1 = from + (long)2 * i * width;
-                const float *y2 = from + (long)MIN(2 * i + 1, last) * width;
-                const float *y3 = from + (long)MIN(2 * i + 2, last) * width;
-                const float w0 = down[i], w1 = down[tall + i], w2 = down[2 * tall + i];
-                const float w3 = down[3 * tall + i], *w = across;
-                float *to = out + ((long)job * q->order * tall + line) * half;
-#define RELU(y) (scale * y[x] + shift < 0 ? 0 : scale * y[x] + shift)
-#pragma omp simd
-                for (int x = 0; x < width; x++)
-                    sum[x] = w0 * RELU(y0) + w1 * RELU(y1) + w2 * RELU(y2) + w3 * RELU(y3);
-#pragma omp simd
-                for (int x = 0; x < half; x++) even[x] = sum[2 * x], odd[x] = sum[2 * x + 1];
-#pragma omp simd
-                for (int x = 0; x < half; x++)
-                    to[x] = w[x] * odd[x - 1] + w[half + x] * even[x] + w[2 * half + x] * odd[x] +
-                            w[3 * half + x] * even[x + 1];
-            }
+            pool_field(q, y + job * q->order * plane, scale, shift, down, lines,
+                       out + (long)job * q->order * tall * half);
         }
     }
     free(memory);

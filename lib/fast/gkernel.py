@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -130,13 +131,20 @@ def _layer(x: Tensor, weight: Tensor, y: Tensor, stride, padding, transposed=Fal
 def forward(x, weight, bias, y, stride: int, padding: int, statistics=None) -> None:
     """Write the convolution into `y` and, if wanted, mean, variance and unbiased variance of the
     fields of y into `statistics`, float64 (3, fields). All but the geometry are tensors."""
-    _call("forward", _layer(x, weight, y, stride, padding), x, weight, bias, y, statistics)
+    _call("forward", _layer(x, weight, y, stride, padding), x, weight, bias, y, statistics, None)
+
+
+def forward_pool(x, weight, bias, out, size: Sequence[int], stride: int, padding: int) -> None:
+    """Write the blur pool of the ReLU of the convolution into `out`. `size` is that of the maps
+    between them, (n, N, S, H', W'), which are kept of one image per thread only."""
+    layer = _layer(x, weight, torch.empty(size, device="meta"), stride, padding)
+    _call("forward", layer, x, weight, bias, None, None, out)
 
 
 def input_gradient(dy: Tensor, weight: Tensor, dx: Tensor, padding: int) -> None:
     """Write the gradient of the input of a layer of stride 1 between group maps into `dx`."""
     layer = _layer(dy, weight, dx, 1, weight.shape[-1] - 1 - padding, transposed=True)
-    _call("forward", layer, dy, weight, None, dx, None)
+    _call("forward", layer, dy, weight, None, dx, None, None)
 
 
 def weight_gradient(x: Tensor, dy: Tensor, dweight: Tensor, stride: int, padding: int) -> None:

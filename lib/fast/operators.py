@@ -40,6 +40,16 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]
     return y if bias is None else y.add_(bias[:, None, None, None])
 
 
+def pooled_conv(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int]) -> Tensor:
+    """`conv`, ReLU and blur pool by the compiled kernel, without gradient: a thread computes all of
+    an image, whose maps between convolution and pool stay in the processor's cache."""
+    order, stride, padding = geometry
+    size = (len(x), len(weight), order, *out_size(x, weight.shape[-1], stride, padding))
+    out = x.new_empty(*size[:3], (size[3] + 1) // 2, (size[4] + 1) // 2)
+    gkernel.forward_pool(x.contiguous(), weight.contiguous(), bias, out, size, stride, padding)
+    return out
+
+
 @conv.register_fake
 def _conv_like(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> Tensor:
     order, stride, padding = geometry

@@ -4,10 +4,9 @@ shares of a plain network of the same real channels, all in one process.
     python tests/bench/library.py [--widths 16,32,64]
 
 The networks are those of tests/bench/gconv.py in evaluation mode; images are (2, 1, 64, 64).
-"constructed with weights" runs the library's own initialisation. Bytes are those of parameters and
-buffers. Time is that of the processor, which other programs disturb less; of "compiled" it is the
-clock's, since compilers are programs of their own. The least of the repeats counts. escnn (Cesa,
-Lang and Weiler 2022) is measured if it is installed."""
+"constructed with weights" runs the library's own initialisation; bytes are those of parameters and
+buffers. Time is the processor's; of "compiled" it is the clock's, since compilers are programs of
+their own. The least of the repeats counts. escnn (Cesa, Lang and Weiler 2022) if it is there."""
 
 import argparse
 import contextlib
@@ -53,10 +52,9 @@ def measure(name: str, kind: str, widths: tuple[int, ...], net: nn.Module) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", default="16,32,64")
-    options = parser.parse_args()
-    widths = tuple(map(int, options.widths.split(",")))
+    widths = tuple(map(int, parser.parse_args().widths.split(",")))
     torch.set_num_threads(1)
-    print(f"PyTorch {torch.__version__}, fields {options.widths}\n")
+    print(f"PyTorch {torch.__version__}, fields {widths}\n")
     print(f"| | {' | '.join(KINDS)} |\n|---{'|---:' * len(KINDS)}|")
     nets = {kind: networks.network(kind, widths).eval() for kind in KINDS}
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):

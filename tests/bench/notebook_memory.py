@@ -66,8 +66,7 @@ def measure(path: Path) -> tuple[int, int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    about = "names such as 06_claims; what they build on must come before"
-    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=about)
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 06_claims")
     given = parser.parse_args()
     names = given.notebooks or [path.stem for path in find_notebooks()] + ["equivariance"]
     print(f"| notebook | {' | '.join(COLUMNS)} |\n|---{'|---:' * len(COLUMNS)}|")

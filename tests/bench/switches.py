@@ -5,8 +5,7 @@ channels-last against contiguous (with memory kept, as in training).
 
 Both sides run in turn; a ratio is the median over rounds of (time without / time with, same round).
 Above 1 the choice pays. Widths are those of the preset `quick`. Memory needs two processes, which
-take turns: once glibc's thresholds are set, it no longer adapts them by itself, and nothing in the
-process brings that back. Run this without MALLOC_ variables."""
+take turns: glibc's thresholds cannot be set back. Run this without MALLOC_ variables."""
 
 import multiprocessing
 import statistics
