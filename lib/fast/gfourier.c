@@ -1,6 +1,6 @@
 /* Group convolution by the Fourier transform of the point group, and the rest of a block (batch
-   norm, ReLU, blur pool), in single precision on a CPU. gfourier.py derives the method, block.py
-   the block. Arrays are contiguous; sizes are in C order.
+   norm, ReLU, blur pool), in single precision on a CPU. gfourier.py derives the method. Arrays are
+   contiguous; sizes are in C order.
 
    A layer's output is cut into blocks of a few rows, a block into panels of PANEL pixels. For each
    block the patches of a slab of channels are gathered and transformed, multiplied by the
